@@ -1,0 +1,217 @@
+"""Builds the compiled extensions. Everything else about the package is in pyproject.toml.
+
+    taps_fast._C       csrc/*.cpp, csrc/cpu/*.cpp   always
+    taps_fast._C_cuda  csrc/cuda/*.cu, *.cpp        when PyTorch has CUDA and its toolkit is on the machine
+
+Both use PyTorch's stable C++ interface and no Python API, so one binary serves every Python >= 3.10 and every
+PyTorch >= 2.10. Setuptools can give neither flags nor a rebuild rule to a single file, so the class below compiles.
+
+TAPS_FAST_EXT=auto     (default) install without an extension that cannot be built; importing taps_fast says why
+TAPS_FAST_EXT=require  fail instead
+TAPS_FAST_EXT=off      build none
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+MODE = os.environ.get("TAPS_FAST_EXT", "auto")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Without this, setuptools takes the flags that Python itself was built with: debug information, sometimes an ISA.
+os.environ.setdefault("CXXFLAGS", "-O3 -DNDEBUG -Wall -Wextra")
+
+STANDARD = "-std=c++20"
+# Visible is what the dispatcher finds by static registration; nothing needs a symbol of ours.
+# A kernel file may fuse a * b + c: the compiler's own default, which asking for standard C++ turns off.
+CXX = [STANDARD, "-fvisibility=hidden", "-ffp-contract=fast"]
+STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# Files named *_<isa>.cpp include no torch header, so that no code shared with other files is compiled for the ISA.
+ISA = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+
+
+class Unavailable(Exception):
+    """The machine or its PyTorch cannot have this extension, which TAPS_FAST_EXT=require accepts."""
+
+
+def isa_of(source: str) -> str | None:
+    isa = Path(source).stem.rpartition("_")[2]
+    return isa if isa in ISA else None
+
+
+def extensions() -> list[Extension]:
+    cpu = [str(path) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for path in sorted(Path().glob(pattern))]
+    cpu = [source for source in cpu if X86 or isa_of(source) in (None, "generic")]
+    cuda = [str(path) for pattern in ("*.cu", "*.cpp") for path in sorted(Path("csrc/cuda").glob(pattern))]
+    found = {"taps_fast._C": cpu, "taps_fast._C_cuda": cuda}
+    optional = MODE != "require"
+    return [
+        Extension(name, sources, libraries=["torch_cpu"], language="c++", py_limited_api=True, optional=optional)
+        for name, sources in found.items()
+        if sources
+    ]
+
+
+def cuda_home(version: str) -> Path:
+    """The toolkit of PyTorch's CUDA major version: a folder with the compiler, the headers and the runtime."""
+    nvcc = shutil.which("nvcc")
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for home in homes:
+        # An nvcc on PATH is often a wrapper, whose folder holds no toolkit.
+        if (home / "include/cuda_runtime.h").is_file() and any((home / "lib64").glob("libcudart.so*")):
+            text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+            release = re.search(r"release (\d+)", text)
+            if release and release[1] == version.split(".")[0]:
+                return home
+    raise Unavailable(
+        f"PyTorch was built with CUDA {version} and no toolkit of that major version was found "
+        f"(set CUDA_HOME); looked in {', '.join(map(str, homes))}"
+    )
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's -gencode options: TORCH_CUDA_ARCH_LIST, else the GPUs present, else what PyTorch was built for."""
+    import torch
+
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace(";", " ").split()
+    if not chosen and torch.cuda.is_available():
+        chosen = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    chosen = chosen or [name[3:] for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    options = []
+    for name in chosen:
+        number = name.removesuffix("+PTX")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name != number:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+class BuildExt(build_ext):
+    """Compiles each file with its own flags, in parallel, only when it or a header it read has changed.
+
+    An extension that cannot be built leaves `<module>_error.txt` in its place, which `taps_fast._ext` reads.
+    """
+
+    def run(self) -> None:
+        self.errors: dict[str, str] = {}
+        super().run()
+        folders = [Path(self.build_lib, "taps_fast")]
+        if self.inplace:
+            folders.append(Path("taps_fast"))
+        for extension in self.extensions:
+            for folder in folders:
+                note = folder / (extension.name.rpartition(".")[2] + "_error.txt")
+                note.unlink(missing_ok=True)
+                if extension.name in self.errors:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    note.write_text(self.errors[extension.name] + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            commands, objects = self.plan(ext)
+            self.compile(commands)
+            target = self.get_ext_fullpath(ext.name)
+            self.compiler.link_shared_object(
+                objects, target, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++"
+            )
+        except Exception as error:
+            if MODE == "require" and not isinstance(error, Unavailable):
+                raise RuntimeError(f"{ext.name} cannot be built: {error}") from error
+            self.errors[ext.name] = f"{type(error).__name__}: {error}"
+            print(f"taps_fast: {ext.name} is not built: {error}", file=sys.stderr)
+            ext.optional = True  # nothing to copy into the source tree
+
+    def plan(self, ext: Extension) -> tuple[list[list[str]], list[str]]:
+        """The compile commands that are needed, and every object; sets what the linker needs."""
+        if self.compiler.compiler_type != "unix":
+            raise Unavailable(
+                f"the kernels need GCC's or Clang's vector types; the compiler is {self.compiler.compiler_type}"
+            )
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        host = self.compiler.compiler_so_cxx
+        torch_flags = [*STABLE, "-Icsrc"]
+        for path in include_paths():
+            torch_flags += ["-isystem", path]
+        ext.library_dirs = library_paths()
+        if ext.name.endswith("_cuda"):
+            if torch.version.cuda is None:
+                raise Unavailable(f"PyTorch {torch.__version__} has no CUDA")
+            home = cuda_home(torch.version.cuda)
+            nvcc = [
+                str(home / "bin/nvcc"),
+                "-O3",
+                STANDARD,
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "-lineinfo",
+                *cuda_architectures(),
+            ]
+            torch_flags += ["-DUSE_CUDA", "-isystem", str(home / "include")]
+            ext.library_dirs.append(str(home / "lib64"))
+            ext.libraries = ["torch_cpu", "torch_cuda", "cudart"]
+
+        commands, objects = [], []
+        for source in ext.sources:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            isa = isa_of(source)
+            if source.endswith(".cu"):
+                command = [*nvcc, *torch_flags]
+            else:
+                command = [*host, *CXX, *(torch_flags if isa is None else ISA[isa])]
+            objects.append(str(target))
+            if self.force or not fresh(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                depfile = str(target.with_suffix(".d"))
+                commands.append([*command, "-MMD", "-MF", depfile, "-c", source, "-o", str(target)])
+        return commands, objects
+
+    def compile(self, commands: list[list[str]]) -> None:
+        def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(jobs) as pool:
+            for command, result in zip(commands, pool.map(run, commands)):
+                print(" ".join(command), result.stdout, sep="\n", end="", flush=True)
+                if result.returncode:
+                    reasons = [line for line in result.stdout.splitlines() if "error" in line]
+                    raise RuntimeError(" ".join([command[0], "failed:", *reasons[:1]]))
+
+
+def fresh(target: Path) -> bool:
+    """Whether an object is newer than all that it was made from, this file included."""
+    try:
+        made = target.stat().st_mtime
+        read = target.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        return all(os.stat(path).st_mtime <= made for path in [*read, __file__])
+    except (OSError, IndexError):
+        return False
+
+
+if MODE not in ("auto", "require", "off"):
+    raise SystemExit(f"TAPS_FAST_EXT must be auto, require or off, got {MODE!r}")
+modules = extensions() if MODE != "off" else []
+if MODE == "require" and not modules:
+    raise SystemExit("TAPS_FAST_EXT=require, and csrc/ holds no source")
+setup(
+    packages=[*find_packages(include=["taps_fast", "taps_fast.*"]), "taps_fast.kernels"],
+    ext_modules=modules,
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+)

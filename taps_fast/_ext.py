@@ -1,0 +1,58 @@
+"""Loads the compiled extensions, and remembers why one is not there.
+
+Loading registers the extension's kernels for the operators of `taps_fast._ops`. ``TAPS_FAST_EXT`` means here what it
+means to setup.py: ``require`` makes a missing CPU extension an ImportError, ``off`` loads none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def _how_to_build() -> str:
+    checkout = Path(__file__).parents[1]
+    build = f"TAPS_FAST_EXT=require {sys.executable} -m pip install -v"
+    if (checkout / "setup.py").is_file():
+        return f"cd {checkout} && {build} -e ."
+    return f"{build} --no-deps --force-reinstall .  (in a checkout of taps_fast)"
+
+
+def _load(name: str) -> str | None:
+    """Loads ``taps_fast.<name>``; what stood in the way, or None."""
+    if os.environ.get("TAPS_FAST_EXT") == "off":
+        return f"taps_fast.{name} is not loaded: TAPS_FAST_EXT=off is set"
+    note = Path(__file__).with_name(f"{name}_error.txt")  # left by setup.py
+    spec = importlib.util.find_spec(f"taps_fast.{name}")
+    if note.is_file():
+        reason = note.read_text().strip()
+    elif spec is None or spec.origin is None:
+        reason = "it has not been built"
+    else:
+        try:
+            torch.ops.load_library(spec.origin)
+            return None
+        except OSError as error:
+            reason = f"it does not load into PyTorch {torch.__version__}: {error}"
+    return f"taps_fast.{name} is not loaded: {reason}. To build it: {_how_to_build()}"
+
+
+CPU_ERROR = _load("_C")
+CPU_LOADED = CPU_ERROR is None
+CUDA_ERROR = f"PyTorch {torch.__version__} has no CUDA" if torch.version.cuda is None else _load("_C_cuda")
+CUDA_LOADED = CUDA_ERROR is None
+
+if CPU_ERROR is not None:
+    if os.environ.get("TAPS_FAST_EXT") == "require":
+        raise ImportError(CPU_ERROR)
+    if os.environ.get("TAPS_FAST_EXT") != "off":
+        warnings.warn(
+            f"taps_fast has no CPU kernels, so tensors on the CPU take slower paths in plain PyTorch. {CPU_ERROR}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
