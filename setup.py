@@ -187,7 +187,7 @@ class BuildExt(build_ext):
 
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
-            for command, result in zip(commands, pool.map(run, commands)):
+            for command, result in zip(commands, pool.map(run, commands), strict=True):
                 print(" ".join(command), result.stdout, sep="\n", end="", flush=True)
                 if result.returncode:
                     reasons = [line for line in result.stdout.splitlines() if "error" in line]

@@ -7,23 +7,15 @@ import importlib.util
 import sys
 from pathlib import Path
 
+# Imported for what they do: the one declares the operators, the other loads the kernels that are compiled.
+from taps_fast import (
+    _ext,  # noqa: F401
+    _ops,  # noqa: F401
+)
+
 __version__ = "0.1.0"
 
-
-def _register_kernels() -> None:
-    """Makes a checkout's ``kernels/`` importable as ``taps_fast.kernels``, as setup.py does for an installation."""
-    name, folder = "taps_fast.kernels", Path(__file__).parents[1] / "kernels"
-    if importlib.util.find_spec(name) is None and (folder / "__init__.py").is_file():
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-
-
-_register_kernels()
-
-from taps_fast import _ext as _ext, _ops as _ops  # noqa: E402  (they register the operators and their kernels)
-
+# Found on first use, so that importing taps_fast costs little more than importing torch.
 _PUBLIC = {
     "BackendError": "_dispatch",
     "FastTapsConv2d": "nn",
@@ -40,3 +32,20 @@ def __getattr__(name: str) -> object:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"taps_fast.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'taps_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+def _register_kernels() -> None:
+    """Makes a checkout's ``kernels/`` importable as ``taps_fast.kernels``, as installing the package does."""
+    name, folder = "taps_fast.kernels", Path(__file__).parents[1] / "kernels"
+    if importlib.util.find_spec(name) is None and (folder / "__init__.py").is_file():
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        if spec is not None and spec.loader is not None:
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+
+
+_register_kernels()
