@@ -1,0 +1,115 @@
+"""Which gradients are computed and what is saved for them. The arithmetic is in the operators.
+
+Saved: x, base, the deltas, coeffs and the index; never a summed weight. One ``*_dw`` call serves dcoeffs,
+ddeltas and dbase; what nobody needs is not computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .tasks import Index, sample_of_row
+
+ops = torch.ops.taps_fast
+
+
+class Call(NamedTuple):
+    """What is not differentiated: where rows belong, and how to compute."""
+
+    index: Index
+    inner: int
+    pairs: list[int]
+    algorithm: str
+    conv: tuple[Any, ...] = ()
+    """stride, padding, dilation, groups; empty for a linear layer."""
+
+
+def forward(
+    x: Tensor,
+    base: Tensor,
+    deltas: list[Tensor],
+    coeffs: Tensor,
+    base_coeffs: Tensor | None,
+    bias: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """The forward operator, without autograd."""
+    op = ops.conv2d_fwd if call.conv else ops.linear_fwd
+    y: Tensor = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.index, call.inner, call.algorithm)
+    return y
+
+
+class Delta(torch.autograd.Function):
+    """y = (base_coeffs·base + Σ c·delta) x + bias, linear or convolution, for one task or a mixed batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        x: Tensor,
+        base: Tensor,
+        coeffs: Tensor,
+        base_coeffs: Tensor | None,
+        bias: Tensor | None,
+        *deltas: Tensor,
+    ) -> Tensor:
+        ctx.call = call
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.index, *deltas)
+        return forward(x, base, list(deltas), coeffs, base_coeffs, bias, call)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
+        index, deltas = rest[:3], rest[3:]
+        _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
+        weight = (base, deltas, coeffs, base_coeffs)
+        dx = dcoeffs = dbase = dbias = None
+        ddeltas: list[Tensor | None] = [None] * len(deltas)
+
+        if need_x:
+            if call.conv:
+                dx = ops.conv2d_dx(dy, *weight, x.shape[-2:], *call.conv, *index, call.inner, call.algorithm)
+            else:
+                dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
+        wanted = [k for k, need in enumerate(need_deltas) if need]
+        if need_coeffs or need_base or wanted:
+            dw = ops.conv2d_dw if call.conv else ops.linear_dw
+            dcoeffs, found, dbase = dw(
+                dy, x, *weight, *call.conv, *index, call.inner, call.pairs, wanted, need_coeffs, need_base
+            )
+            for k, ddelta in zip(wanted, found, strict=True):
+                ddeltas[k] = ddelta
+        if need_bias:
+            dbias = _dbias(dy, ctx.bias_shape, index[0], call.inner)
+        return (
+            None,
+            dx,
+            dbase if need_base else None,
+            dcoeffs if need_coeffs else None,
+            None,
+            dbias,
+            *ddeltas,
+        )
+
+
+def _dbias(dy: Tensor, shape: torch.Size, ids: Tensor | None, inner: int) -> Tensor:
+    """Σ of dy over pixels and rows; for bias [T + 1, O], over the rows of each task.
+
+    A product with the one-hot task matrix keeps the order of summation fixed, which index_add on a GPU does not.
+    """
+    if dy.dim() > 2:
+        dy = dy.flatten(2).sum(2)
+    if len(shape) == 1 or ids is None:
+        return dy.sum(0).reshape(shape)
+    if dy.shape[0] == 0:
+        return dy.new_zeros(shape)
+    task = torch.remainder(ids[sample_of_row(dy.shape[0], ids.shape[0], inner, dy.device)], shape[0])
+    member = task[None, :] == torch.arange(shape[0], device=dy.device)[:, None]
+    return member.to(dy.dtype) @ dy

@@ -1,0 +1,155 @@
+"""Which backend and algorithm runs a problem, and why not another. Nothing falls back silently.
+
+`select` takes the first row of the table whose backend can run the problem; an explicit backend or algorithm
+narrows the table and never widens it. `explain` prints the whole table with its reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import _ext
+from ._problem import Problem
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend or algorithm cannot run this problem."""
+
+
+class Choice(NamedTuple):
+    backend: str
+    algorithm: str
+
+
+def _reference(problem: Problem) -> Iterator[str]:
+    return iter(())
+
+
+def _cpu(problem: Problem) -> Iterator[str]:
+    if problem.op != "linear":
+        yield "has no convolution kernels: the vendor library's are used through aten"
+    if problem.device != "cpu":
+        yield f"runs on the CPU, the tensors are on {problem.device}"
+    if _ext.CPU_ERROR is not None:
+        yield _ext.CPU_ERROR
+
+
+def _aten(problem: Problem) -> Iterator[str]:
+    if problem.op != "conv2d":
+        yield "serves convolutions only"
+
+
+def _triton(problem: Problem) -> Iterator[str]:
+    if problem.op != "linear":
+        yield "has no convolution kernels yet"
+    if problem.device != "cuda":
+        yield f"runs on CUDA devices, the tensors are on {problem.device}"
+        return
+    try:
+        from .kernels import linear
+    except ImportError as error:
+        yield f"Triton cannot be imported: {error}"
+        return
+    yield from linear.not_supported_reasons(problem)
+
+
+def _few_rows(problem: Problem) -> bool:
+    """Bytes decide: weights are read once whatever the algorithm."""
+    return problem.rows < 2048
+
+
+class _Row(NamedTuple):
+    backend: str
+    algorithm: str
+    preferred: Callable[[Problem], bool]
+    """Whether "auto" may take this row."""
+    why: str
+
+
+_REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
+    "cpu": _cpu,
+    "triton": _triton,
+    "aten": _aten,
+    "reference": _reference,
+}
+
+_TABLE = (
+    _Row("cpu", "blend", lambda p: True, "one product; the weight is summed in float32 while it is packed"),
+    _Row("cpu", "split", lambda p: True, "the exact one: nothing but the result is rounded"),
+    _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
+    _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
+    _Row("aten", "merge", lambda p: True, "kernels summed into scratch, then the vendor convolution"),
+    _Row("aten", "split", lambda p: True, "base convolution for all images plus one for each open delta"),
+    _Row("reference", "split", lambda p: True, "plain PyTorch: right, not fast"),
+    _Row("reference", "blend", lambda p: True, "plain PyTorch: right, not fast"),
+)
+
+BACKENDS = tuple(_REASONS)
+ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in _TABLE))
+
+
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem, backend: str | None = None, algorithm: str = "auto") -> Choice:
+    """The backend and algorithm that run ``problem``.
+
+    Raises:
+        ValueError: a backend or algorithm that does not exist.
+        BackendError: the explicit choice cannot run; the text lists the reasons.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"select: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if algorithm != "auto" and algorithm not in ALGORITHMS:
+        raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    usable: dict[str, bool] = {}
+    for row in _TABLE:
+        if (backend or row.backend) != row.backend or (algorithm not in ("auto", row.algorithm)):
+            continue
+        if row.backend not in usable:
+            usable[row.backend] = next(_REASONS[row.backend](problem), None) is None
+        # An explicit choice is taken at its word; "auto" also asks whether it pays.
+        if usable[row.backend] and (algorithm != "auto" or row.preferred(problem)):
+            return Choice(row.backend, row.algorithm)
+    raise BackendError(
+        f"select: backend={backend!r}, algorithm={algorithm!r} cannot run this problem\n" + explain(problem)
+    )
+
+
+def explain(problem: Problem) -> str:
+    """Every backend and algorithm for ``problem``, in order of preference, each with why or why not."""
+    size = " x ".join(map(str, problem.shape))
+    lines = [
+        f"{problem.op}: weight {size}, rows {problem.rows}, deltas {problem.num_deltas}, "
+        f"tasks {problem.num_tasks if problem.num_tasks is not None else 'one weight'}, {problem.dtype}, {problem.device}"
+    ]
+    taken = False
+    for row in _TABLE:
+        reasons = list(_REASONS[row.backend](problem))
+        if reasons:
+            verdict, text = "no ", "; ".join(reasons)
+        elif not taken and row.preferred(problem):
+            verdict, text, taken = "-> ", row.why, True
+        else:
+            verdict, text = "yes", row.why
+        lines.append(f"  {verdict} {row.backend:<9} {row.algorithm:<6} {text}")
+    return "\n".join(lines)
+
+
+def describe_machine() -> str:
+    """What this process can run: versions, devices, extensions, and how to get what is missing."""
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    lines.append(f"CPU kernels: {_ext.CPU_ERROR or torch.ops.taps_fast.cpu_isa()}")
+    if torch.cuda.is_available():
+        lines.append(f"CUDA device: {torch.cuda.get_device_name()}; CUDA kernels: {_ext.CUDA_ERROR or 'loaded'}")
+    else:
+        lines.append("CUDA device: none")
+    try:
+        import triton
+
+        lines.append(f"Triton {triton.__version__}")
+    except ImportError as error:
+        lines.append(f"Triton: {error}; pip install 'taps-fast[triton]'")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""What a call asks for, as metadata, and every error that a caller of the ops can cause.
+
+Nothing here reads the value of a tensor. Messages have one form:
+``<function>: <argument> must <rule>, got <value> (<related value>)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tasks import TaskBatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One call of `delta_linear` or `delta_conv2d`: all that choosing a kernel may depend on."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the weight: (O, I), or (O, C / groups, kh, kw)."""
+    rows: int
+    """M; for a convolution, the number of images."""
+    num_deltas: int
+    num_tasks: int | None
+    """T, or None when one weight serves all rows."""
+    grad: bool
+    groups: int = 1
+
+
+def shape_of(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """K deltas, from a sequence or from one tensor [K, …]."""
+    if isinstance(deltas, Tensor):
+        if deltas.dim() == 0:
+            raise ValueError(f"{function}: deltas must be K tensors shaped like base or one [K, …], got a scalar")
+        return list(deltas.unbind())
+    return list(deltas)
+
+
+def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor], dims: int) -> None:
+    """base, deltas and x agree on shape, dtype and device."""
+    for name, value in (("x", x), ("base", base), *((f"deltas[{k}]", d) for k, d in enumerate(deltas))):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a Tensor, got {type(value).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{function}: x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if base.dim() != dims:
+        raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(base.shape)}")
+    for name, value in (("base", base), *((f"deltas[{k}]", d) for k, d in enumerate(deltas))):
+        if value.dtype != x.dtype:
+            raise TypeError(f"{function}: {name} must be {x.dtype} like x, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device}")
+        if value.shape != base.shape:
+            raise ValueError(f"{function}: {name} must be {tuple(base.shape)} like base, got {tuple(value.shape)}")
+
+
+def check_coeffs(
+    function: str, coeffs: Tensor, base_coeffs: Tensor | None, num_deltas: int, x: Tensor, mixed: bool
+) -> int | None:
+    """T (None without tasks), from coefficients of the right shape, type and device."""
+    if not isinstance(coeffs, Tensor):
+        raise TypeError(f"{function}: coeffs must be a Tensor, got {type(coeffs).__name__}")
+    if not coeffs.is_floating_point():
+        raise TypeError(f"{function}: coeffs must be a floating-point tensor, got {coeffs.dtype}")
+    if coeffs.device != x.device:
+        raise ValueError(f"{function}: coeffs must be on {x.device} like x, got {coeffs.device}")
+    want = f"[T, {num_deltas}], one row a task" if mixed else f"[{num_deltas}], one number a delta"
+    if coeffs.dim() != (2 if mixed else 1) or coeffs.shape[-1] != num_deltas:
+        raise ValueError(f"{function}: coeffs must be {want}, got {tuple(coeffs.shape)} (tasks given: {mixed})")
+    num_tasks = coeffs.shape[0] if mixed else None
+    if base_coeffs is not None:
+        if base_coeffs.requires_grad:
+            raise ValueError(f"{function}: base_coeffs must not require a gradient: it is data, 1 or 0 a task")
+        if tuple(base_coeffs.shape) != (num_tasks if mixed else 1,):
+            raise ValueError(
+                f"{function}: base_coeffs must be [{num_tasks if mixed else 1}], got {tuple(base_coeffs.shape)}"
+            )
+    return num_tasks
+
+
+def check_bias(function: str, bias: Tensor, out_features: int, num_tasks: int | None, x: Tensor) -> None:
+    """bias is [O], or with tasks [T, O] or [T + 1, O]."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{function}: bias must be a Tensor, got {type(bias).__name__}")
+    if bias.dtype != x.dtype:
+        raise TypeError(f"{function}: bias must be {x.dtype} like x, got {bias.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"{function}: bias must be on {x.device} like x, got {bias.device}")
+    legal = [(out_features,)]
+    if num_tasks is not None:
+        legal += [(num_tasks, out_features), (num_tasks + 1, out_features)]
+    if tuple(bias.shape) not in legal:
+        raise ValueError(f"{function}: bias must be {' or '.join(map(str, legal))}, got {tuple(bias.shape)}")
+
+
+def check_pairs(function: str, pairs: Sequence[tuple[int, int]], num_tasks: int | None, num_deltas: int) -> list[int]:
+    """Flat positions t * K + k in coeffs."""
+    flat = []
+    for task, delta in pairs:
+        if not (0 <= task < (num_tasks or 1) and 0 <= delta < num_deltas):
+            raise ValueError(
+                f"{function}: pairs must be (task, delta) in [0, {num_tasks or 1}) x [0, {num_deltas}), "
+                f"got ({task}, {delta})"
+            )
+        flat.append(task * num_deltas + delta)
+    return flat
+
+
+def group(function: str, tasks: TaskBatch | Tensor | Sequence[int], num_tasks: int, x: Tensor) -> TaskBatch:
+    """tasks as a TaskBatch over coeffs' T tasks, on x's device."""
+    if isinstance(tasks, TaskBatch):
+        if tasks.num_tasks != num_tasks:
+            raise ValueError(
+                f"{function}: tasks must be a TaskBatch of {num_tasks} tasks, one a row of coeffs, "
+                f"got one of {tasks.num_tasks}"
+            )
+        return tasks.to(x.device)
+    if isinstance(tasks, str) or (isinstance(tasks, Sequence) and any(isinstance(t, str) for t in tasks)):
+        raise TypeError(f"{function}: tasks must be integer ids, got {tasks!r} (names belong to TapsModel)")
+    return TaskBatch.from_ids(tasks, num_tasks, device=x.device)
+
+
+def rows_per_sample(function: str, x: Tensor, batch: int, batch_dim: int, axes: int) -> int:
+    """``inner``: consecutive flattened rows that belong to one sample (see `taps_fast._ops`).
+
+    ``axes`` is the number of leading axes of x that are flattened into rows.
+    """
+    if not -axes <= batch_dim < axes:
+        raise ValueError(f"{function}: batch_dim must be in [{-axes}, {axes}), got {batch_dim} (x {tuple(x.shape)})")
+    batch_dim %= axes
+    size = x.shape[batch_dim]
+    if batch == 0 or size % batch:
+        if size == 0 and batch == 0:
+            return 1
+        raise ValueError(
+            f"{function}: tasks must divide the batch: rows % ids == 0, "
+            f"got {batch} ids (x {tuple(x.shape)} has {size} rows along axis {batch_dim})"
+        )
+    inner = size // batch
+    for axis in range(batch_dim + 1, axes):
+        inner = inner * x.shape[axis]
+    return inner

@@ -1,0 +1,265 @@
+"""The two operations everything else is made of: `delta_linear` and `delta_conv2d`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _problem, reference
+from ._autograd import Call, Delta, forward
+from ._dispatch import select
+from ._problem import Problem
+from .tasks import TaskBatch
+
+Tasks = TaskBatch | Tensor | Sequence[int]
+IntPair = int | Sequence[int]
+
+
+def delta_linear(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor] | Tensor,
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tasks: Tasks | None = None,
+    base_coeffs: Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    batch_dim: int = 0,
+    backend: str | None = None,
+    algorithm: str = "auto",
+) -> Tensor:
+    """A linear layer whose weight is a base plus a weighted sum of deltas, chosen row by row.
+
+    ::
+
+        y_r = (base + Σ_k coeffs[k]·deltas[k]) x_r + bias                          without tasks
+        y_r = (base_coeffs[t]·base + Σ_k coeffs[t, k]·deltas[k]) x_r + bias[t]     t = the task of row r
+
+    No summed weight is stored. Every gradient is exact, that of a coefficient also where it is 0.
+
+    Args:
+        x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
+            take its dtype, as in ``F.linear``; coeffs never do.
+        base: [O, I], the weight all tasks share.
+        deltas: K tensors [O, I], or one [K, O, I]. K = 0 is the base alone.
+        coeffs: [K], or [T, K] with tasks. Used in float32 (float64 when x is).
+        bias: [O]; with tasks also [T, O] (rows of id -1 then have none) or [T + 1, O] (last row: id -1).
+        tasks: integer ids [B], or a `TaskBatch`: sample b runs as task ``tasks[b]``, -1 as the base alone.
+            When the batch axis holds r·B entries, each id covers r consecutive ones.
+        base_coeffs: [T] ([1] without tasks), what multiplies base; 0 for a baked task, whose delta is its whole
+            weight. Default 1. Data: it has no gradient.
+        pairs: the (task, delta) pairs whose coefficient can be non-zero or needs a gradient; default all. With
+            one delta a task, naming them keeps the backward from computing T·K dot products where T are wanted.
+        batch_dim: the axis of x that carries the batch.
+        backend: "cpu", "triton" or "reference"; default: the best that can run. An explicit one never falls
+            back.
+        algorithm: "blend" (weight summed, rounded at most once to x's dtype, one product), "split" (two products
+            into one accumulator: exact in low precision), "merge" (weight in scratch, vendor GEMM) or "auto".
+
+    Returns:
+        y [..., O] in x's dtype.
+
+    Raises:
+        ValueError: shapes, devices, ids or pairs that do not fit; TypeError: dtypes that do not.
+        BackendError: the explicit backend or algorithm cannot run this problem; the text says why.
+
+    Cost: 2·M·I·O flops (blend) or up to 2·M·I·O for each open delta more (split); base and each open delta are
+    read once. Source: TAPS, arXiv 2203.16708, eq. 1–2; the general sum covers AdaMerging and its kin.
+
+    >>> base, delta = torch.randn(8, 4), torch.randn(8, 4)
+    >>> x = torch.randn(3, 4)
+    >>> y = delta_linear(x, base, [delta], torch.tensor([[1.0], [0.0]]), tasks=[0, 1, -1])
+    >>> weights = [base + delta, base, base]
+    >>> bool(torch.allclose(y, torch.stack([w @ v for w, v in zip(weights, x)]), atol=1e-5))
+    True
+    """
+    name = "delta_linear"
+    deltas = _problem.unbind_deltas(name, deltas)
+    x, base, bias, deltas = _autocast(x, base, bias, deltas)
+    _problem.check_weight(name, x, base, deltas, dims=2)
+    if x.dim() == 0 or x.shape[-1] != base.shape[1]:
+        raise ValueError(f"{name}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}")
+    vector = x.dim() == 1
+    if vector:
+        x = x[None]
+    rows = x.flatten(0, -2)
+    y = _run(
+        name, rows, x, base, deltas, coeffs, bias, tasks, base_coeffs, pairs, batch_dim, x.dim() - 1, backend, algorithm
+    )
+    return y[0] if vector else y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+
+
+def delta_conv2d(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor] | Tensor,
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    tasks: Tasks | None = None,
+    base_coeffs: Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    backend: str | None = None,
+    algorithm: str = "auto",
+) -> Tensor:
+    """A 2-d convolution whose kernel is a base plus a weighted sum of deltas, chosen image by image.
+
+    ::
+
+        y_n = conv2d(x_n, base_coeffs[t]·base + Σ_k coeffs[t, k]·deltas[k]) + bias[t]      t = the task of image n
+
+    Args:
+        x: [N, C, H, W] or [C, H, W]; dtypes and autocast as in `delta_linear`.
+        base: [O, C / groups, kh, kw].
+        deltas: K tensors shaped like base, or one [K, ...].
+        coeffs, bias, tasks, base_coeffs, pairs: as in `delta_linear`, with images for rows.
+        stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
+        backend: "aten" or "reference"; algorithm: "merge" (kernel summed into scratch, vendor convolution),
+            "split" (base convolution for all images, then one for each open delta), "blend" (reference only)
+            or "auto".
+
+    Returns:
+        y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `delta_linear`; RuntimeError where ``F.conv2d`` raises.
+
+    Cost: one vendor convolution for each distinct weight in the batch. Source: TAPS, arXiv 2203.16708, eq. 1–2.
+
+    >>> base, delta = torch.randn(2, 8, 4, 3, 3)
+    >>> x = torch.randn(2, 4, 5, 5)
+    >>> y = delta_conv2d(x, base, [delta], torch.tensor([[1.0]]), padding=1, tasks=[0, -1])
+    >>> bool(torch.allclose(y[:1], F.conv2d(x[:1], base + delta, padding=1), atol=1e-4))
+    True
+    """
+    name = "delta_conv2d"
+    deltas = _problem.unbind_deltas(name, deltas)
+    x, base, bias, deltas = _autocast(x, base, bias, deltas)
+    _problem.check_weight(name, x, base, deltas, dims=4)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{name}: x must be [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
+    if groups < 1 or x.shape[-3] != base.shape[1] * groups or base.shape[0] % groups:
+        raise ValueError(
+            f"{name}: groups must split x's {x.shape[-3]} channels into base's {base.shape[1]} and divide its "
+            f"{base.shape[0]} outputs, got {groups} (x {tuple(x.shape)}, base {tuple(base.shape)})"
+        )
+    single = x.dim() == 3
+    if single:
+        x = x[None]
+    strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
+    x, pads = _padding(name, x, base, padding, strides, dilations)
+    conv = (strides, pads, dilations, groups)
+    y = _run(name, x, x, base, deltas, coeffs, bias, tasks, base_coeffs, pairs, 0, 1, backend, algorithm, conv)
+    return y[0] if single else y
+
+
+def _run(
+    name: str,
+    rows: Tensor,
+    x: Tensor,
+    base: Tensor,
+    deltas: list[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    tasks: Tasks | None,
+    base_coeffs: Tensor | None,
+    pairs: Sequence[tuple[int, int]] | None,
+    batch_dim: int,
+    axes: int,
+    backend: str | None,
+    algorithm: str,
+    conv: tuple[Any, ...] = (),
+) -> Tensor:
+    """Checks what both operations share, chooses, and runs."""
+    num_tasks = _problem.check_coeffs(name, coeffs, base_coeffs, len(deltas), x, tasks is not None)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    coeffs = coeffs.to(exact).contiguous()
+    if base_coeffs is not None:
+        base_coeffs = base_coeffs.to(device=x.device, dtype=exact).contiguous()
+    if bias is not None:
+        _problem.check_bias(name, bias, base.shape[0], num_tasks, x)
+        if bias.dim() == 2 and bias.shape[0] == num_tasks:
+            bias = F.pad(bias, (0, 0, 0, 1))
+    index, inner = (None, None, None), 1
+    if tasks is not None and num_tasks is not None:
+        batch = _problem.group(name, tasks, num_tasks, x)
+        inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, axes)
+        index = batch.index
+    flat = [] if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
+
+    tensors = (rows, base, coeffs, bias, *deltas)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    problem = Problem(
+        op="conv2d" if conv else "linear",
+        device=x.device.type,
+        dtype=x.dtype,
+        shape=tuple(base.shape),
+        rows=rows.shape[0],
+        num_deltas=len(deltas),
+        num_tasks=num_tasks,
+        grad=grad,
+        groups=conv[3] if conv else 1,
+    )
+    choice = select(problem, backend, algorithm)
+    with torch.autocast(x.device.type, enabled=False):
+        if choice.backend == "reference":
+            oracle = reference.delta_conv2d if conv else reference.delta_linear
+            return oracle(
+                rows, base, deltas, coeffs, base_coeffs, bias, *conv, index=index, inner=inner, algorithm=choice.algorithm
+            )
+        call = Call(index, inner, flat, choice.algorithm, conv)
+        if grad:
+            return Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas)
+        return forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
+
+
+def _autocast(
+    x: Tensor, base: Tensor, bias: Tensor | None, deltas: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Casts as autocast casts the arguments of F.linear: float64 stays."""
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return x, base, bias, deltas
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(base), None if bias is None else cast(bias), [cast(d) for d in deltas]
+
+
+def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"{name}: {argument} must be one or two integers >= {least}, got {value}")
+    return pair
+
+
+def _padding(
+    name: str, x: Tensor, base: Tensor, padding: IntPair | str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """x and numeric padding; "same" pads an even-sized kernel's odd remainder on the far side, as PyTorch does."""
+    if not isinstance(padding, str):
+        return x, _pair(name, "padding", padding, 0)
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same":
+        raise ValueError(f"{name}: padding must be integers, 'same' or 'valid', got {padding!r}")
+    if stride != [1, 1]:
+        raise ValueError(f"{name}: padding 'same' must go with stride 1, got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, base.shape[2:], strict=True)]
+    near, far = [t // 2 for t in total], [t - t // 2 for t in total]
+    if near != far:
+        x = F.pad(x, (0, far[1] - near[1], 0, far[0] - near[0]))
+    return x, near

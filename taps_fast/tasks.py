@@ -1,0 +1,97 @@
+"""Which task each sample of a batch belongs to, and the one index that every layer shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BASE = -1
+"""The id of a sample that runs on the base alone."""
+
+Index = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class TaskBatch(NamedTuple):
+    """The task of each of B samples, and the samples grouped by task.
+
+    Built once a forward, on the device of the ids, without a host sync. Nothing of the user's batch is
+    permuted: kernels gather and scatter through ``order``.
+
+    Attributes:
+        ids: int64 [B], task of each sample; -1 is the base.
+        order: int64 [B], samples sorted by id; samples of one task keep their order.
+        offsets: int64 [T + 2]; samples of group g are ``order[offsets[g]:offsets[g + 1]]``, where group 0
+            is the base and group t + 1 is task t.
+        num_tasks: T.
+    """
+
+    ids: Tensor
+    order: Tensor
+    offsets: Tensor
+    num_tasks: int
+
+    @classmethod
+    def from_ids(cls, ids: Tensor | Sequence[int], num_tasks: int, *, device: torch.device | None = None) -> TaskBatch:
+        """Groups samples by task.
+
+        Args:
+            ids: integers [B], each in [-1, num_tasks).
+            num_tasks: T, how many tasks there are.
+            device: where the index is wanted; default: where ``ids`` is.
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: ids that are not one-dimensional, or out of range. On a CUDA device, or while
+                compiling, the range is checked on the device instead (an asynchronous assertion), because
+                reading it would stall the stream.
+
+        Cost: one stable sort of B integers.
+        """
+        if not isinstance(ids, Tensor):
+            ids = torch.as_tensor(ids, dtype=torch.int64 if len(ids) == 0 else None)
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"TaskBatch: tasks must be integers, got {ids.dtype}")
+        if ids.dim() != 1:
+            raise ValueError(f"TaskBatch: tasks must have 1 dimension, one id a sample, got shape {tuple(ids.shape)}")
+        ids = ids.detach().to(device=ids.device if device is None else device, dtype=torch.int64)
+        _check_range(ids, num_tasks)
+        ascending, order = torch.sort(ids, stable=True)
+        groups = torch.arange(BASE, num_tasks + 1, device=ids.device)
+        return cls(ids, order, torch.searchsorted(ascending, groups), num_tasks)
+
+    @property
+    def size(self) -> int:
+        """B, the number of samples."""
+        return self.ids.shape[0]
+
+    @property
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, order, offsets), as the operators take them."""
+        return self.ids, self.order, self.offsets
+
+    def to(self, device: torch.device) -> TaskBatch:
+        """The same index on another device."""
+        if self.ids.device == device:
+            return self
+        return TaskBatch(*(t.to(device, non_blocking=True) for t in self.index), num_tasks=self.num_tasks)
+
+
+def _check_range(ids: Tensor, num_tasks: int) -> None:
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ids.numel() and not (BASE <= int(ids.min()) and int(ids.max()) < num_tasks):
+            bad = ids[(ids < BASE) | (ids >= num_tasks)]
+            raise ValueError(
+                f"TaskBatch: tasks must be ids in [-1, {num_tasks}), -1 being the base, got {int(bad[0])} "
+                f"({bad.numel()} of {ids.numel()} out of range)"
+            )
+    else:
+        valid = ((ids >= BASE) & (ids < num_tasks)).all()
+        torch._assert_async(valid, f"TaskBatch: tasks must be ids in [-1, {num_tasks})")
+
+
+def sample_of_row(rows: int, batch: int, inner: int, device: torch.device) -> Tensor:
+    """int64 [rows]: the sample that each flattened row belongs to, ``(row // inner) % batch``."""
+    return torch.div(torch.arange(rows, device=device), max(inner, 1), rounding_mode="floor") % max(batch, 1)
