@@ -35,7 +35,7 @@ def _load(name: str) -> str | None:
         reason = "it has not been built"
     else:
         try:
-            torch.ops.load_library(spec.origin)
+            torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
             return None
         except OSError as error:
             reason = f"it does not load into PyTorch {torch.__version__}: {error}"
