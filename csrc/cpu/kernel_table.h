@@ -1,0 +1,34 @@
+// Builds one instruction set's table; included by each kernels_<isa>.cpp, which is compiled with that set's flags.
+#pragma once
+
+#include "kernels.h"
+#include "row_product.h"
+#include "weight_gradient.h"
+
+namespace taps_fast::cpu {
+namespace {
+
+void row_product(const RowProduct& problem, int64_t item, void* workspace) {
+  switch (problem.dtype) {
+    case DType::kFloat32: return run_row_product<float>(problem, item, workspace);
+    case DType::kBFloat16: return run_row_product<BFloat16>(problem, item, workspace);
+    case DType::kFloat16: return run_row_product<Float16>(problem, item, workspace);
+    case DType::kFloat64: return run_row_product<double>(problem, item, workspace);
+  }
+}
+
+void weight_gradient(const WeightGradient& problem, int64_t item, void* workspace) {
+  switch (problem.dtype) {
+    case DType::kFloat32: return run_weight_gradient<float>(problem, item, workspace);
+    case DType::kBFloat16: return run_weight_gradient<BFloat16>(problem, item, workspace);
+    case DType::kFloat16: return run_weight_gradient<Float16>(problem, item, workspace);
+    case DType::kFloat64: return run_weight_gradient<double>(problem, item, workspace);
+  }
+}
+
+constexpr Kernels make_table(const char* name) {
+  return {name, kVectorBytes, kStripVectors, kTileRows, kRowBuffers, row_product, weight_gradient};
+}
+
+}  // namespace
+}  // namespace taps_fast::cpu

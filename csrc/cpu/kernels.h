@@ -1,0 +1,28 @@
+// The table of kernels that each instruction set provides, and the choice among them at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace taps_fast::cpu {
+
+struct Kernels {
+  const char* name;
+  int64_t vector_bytes;
+  int64_t strip_vectors;  // vectors in one packed strip of columns
+  int64_t tile_rows;      // rows of one register tile
+  int64_t row_buffers;    // input rows a row product holds converted at a time
+  void (*row_product)(const RowProduct&, int64_t item, void* workspace);
+  void (*weight_gradient)(const WeightGradient&, int64_t item, void* workspace);
+};
+
+// One definition in each kernels_<isa>.cpp.
+const Kernels& kernels_generic();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+/// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
+const Kernels& kernels();
+
+}  // namespace taps_fast::cpu

@@ -1,0 +1,117 @@
+// What a CPU kernel computes, as plain data: sizes, strides and raw pointers, no torch.
+//
+// Two products serve the three operators (vocabulary of CONTRIBUTING.md: M rows, I in, O out features):
+//
+//   RowProduct      out[r, :] = in[r, :] · W_g(r) + bias     forward (W transposed) and dx (W as stored)
+//   WeightGradient  P_j = Σ_{r in j} scale_r · dy_rᵀ x_r     dw, whose epilogue dots and scales P's tiles
+//
+// A plan (plan.h) builds them; the files kernels_*.cpp run them, one item of the grid at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace taps_fast::cpu {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// Static, so that each instruction set keeps its own copy of these.
+static constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+/// Panels and accumulators are float32; float64 for float64 data.
+static constexpr int64_t compute_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+/// Row-major matrix whose last axis is contiguous; `stride` counts elements between rows.
+struct Matrix {
+  const void* data;
+  int64_t stride;
+};
+
+struct MutableMatrix {
+  void* data;
+  int64_t stride;
+};
+
+/// One summand of a weight: coeff · matrix.
+struct Term {
+  Matrix matrix;
+  double coeff;
+};
+
+/// Rows [row_begin, row_end) of the plan's row order times the sum of terms [term_begin, term_end).
+/// A row that belongs to several passes is complete after the last of them.
+struct Pass {
+  int64_t row_begin, row_end;
+  int64_t term_begin, term_end;
+  bool first, last;
+};
+
+/// Grid of independent items and the block sizes inside one item.
+struct Blocking {
+  int64_t row_block;    // rows of one item
+  int64_t col_block;    // output columns of one item
+  int64_t depth_block;  // length of the product summed between two touches of the accumulator tile
+};
+
+struct RowProduct {
+  DType dtype;
+  bool transposed;  // W[column, depth] (forward) or W[depth, column] (dx)
+  int64_t rows, cols, depth;
+  Matrix in;
+  MutableMatrix out;
+  Matrix bias;              // one row, or one for each task; data may be null
+  const int64_t* row_index; // place in the plan's order -> row of in and out; null: the identity
+  const int64_t* bias_index;  // place in the plan's order -> row of bias; null: row 0
+  const Term* terms;
+  const Pass* passes;
+  int64_t num_passes;
+  Blocking blocking;
+};
+
+/// partials[slot] = <P tile, matrix tile>, summed over tiles by the plan.
+struct Dot {
+  Matrix matrix;
+  int64_t slot;
+};
+
+/// matrix = factor · P
+struct Target {
+  MutableMatrix matrix;
+  double factor;
+};
+
+/// One weight gradient: which rows enter it and what its tiles are used for.
+struct Job {
+  int64_t row_begin, row_end;
+  int64_t dot_begin, dot_end;
+  int64_t target_begin, target_end;
+};
+
+struct WeightGradient {
+  DType dtype;
+  int64_t rows, cols;  // O, I: the shape of P
+  Matrix dy, x;
+  const int64_t* row_index;  // place in the plan's order -> row of dy and x; null: the identity
+  const double* row_scale;   // place in the plan's order -> factor; null: 1
+  const Job* jobs;
+  int64_t num_jobs;
+  const Dot* dots;
+  const Target* targets;
+  double* partials;  // [slots, tiles]
+  Blocking blocking;  // tiles of P; depth_block counts rows of dy and x
+};
+
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+/// Splits n > 0 into the fewest parts of at most `most`, as even as they come: n = 8, most = 6 gives 4 + 4.
+static constexpr int64_t even_part(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
+
+static inline int64_t num_items(const RowProduct& p) {
+  return ceil_div(p.rows, p.blocking.row_block) * ceil_div(p.cols, p.blocking.col_block);
+}
+static inline int64_t num_tiles(const WeightGradient& p) {
+  return ceil_div(p.rows, p.blocking.row_block) * ceil_div(p.cols, p.blocking.col_block);
+}
+static inline int64_t num_items(const WeightGradient& p) { return p.num_jobs * num_tiles(p); }
+
+}  // namespace taps_fast::cpu

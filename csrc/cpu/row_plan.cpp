@@ -1,0 +1,136 @@
+// Passes of forward and dx.
+//
+// Rows are ordered so that those which share the base's product lie together: closed rows of every task, base rows, and
+// (split, or many small groups) the rows of open tasks, whose deltas then need only their own product. The other open
+// groups follow, each with its terms summed into one panel. Cost grows with the open gates of the tasks present.
+#include <algorithm>
+#include <numeric>
+
+#include "plan.h"
+
+namespace taps_fast::cpu {
+namespace {
+
+constexpr int64_t kPanelBytes = 1 << 20;      // half of L2: the packed panel stays there
+constexpr int64_t kColBlock = 64;
+constexpr int64_t kDepthBlock = 2048;
+constexpr int64_t kRowBlock = 2048;
+constexpr int64_t kSmallGroup = 4;            // rows; with kManyGroups of them the base's product is shared
+constexpr int64_t kManyGroups = 8;
+
+/// One group of the batch: its rows and the terms of its weight.
+struct Member {
+  int64_t task;
+  double base_coeff;
+  std::vector<Term> deltas;
+  int64_t rows;
+};
+
+std::vector<Term> open_terms(const Weight& weight, int64_t task) {
+  std::vector<Term> terms;
+  for (size_t k = 0; k < weight.deltas.size(); k++)
+    if (const double c = weight.coeff(task, k); c != 0) terms.push_back({weight.deltas[k], c});
+  return terms;
+}
+
+}  // namespace
+
+void RowPlan::add_group(int64_t row_begin, int64_t row_end, const std::vector<Term>& terms, bool first, bool last) {
+  const int64_t begin = terms_.size();
+  terms_.insert(terms_.end(), terms.begin(), terms.end());
+  passes_.push_back({row_begin, row_end, begin, static_cast<int64_t>(terms_.size()), first, last});
+}
+
+void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algorithm, bool bias_by_task, int threads,
+                     const Kernels& table) {
+  std::vector<Member> members;
+  if (groups.offsets) {
+    const int64_t rows_per_sample = groups.batch ? problem.rows / groups.batch : 0;
+    for (int64_t g = 0; g <= groups.tasks; g++) {
+      const int64_t rows = (groups.offsets[g + 1] - groups.offsets[g]) * rows_per_sample;
+      if (rows == 0) continue;
+      members.push_back({g - 1, g ? weight.base_coeff(g - 1) : 1.0, {}, rows});
+      if (g) members.back().deltas = open_terms(weight, g - 1);
+    }
+  } else {
+    members.push_back({0, weight.base_coeff(0), open_terms(weight, 0), problem.rows});
+  }
+
+  const auto small = [](const Member& m) { return m.rows <= kSmallGroup; };
+  const auto open = [](const Member& m) { return !m.deltas.empty(); };
+  const int64_t small_groups =
+      std::count_if(members.begin(), members.end(), [&](const Member& m) { return open(m) && small(m); });
+  const bool share_small = groups.offsets && small_groups >= kManyGroups;
+  const auto shares_base = [&](const Member& m) {
+    return !open(m) || algorithm == Algorithm::kSplit || (share_small && small(m));
+  };
+  // Sharers first, by base coefficient; among equals closed before open, so that a run's closed rows lie together.
+  std::stable_sort(members.begin(), members.end(), [&](const Member& a, const Member& b) {
+    if (shares_base(a) != shares_base(b)) return shares_base(a);
+    if (!shares_base(a)) return false;
+    return a.base_coeff != b.base_coeff ? a.base_coeff < b.base_coeff : open(a) < open(b);
+  });
+
+  int64_t row = 0;
+  for (size_t i = 0; i < members.size();) {
+    if (!shares_base(members[i])) {
+      std::vector<Term> terms = members[i].deltas;
+      if (members[i].base_coeff != 0) terms.insert(terms.begin(), {weight.base, members[i].base_coeff});
+      add_group(row, row + members[i].rows, terms, true, true);
+      row += members[i++].rows;
+      continue;
+    }
+    size_t end = i;
+    int64_t rows = 0, closed = 0;
+    for (; end < members.size() && shares_base(members[end]) && members[end].base_coeff == members[i].base_coeff; end++) {
+      rows += members[end].rows;
+      if (!open(members[end])) closed += members[end].rows;
+    }
+    // Closed rows are complete after the base's product (or, at base coefficient 0, with no product at all).
+    const bool has_base = members[i].base_coeff != 0;
+    const std::vector<Term> base = {{weight.base, members[i].base_coeff}};
+    if (has_base && closed == rows) {
+      add_group(row, row + rows, base, true, true);
+    } else {
+      if (has_base) add_group(row, row + rows, base, true, false);
+      if (closed) add_group(row, row + closed, {}, !has_base, true);
+    }
+    for (; i < end; row += members[i++].rows) {
+      const std::vector<Term>& deltas = members[i].deltas;
+      for (size_t d = 0; d < deltas.size(); d++)
+        add_group(row, row + members[i].rows, {deltas[d]}, !has_base && d == 0, d + 1 == deltas.size());
+    }
+  }
+
+  if (groups.offsets) {
+    rows_.reserve(problem.rows);
+    for (const Member& m : members)
+      for_each_row(groups, m.task + 1, problem.rows, [&](int64_t r) {
+        rows_.push_back(r);
+        if (bias_by_task) bias_rows_.push_back(m.task < 0 ? groups.tasks : m.task);
+      });
+    problem.row_index = rows_.data();
+    problem.bias_index = bias_by_task ? bias_rows_.data() : nullptr;
+  }
+  problem.terms = terms_.data();
+  problem.passes = passes_.data();
+  problem.num_passes = passes_.size();
+
+  Blocking& b = problem.blocking;
+  b.col_block = kColBlock;
+  b.depth_block = std::max<int64_t>(1, problem.depth <= 2 * kDepthBlock ? problem.depth : kDepthBlock);
+  if (passes_.size() > 1) b.depth_block = std::min<int64_t>(b.depth_block, 1024);
+  b.row_block = std::min(problem.rows, kRowBlock);
+  (void)threads;
+  (void)table;
+}
+
+int64_t RowPlan::workspace_bytes(const Kernels& table) const {
+  const int64_t size = compute_size(problem.dtype), lanes = table.vector_bytes / size;
+  const Blocking& b = problem.blocking;
+  const int64_t buffer_rows = table.row_buffers, stride = round_up(b.col_block, lanes);
+  return size * (stride * b.depth_block + buffer_rows * round_up(b.depth_block, lanes) +
+                 (buffer_rows + b.row_block) * stride);
+}
+
+}  // namespace taps_fast::cpu

@@ -1,0 +1,252 @@
+// One vector register of float or double, and the conversions between it and what tensors store.
+//
+// Written with GCC vector extensions, so that one text serves every instruction set; only the float transpose, the
+// horizontal sum and the float16 conversions name instructions. Included by the kernels_*.cpp alone: everything is in
+// an anonymous namespace and nothing comes from the standard library's templates, so no function compiled for one
+// instruction set can be merged with another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own intrinsics, wherever they are inlined
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
+
+#define TAPS_INLINE inline __attribute__((always_inline))
+
+namespace taps_fast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32, kStripVectors = 4, kTileRows = 6;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRegisters = 16, kStripVectors = 2, kTileRows = 6;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32, kStripVectors = 4, kTileRows = 6;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16, kStripVectors = 2, kTileRows = 4;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+
+/// The type sums are formed in, for each stored type.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class C>
+struct VecOf {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+};
+template <class C>
+using Vec = typename VecOf<C>::type;
+
+template <class C>
+constexpr int kLanes = kVectorBytes / sizeof(C);
+
+template <class V, class T>
+TAPS_INLINE V read(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TAPS_INLINE FloatVec load(const float* p) { return read<FloatVec>(p); }
+TAPS_INLINE DoubleVec load(const double* p) { return read<DoubleVec>(p); }
+TAPS_INLINE FloatVec load(const BFloat16* p) {
+  return (FloatVec)(__builtin_convertvector(read<HalfVec>(p), WordVec) << 16);
+}
+TAPS_INLINE FloatVec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_cvtph_ps(read<__m256i>(p));
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+  // Scaling by 2^112 rebiases normal and subnormal numbers alike; infinities and NaNs keep a full exponent.
+  const WordVec half = __builtin_convertvector(read<HalfVec>(p), WordVec);
+  const WordVec magnitude = (half & 0x7fff) << 13;
+  const WordVec finite = (WordVec)((FloatVec)magnitude * 0x1p112f);
+  const WordVec special = (WordVec)((half & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (FloatVec)(finite | special | (half & 0x8000) << 16);
+#endif
+}
+
+TAPS_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
+TAPS_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
+TAPS_INLINE void store(BFloat16* p, FloatVec v) {
+  // To nearest even; a NaN keeps its high bits and is made quiet, since rounding could carry it into infinity.
+  const WordVec bits = (WordVec)v;
+  const WordVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const WordVec nan = (WordVec)(v != v);
+  const HalfVec half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), HalfVec);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+TAPS_INLINE void store(Float16* p, FloatVec v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  // To nearest even, by cases on the magnitude: too large (or NaN), normal, and subnormal, where adding 0.5 lets the
+  // addition round at the right bit.
+  const WordVec bits = (WordVec)v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const WordVec nan = (WordVec)(magnitude > 0x7f800000), large = (WordVec)(magnitude >= 0x477ff000);
+  const WordVec small = (WordVec)(magnitude < 0x38800000);
+  const WordVec normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const WordVec subnormal = (WordVec)((FloatVec)magnitude + 0.5f) - 0x3f000000;
+  const WordVec infinite = 0x7c00 | (nan & 0x200);
+  const WordVec finite = (small & subnormal) | (~small & normal);
+  const HalfVec half = __builtin_convertvector(sign | (large & infinite) | (~large & finite), HalfVec);
+#endif
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+/// The first n < lanes elements, zeros after them.
+template <class S>
+TAPS_INLINE Vec<Compute<S>> load_partial(const S* p, int64_t n) {
+  S buffer[kLanes<Compute<S>>] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(S));
+  return load(buffer);
+}
+template <class S>
+TAPS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int64_t n) {
+  S buffer[kLanes<Compute<S>>];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(S));
+}
+
+template <class V>
+TAPS_INLINE double horizontal_sum(V v) {
+  double sum = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); i++) sum += v[i];
+  return sum;
+}
+
+TAPS_INLINE float sum_lanes(FloatVec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+TAPS_INLINE double sum_lanes(DoubleVec v) { return horizontal_sum(v); }
+
+/// r[i][j] -> r[j][i] for as many vectors as a vector has lanes.
+template <class V>
+TAPS_INLINE void transpose(V* r) {
+  constexpr int n = sizeof(V) / sizeof(r[0][0]);
+  V t[n];
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++) t[i][j] = r[j][i];
+  for (int i = 0; i < n; i++) r[i] = t[i];
+}
+
+#if defined(__AVX512F__)
+template <>
+TAPS_INLINE void transpose(FloatVec* rows) {
+  __m512* r = (__m512*)rows;
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 2], c = (__m512d)t[4 * i + 1], d = (__m512d)t[4 * i + 3];
+    r[4 * i] = (__m512)_mm512_unpacklo_pd(a, b);
+    r[4 * i + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    r[4 * i + 2] = (__m512)_mm512_unpacklo_pd(c, d);
+    r[4 * i + 3] = (__m512)_mm512_unpackhi_pd(c, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+template <>
+TAPS_INLINE void transpose(FloatVec* rows) {
+  __m256* r = (__m256*)rows;
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+#endif
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+/// f(Int<n>{}) for the run-time n in [1, N].
+template <int N, class F>
+TAPS_INLINE void with_constant(int64_t n, const F& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, f);
+  }
+  f(Int<N>{});
+}
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace taps_fast::cpu

@@ -1,0 +1,94 @@
+// dw: the tiles of P = Σ_r scale_r · dy_rᵀ x_r, used while they are in cache and stored only where a gradient is them.
+//
+// One item = one job's tile of P. Rows are packed in blocks (dy becomes the broadcast side, x the strips, both gathered
+// and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas and
+// scaled into the targets straight from L1. Dots end in float64 partials, one a tile, which the plan sums in order.
+#pragma once
+
+#include "pack.h"
+#include "tile.h"
+
+namespace taps_fast::cpu {
+namespace {
+
+template <class S>
+class GradientItem {
+  using C = Compute<S>;
+  static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
+
+ public:
+  GradientItem(const WeightGradient& problem, int64_t item, void* workspace) : p_(problem) {
+    tiles_ = num_tiles(p_);
+    const int64_t across = ceil_div(p_.cols, p_.blocking.col_block);
+    tile_index_ = item % tiles_;
+    job_ = p_.jobs[item / tiles_];
+    row_begin_ = tile_index_ / across * p_.blocking.row_block;
+    rows_ = min(p_.blocking.row_block, p_.rows - row_begin_);
+    col_begin_ = tile_index_ % across * p_.blocking.col_block;
+    cols_ = min(p_.blocking.col_block, p_.cols - col_begin_);
+    tile_stride_ = round_up(p_.blocking.col_block, kLanes<C>);
+    left_stride_ = round_up(p_.blocking.row_block, kLanes<C>);
+    left_ = static_cast<C*>(workspace);
+    right_ = left_ + left_stride_ * p_.blocking.depth_block;
+    tile_ = right_ + tile_stride_ * p_.blocking.depth_block;
+  }
+
+  void run() {
+    for (int64_t d = job_.dot_begin; d < job_.dot_end; d++) partial(p_.dots[d]) = 0;
+    int64_t begin = job_.row_begin;
+    do {
+      const int64_t depth = min(p_.blocking.depth_block, job_.row_end - begin);
+      const Term dy{p_.dy, 1}, x{p_.x, 1};
+      pack_straight<S>(left_, left_stride_, &dy, 1, begin, depth, row_begin_, rows_, {p_.row_index, p_.row_scale});
+      pack_straight<S>(right_, kWidth, &x, 1, begin, depth, col_begin_, cols_, {p_.row_index, nullptr});
+      const int64_t width = round_up(rows_, kLanes<C>);
+      for (int64_t r = 0; r < rows_; r += kTileRows) {
+        const int64_t n = min(kTileRows, rows_ - r);
+        const C* a[kTileRows];
+        for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
+        C* out = tile_ + r * tile_stride_;
+        tile_row<C>(a, n, width, right_, cols_, out, tile_stride_, depth, begin > job_.row_begin);
+        if (begin + depth == job_.row_end)
+          for (int64_t i = 0; i < n; i++) use_row(r + i, out + i * tile_stride_);
+      }
+      begin += depth;
+    } while (begin < job_.row_end);
+  }
+
+ private:
+  double& partial(const Dot& dot) { return p_.partials[dot.slot * tiles_ + tile_index_]; }
+
+  void use_row(int64_t r, const C* row) {
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t d = job_.dot_begin; d < job_.dot_end; d++) {
+      const Matrix& m = p_.dots[d].matrix;
+      const S* w = static_cast<const S*>(m.data) + (row_begin_ + r) * m.stride + col_begin_;
+      Vec<C> sum{};
+      int64_t j = 0;
+      for (; j + lanes <= cols_; j += lanes) sum += load(row + j) * load(w + j);
+      if (j < cols_) sum += load_partial(row + j, cols_ - j) * load_partial(w + j, cols_ - j);
+      partial(p_.dots[d]) += sum_lanes(sum);
+    }
+    for (int64_t t = job_.target_begin; t < job_.target_end; t++) {
+      const Target& target = p_.targets[t];
+      S* out = static_cast<S*>(target.matrix.data) + (row_begin_ + r) * target.matrix.stride + col_begin_;
+      const C factor = static_cast<C>(target.factor);
+      int64_t j = 0;
+      for (; j + lanes <= cols_; j += lanes) store(out + j, factor * load(row + j));
+      if (j < cols_) store_partial(out + j, factor * load(row + j), cols_ - j);
+    }
+  }
+
+  const WeightGradient& p_;
+  Job job_;
+  int64_t tiles_, tile_index_, row_begin_, rows_, col_begin_, cols_, tile_stride_, left_stride_;
+  C *left_, *right_, *tile_;
+};
+
+template <class S>
+void run_weight_gradient(const WeightGradient& problem, int64_t item, void* workspace) {
+  GradientItem<S>(problem, item, workspace).run();
+}
+
+}  // namespace
+}  // namespace taps_fast::cpu
