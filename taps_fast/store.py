@@ -121,20 +121,23 @@ def read_task(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     Cost: one read and one SHA-256 pass.
     """
     folder = Path(folder)
-    meta = _read_json(folder)
+    while True:
+        meta = _read_json(folder)
+        path = _tensor_file(folder, meta["tensors"])
+        try:
+            tensors = load_file(path)
+            break
+        except FileNotFoundError:
+            if _read_json(folder) == meta:  # else a save came in between: read what it wrote
+                raise TaskFolderError(
+                    f"read_task: folder must hold {path.name}, which its task.json names, got none in {folder}"
+                ) from None
+        except SafetensorError as error:
+            raise TaskFolderError(
+                f"read_task: {path} must be a whole safetensors file, got {path.stat().st_size} bytes "
+                f"that are not: it is truncated or corrupted ({error})"
+            ) from None
     table: dict[str, dict[str, Any]] = meta["tensors"]
-    path = _tensor_file(folder, table)
-    if not path.is_file():
-        raise TaskFolderError(
-            f"read_task: folder must hold {path.name}, which its task.json names, got none in {folder}"
-        )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise TaskFolderError(
-            f"read_task: {path} must be a whole safetensors file, got {path.stat().st_size} bytes "
-            f"that are not: it is truncated or corrupted ({error})"
-        ) from None
     _same_names(f"read_task: {path} must hold the tensors that task.json names", table, tensors)
     for name, found in _table(tensors).items():
         if found != table[name]:
@@ -276,7 +279,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Puts a whole file at ``path`` in one step, on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors keeps its files from everybody but the owner
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

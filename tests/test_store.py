@@ -1,0 +1,497 @@
+"""Task folders: what is written is read, what is damaged or does not fit is refused, and a save is all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from taps_fast import store
+from taps_fast.store import TaskFolderError, check_against, fingerprint, read_task, save_task
+
+META = {"task": "cubs", "fingerprint": "sha256:" + "ab" * 32, "sharing": {"layers": []}, "classes": 3, "threshold": 0.1}
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+    torch.complex64, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "fc1.deltas.cubs": torch.randn(5, 7, generator=g),
+        "fc2.deltas.cubs": torch.randn(3, 5, generator=g).bfloat16(),
+        "fc1.scores.cubs": torch.tensor(0.15),
+        "bn.num_batches_tracked.cubs": torch.tensor(12),
+    }
+
+
+def assert_same(found, wanted):
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor.cpu().contiguous(), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_task(tmp_path / "cubs", some_tensors(), META)
+    return tmp_path / "cubs"
+
+
+def tensor_file(folder):
+    (path,) = folder.glob("tensors-*.safetensors")
+    return path
+
+
+# --- fingerprint
+
+
+def test_fingerprint_is_of_names_and_content():
+    tensors = some_tensors()
+    mine = fingerprint(tensors)
+    assert mine.startswith("sha256:") and len(mine) == 7 + 64
+    assert fingerprint(dict(reversed(tensors.items()))) == mine
+    assert fingerprint({n: t.clone() for n, t in tensors.items()}) == mine
+    a = tensors["fc1.deltas.cubs"]
+    for change in (
+        {"fc1.deltas.cubs": a.nextafter(torch.tensor(torch.inf))},
+        {"fc1.deltas.cubs": a.reshape(7, 5)},
+        {"fc1.deltas.cubs": a.view(torch.int32)},
+        {"fc1.scores.cubs": torch.tensor([0.15])},
+        {"another": torch.zeros(0)},
+    ):
+        assert fingerprint(tensors | change) != mine, change
+    assert fingerprint({"b" if n == "fc1.deltas.cubs" else n: t for n, t in tensors.items()}) != mine
+
+
+def test_fingerprint_knows_values_not_layout():
+    a = torch.randn(2, 3, 4, 5)
+    mine = fingerprint({"a": a})
+    assert fingerprint({"a": a.to(memory_format=torch.channels_last)}) == mine
+    assert fingerprint({"a": a.transpose(0, 1).contiguous().transpose(0, 1)}) == mine
+    assert fingerprint({"a": torch.nn.Parameter(a)}) == mine
+    assert fingerprint({"a": torch.zeros(3).expand(2, 3)}) == fingerprint({"a": torch.zeros(2, 3)})
+
+
+def test_fingerprint_follows_its_written_definition():
+    """Folders on disk hold it, so it may not drift: SHA-256 of the sorted table of names, dtypes, shapes, hashes."""
+    tensors = {"b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a": torch.tensor(-1, dtype=torch.int64)}
+    b = hashlib.sha256(struct.pack("<6f", *range(6))).hexdigest()
+    a = hashlib.sha256(struct.pack("<q", -1)).hexdigest()
+    table = (
+        f'{{"a":{{"dtype":"int64","sha256":"{a}","shape":[]}},"b":{{"dtype":"float32","sha256":"{b}","shape":[2,3]}}}}'
+    )
+    assert fingerprint(tensors) == "sha256:" + hashlib.sha256(table.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fingerprint_reads_every_dtype(dtype):
+    zeros, ones = torch.zeros(4).to(dtype), torch.ones(4).to(dtype)
+    assert fingerprint({"a": zeros}) != fingerprint({"a": ones})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [(torch.zeros(2, device="meta"), "the meta device"), (torch.eye(2).to_sparse(), "torch.sparse_coo")],
+    ids=["meta", "sparse"],
+)
+def test_fingerprint_needs_data(tensor, what):
+    with pytest.raises(ValueError, match=f"^fingerprint: tensor 'a' must be dense and hold data, got one of {what}$"):
+        fingerprint({"a": tensor})
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_round_trip_of_dtypes(tmp_path, dtype):
+    tensors = {"t": torch.randn(3, 4).mul(4).to(dtype), "empty": torch.zeros(0, 3).to(dtype)}
+    save_task(tmp_path, tensors, META)
+    assert_same(read_task(tmp_path)[0], tensors)
+
+
+def test_round_trip_of_awkward_tensors(tmp_path):
+    shared = torch.randn(4, 6)
+    tensors = {
+        "transposed": shared.T,
+        "slice": shared[1:3],
+        "same memory": shared,
+        "expanded": torch.tensor([1.0, torch.nan]).expand(3, 2),
+        "parameter": torch.nn.Parameter(shared.clone()),
+        "negative zero": torch.tensor([-0.0, torch.inf]),
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_task(tmp_path, tensors, META)
+    assert_same(tensors, before)
+    found, _ = read_task(tmp_path)
+    assert_same(found, before)
+    assert torch.signbit(found["negative zero"][0])
+    assert not found["parameter"].requires_grad
+
+
+def test_no_tensors_is_a_task_too(tmp_path):
+    save_task(tmp_path, {}, META)
+    assert read_task(tmp_path)[0] == {}
+
+
+def test_meta_comes_back(folder):
+    _, meta = read_task(folder)
+    assert {key: meta[key] for key in META} == META
+    assert meta["format"] == store.FORMAT
+    assert meta["library"].startswith("taps_fast ")
+    assert meta["tensors"]["fc2.deltas.cubs"]["dtype"] == "bfloat16"
+    assert meta["tensors"]["fc2.deltas.cubs"]["shape"] == [3, 5]
+
+
+def test_folder_is_named_in_any_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_task("deep/er/cubs/", some_tensors(), META)
+    assert_same(read_task(os.path.join("deep", "er", "cubs"))[0], some_tensors())
+
+
+def test_files_have_ordinary_permissions(folder, tmp_path):
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+# --- saving over a folder
+
+
+def test_save_over_a_folder_replaces_the_task_alone(folder):
+    (folder / "notes.txt").write_text("mine")
+    old = tensor_file(folder)
+    save_task(folder, some_tensors(1), {**META, "classes": 4})
+    tensors, meta = read_task(folder)
+    assert_same(tensors, some_tensors(1))
+    assert meta["classes"] == 4
+    assert not old.exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "task.json", tensor_file(folder).name]
+
+
+def test_save_the_same_again(folder):
+    save_task(folder, some_tensors(), META)
+    assert_same(read_task(folder)[0], some_tensors())
+
+
+def test_save_over_a_damaged_folder(folder):
+    (folder / "task.json").write_text("{")
+    save_task(folder, some_tensors(1), META)
+    assert_same(read_task(folder)[0], some_tensors(1))
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: not an Exception."""
+
+
+@pytest.mark.parametrize("step", ["writing tensors", "fsync", "chmod", "replacing tensors", "replacing task.json"])
+def test_interrupted_save_leaves_the_old_task(folder, monkeypatch, step):
+    def interrupt(*args):
+        if step != "replacing task.json" or str(args[1]).endswith("task.json"):
+            raise Interrupted
+        replace(*args)
+
+    replace = os.replace
+    owner, name = {
+        "writing tensors": (store, "save_file"),
+        "fsync": (os, "fsync"),
+        "chmod": (store.Path, "chmod"),
+    }.get(step, (os, "replace"))
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupt)
+        with pytest.raises(Interrupted):
+            save_task(folder, some_tensors(1), META)
+    assert_same(read_task(folder)[0], some_tensors())
+    assert not list(folder.glob(".*")), "temporary files"
+    save_task(folder, some_tensors(2), META)
+    assert_same(read_task(folder)[0], some_tensors(2))
+
+
+def test_killed_save_leaves_the_old_task(folder):
+    """The process dies between the two files: no handler runs."""
+    code = (
+        "import os, sys, torch; from taps_fast import store\n"
+        "done = os.replace\n"
+        "def replace(a, b):\n"
+        "    if str(b).endswith('task.json'): os._exit(9)\n"
+        "    done(a, b)\n"
+        "os.replace = replace\n"
+        "store.save_task(sys.argv[1], {'t': torch.ones(3)}, {'task': 'cubs', 'fingerprint': 'f', 'sharing': {}})\n"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)]).returncode == 9
+    assert len(list(folder.glob("tensors-*"))) == 2
+    assert_same(read_task(folder)[0], some_tensors())
+
+
+def test_readers_never_see_half_a_save(folder):
+    """Every read while saves go on gives one of the tasks that were saved, whole."""
+    stop = threading.Event()
+    errors = []
+    save_task(folder, some_tensors(0), {**META, "classes": 0})
+
+    def save():
+        seed = 0
+        while not stop.is_set():
+            seed = 1 - seed
+            try:
+                save_task(folder, some_tensors(seed), {**META, "classes": seed})
+            except Exception as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        end, reads = time.monotonic() + 1.0, 0
+        while time.monotonic() < end:
+            tensors, meta = read_task(folder)
+            assert_same(tensors, some_tensors(meta["classes"]))
+            reads += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors and reads
+
+
+def test_saves_at_once_leave_one_whole_task(folder):
+    """As when every rank of a distributed run saves."""
+    threads = [threading.Thread(target=save_task, args=(folder, some_tensors(1), META)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(read_task(folder)[0], some_tensors(1))
+
+
+# --- what cannot be saved
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"task": None}, r"^save_task: meta must hold 'task', a str, got None$"),
+        ({"fingerprint": 3}, r"^save_task: meta must hold 'fingerprint', a str, got 3$"),
+        ({"sharing": []}, r"^save_task: meta must hold 'sharing', a dict, got \[\]$"),
+        ({"format": 7}, r"^save_task: meta must leave 'format' to save_task, got 7$"),
+        ({"score": torch.ones(1)}, r"^save_task: meta must hold JSON values, got one that is not \(.*Tensor"),
+        ({"score": float("nan")}, r"^save_task: meta must hold JSON values, got one that is not .*JSON compliant"),
+    ],
+)
+def test_bad_meta(folder, change, text):
+    with pytest.raises(TaskFolderError, match=text):
+        save_task(folder, some_tensors(1), {**META, **change})
+    assert_same(read_task(folder)[0], some_tensors())
+
+
+def test_save_into_a_file(tmp_path):
+    (tmp_path / "cubs").write_text("mine")
+    with pytest.raises(TaskFolderError, match="^save_task: folder must be a folder or not exist, got the file .*cubs$"):
+        save_task(tmp_path / "cubs", some_tensors(), META)
+    assert (tmp_path / "cubs").read_text() == "mine"
+
+
+# --- what cannot be read
+
+
+def test_not_a_task_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for path, what in ((tmp_path, "a folder without one"), (tmp_path / "file", "a file"), (tmp_path / "x", "no such")):
+        with pytest.raises(
+            TaskFolderError, match=f"^read_task: folder must be a task folder, with a task.json, got {what}"
+        ):
+            read_task(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"version": "2.0.0", "tasks": []}', '{"format": "1", "library": ""}'])
+def test_another_json_file(folder, text):
+    (folder / "task.json").write_text(text)
+    with pytest.raises(TaskFolderError, match=r"task\.json must be written by taps_fast, got another JSON file$"):
+        read_task(folder)
+
+
+def test_truncated_json(folder):
+    path = folder / "task.json"
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TaskFolderError, match=r"task\.json must be JSON, got a truncated or corrupted file"):
+            read_task(folder)
+
+
+def test_any_changed_byte_of_json_is_found(folder):
+    path = folder / "task.json"
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        with pytest.raises(TaskFolderError):
+            read_task(folder)
+
+
+def test_edited_json(folder):
+    path = folder / "task.json"
+    path.write_text(path.read_text().replace('"threshold": 0.1', '"threshold": 0.2'))
+    with pytest.raises(TaskFolderError, match=r"task\.json must match its checksum, got another content"):
+        read_task(folder)
+
+
+def rewrite(folder, **change):
+    """task.json with another content and the checksum that goes with it."""
+    path = folder / "task.json"
+    document = json.loads(path.read_text()) | change
+    del document["checksum"]
+    path.write_text(json.dumps({**document, "checksum": store._checksum_of(document)}))
+
+
+def test_newer_format(folder):
+    rewrite(folder, format=store.FORMAT + 1, library="taps_fast 9.0")
+    with pytest.raises(
+        TaskFolderError,
+        match=rf"^read_task: format must be at most {store.FORMAT} for taps_fast .*, got {store.FORMAT + 1} "
+        r"\(.*task\.json was saved by taps_fast 9\.0: upgrade taps_fast\)$",
+    ):
+        read_task(folder)
+
+
+def test_newer_format_is_named_even_if_its_checksum_means_something_else(folder):
+    document = json.loads((folder / "task.json").read_text()) | {"format": 99}
+    (folder / "task.json").write_text(json.dumps(document))
+    with pytest.raises(TaskFolderError, match="format must be at most"):
+        read_task(folder)
+
+
+@pytest.mark.parametrize("key", ["task", "fingerprint", "sharing", "tensors"])
+def test_json_without_a_key(folder, key):
+    rewrite(folder, **{key: None})
+    with pytest.raises(TaskFolderError, match=rf"^read_task: .*task\.json must hold '{key}', a (str|dict), got None$"):
+        read_task(folder)
+
+
+def test_missing_tensors_file(folder):
+    name = tensor_file(folder).name
+    tensor_file(folder).unlink()
+    with pytest.raises(
+        TaskFolderError, match=f"^read_task: folder must hold {name}, which its task.json names, got none"
+    ):
+        read_task(folder)
+
+
+def test_truncated_tensors_file(folder):
+    path = tensor_file(folder)
+    whole = path.read_bytes()
+    for length in (0, 4, 60, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            TaskFolderError, match=rf"must be a whole safetensors file, got {length} bytes .* truncated"
+        ):
+            read_task(folder)
+
+
+def test_pickle_is_never_loaded(folder):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    tensor_file(folder).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(TaskFolderError, match="must be a whole safetensors file"):
+        read_task(folder)
+
+
+def test_corrupted_tensor_is_named(folder):
+    path = tensor_file(folder)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(TaskFolderError, match=r"^read_task: tensor '.*' must have the sha256 that task\.json gives"):
+        read_task(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [(torch.zeros(5, 7).half(), "dtype"), (torch.zeros(7, 5), "shape"), (torch.zeros(5, 7), "sha256")],
+)
+def test_replaced_tensor(folder, tensor, part):
+    path = tensor_file(folder)
+    save_file({name: t.clone() for name, t in load_file(path).items()} | {"fc1.deltas.cubs": tensor}, path)
+    with pytest.raises(
+        TaskFolderError, match=rf"tensor 'fc1\.deltas\.cubs' must have the {part} that task\.json gives"
+    ):
+        read_task(folder)
+
+
+def test_missing_and_extra_tensors_in_the_file(folder):
+    path = tensor_file(folder)
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    tensors["fc1.deltas.cubz"] = tensors.pop("fc1.deltas.cubs")
+    save_file(tensors, path)
+    with pytest.raises(
+        TaskFolderError,
+        match=r"must hold the tensors that task\.json names, got 1 \('fc1\.deltas\.cubs'\) missing and "
+        r"1 \('fc1\.deltas\.cubz'\) extra; did you mean 'fc1\.deltas\.cubs'\?$",
+    ):
+        read_task(folder)
+
+
+# --- what does not fit the model
+
+
+def fits(tensors=None, expected=None, base=META["fingerprint"]):
+    meta = {**META, "library": "taps_fast 0.1.0"}
+    check_against(meta, some_tensors() if tensors is None else tensors, expected or some_tensors(1), base)
+
+
+def test_fitting_task_passes():
+    fits()
+    fits(expected={name: tensor.to("meta") for name, tensor in some_tensors().items()})
+
+
+def test_another_base():
+    with pytest.raises(
+        TaskFolderError,
+        match=r"^load_task: task 'cubs' must be of this model's base, sha256:cd, got one of sha256:(ab){32} "
+        r"\(saved by taps_fast 0\.1\.0\)$",
+    ):
+        fits(base="sha256:cd")
+
+
+def test_missing_and_extra_tensors_of_the_model():
+    tensors = some_tensors()
+    tensors["fc1.delta.cubs"] = tensors.pop("fc1.deltas.cubs")
+    with pytest.raises(
+        TaskFolderError,
+        match=r"^load_task: task 'cubs' must hold this model's tensors, got 1 \('fc1\.deltas\.cubs'\) missing and "
+        r"1 \('fc1\.delta\.cubs'\) extra; did you mean 'fc1\.deltas\.cubs'\?$",
+    ):
+        fits(tensors)
+    with pytest.raises(TaskFolderError, match=r"got none missing and 1 \('far away'\) extra$"):
+        fits(some_tensors() | {"far away": torch.zeros(1)})
+    many = some_tensors() | {f"layer{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(TaskFolderError, match=r"got 9 \('layer0', 'layer1', 'layer2', …\) missing and none extra$"):
+        fits(expected=many)
+
+
+def test_another_shape_or_dtype():
+    with pytest.raises(
+        TaskFolderError,
+        match=r"^load_task: tensor 'fc1\.deltas\.cubs' of task 'cubs' must be \(5, 7\) like the model's, got \(5, 8\)$",
+    ):
+        fits(some_tensors() | {"fc1.deltas.cubs": torch.zeros(5, 8)})
+    with pytest.raises(
+        TaskFolderError,
+        match=r"^load_task: tensor 'fc1\.deltas\.cubs' of task 'cubs' must be torch\.float32 like the model's, "
+        r"got torch\.float16$",
+    ):
+        fits(some_tensors() | {"fc1.deltas.cubs": torch.zeros(5, 7).half()})
+
+
+def test_every_error_is_a_value_error():
+    assert issubclass(TaskFolderError, ValueError)
