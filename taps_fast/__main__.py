@@ -1,0 +1,118 @@
+"""The command line: ``python -m taps_fast info | demo | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+
+from . import __version__, _dispatch, store
+from ._problem import Problem
+from .sharing import Sharing, readable_bytes
+
+EXAMPLES = (
+    ("a layer of a vision transformer, 16 images of 4 tasks", "linear", (3072, 768), 16 * 197),
+    ("the same layer, one row a task", "linear", (3072, 768), 4),
+    ("a 3x3 convolution, 16 images of 4 tasks", "conv2d", (256, 256, 3, 3), 16),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0: it did its work, 2: the input was wrong, 130: it was interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m taps_fast", description="Gated base-plus-delta layers (TAPS): one network, many tasks."
+    )
+    parser.add_argument("--version", action="version", version=f"taps_fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    info = commands.add_parser("info", help="what this machine can run, and how to get what is missing")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="train four tasks on one pretrained network, then run a mixed batch")
+    if arguments[:1] == ["demo"]:  # its imports are the demo's own
+        module = importlib.import_module("taps_fast.demo")
+        module.add_arguments(demo)
+        demo.set_defaults(run=module.run)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what task folders hold and share",
+        description="Verifies task folders and prints their layer x task table. The model is not needed.",
+    )
+    inspect.add_argument("folders", nargs="+", metavar="FOLDER", help="written by TapsModel.save_task")
+    inspect.add_argument("--plot", metavar="FILE", help="also draw the table, e.g. sharing.png (needs matplotlib)")
+    inspect.set_defaults(run=_inspect)
+
+    chosen = parser.parse_args(arguments)
+    try:
+        return chosen.run(chosen) or 0
+    except (store.TaskFolderError, UserError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+class UserError(Exception):
+    """Something the person at the command line can put right; shown without a traceback."""
+
+
+def _info(_: argparse.Namespace) -> None:
+    print(f"taps_fast {__version__} in {Path(__file__).parent}")
+    print(
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, "
+        f"safetensors {safetensors.__version__}"
+    )
+    print(_dispatch.describe_machine())
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    print("\nWhat runs by default (->), what can be asked for (yes), what cannot and why (no):")
+    for title, op, shape, rows in EXAMPLES:
+        for device in devices:
+            problem = Problem(op, device, torch.float32, shape, rows, num_deltas=4, num_tasks=4, grad=False)
+            print(f"\n{title}\n{_dispatch.explain(problem)}")
+
+
+def _inspect(chosen: argparse.Namespace) -> None:
+    parts: list[Sharing] = []
+    first: tuple[str, str] | None = None
+    for folder in chosen.folders:
+        tensors, meta = store.read_task(folder)
+        base = meta["fingerprint"]
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        classes = f"{meta['classes']} classes, " if meta.get("classes") else ""
+        print(
+            f"{folder}: task {meta['task']!r}, {classes}{len(tensors)} tensors, {readable_bytes(size)}, "
+            f"base {base}, saved by {meta['library']}"
+        )
+        first = first or (folder, base)
+        if base != first[1]:
+            raise UserError(
+                f"inspect: folders must be of one base, got {first[0]} of {first[1]} and {folder} of {base}"
+            )
+        try:
+            parts.append(Sharing.from_dict(meta["sharing"]))
+        except ValueError as error:
+            raise UserError(f"inspect: {folder}: {error}") from None
+    try:
+        sharing = Sharing.join(parts)
+    except ValueError as error:
+        raise UserError(f"inspect: {error}") from None
+    print(f"\n{sharing}")
+    if chosen.plot is not None:
+        try:
+            sharing.plot(chosen.plot)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"inspect: {error}") from None
+        print(f"\ndrawn to {chosen.plot}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
