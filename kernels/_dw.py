@@ -1,0 +1,305 @@
+"""The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of one task, never stored: each tile is dotted, scaled and dropped.
+
+Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a slot of its own, and
+`sum_slots_kernel` adds the slots in their order.
+"""
+
+import triton
+import triton.language as tl
+
+from ._tiles import coefficient, inside, locate, pick, weighted
+
+
+@triton.jit
+def group_range(group, offsets_ptr, rows_per_sample):
+    """Positions [start, stop) of a group in the grouped order: group 0 is the base's, group t + 1 task t's."""
+    start = tl.load(offsets_ptr + group) * rows_per_sample
+    stop = tl.load(offsets_ptr + group + 1) * rows_per_sample
+    return start.to(tl.int32), stop.to(tl.int32)
+
+
+@triton.jit
+def outer_products(
+    dy_ptr,
+    x_ptr,
+    ids_ptr,
+    order_ptr,
+    start,
+    stop,
+    ro,
+    ri,
+    O,
+    I,
+    B,
+    inner,
+    rows_per_sample,
+    stride_dym,
+    stride_dyo,
+    stride_xm,
+    stride_xi,
+    BLOCK_M: tl.constexpr,
+    MIXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Σ over positions [start, stop) of dy[row, ro] ⊗ x[row, ri], float32 [BLOCK_O, BLOCK_I]."""
+    in_dy = inside(ro, O).to(tl.int64)[None, :] * stride_dyo  # [1, BLOCK_O]
+    in_x = inside(ri, I).to(tl.int64)[None, :] * stride_xi  # [1, BLOCK_I]
+    product = tl.zeros((ro.shape[0], ri.shape[0]), tl.float32)
+    for first in tl.range(start, stop, BLOCK_M):
+        position = first + tl.arange(0, BLOCK_M)
+        real = position < stop
+        row, _ = locate(tl.where(real, position, start), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED)
+        dy = tl.load(dy_ptr + row[:, None] * stride_dym + in_dy, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_O]
+        x = tl.load(x_ptr + row[:, None] * stride_xm + in_x, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_I]
+        product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def use_product(
+    product,
+    slots_ptr,
+    outputs,
+    sources,
+    coeffs_ptr,
+    base_coeffs_ptr,
+    pairs_ptr,
+    task,
+    empty,
+    tile,
+    tiles,
+    ro,
+    ri,
+    O,
+    I,
+    K,
+    P,
+    stride_wo,
+    stride_wi,
+    dtype: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DOTS: tl.constexpr,
+    WRITES: tl.constexpr,
+    WRITE_BASE: tl.constexpr,
+    BAKED: tl.constexpr,
+    TABLE: tl.constexpr,
+    OUT_TABLE: tl.constexpr,
+):
+    """slots[p, tile] = <product, Δ_k> and ddeltas[k] = c[t, k]·product for every pair p = (t, k) of this task.
+
+    BLOCK_P is 0 when all K deltas belong to each task. An output whose pointer is null is not wanted. The deltas of
+    a task with no rows (``empty``) are not read.
+    """
+    real = (ro < O)[:, None] & (ri < I)[None, :]
+    in_w = ro.to(tl.int64)[:, None] * stride_wo + ri.to(tl.int64)[None, :] * stride_wi  # [BLOCK_O, BLOCK_I]
+    in_out = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
+    if BLOCK_P:
+        rp = tl.arange(0, BLOCK_P)
+        listed = tl.load(pairs_ptr + rp, mask=rp < P, other=1 << 40)
+        before = tl.sum((listed < task.to(tl.int64) * K).to(tl.int32), axis=0)
+        after = tl.sum((listed < (task.to(tl.int64) + 1) * K).to(tl.int32), axis=0)
+    else:
+        before = task * K
+        after = before + K
+    if WRITE_BASE:
+        c = coefficient(0, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
+        into = pick(outputs, 0, dtype, OUT_TABLE)
+        tl.store(into + in_out, weighted(c, product).to(dtype), mask=real)
+    for p in tl.range(before, after):
+        if BLOCK_P:
+            source = (tl.load(pairs_ptr + p) - task.to(tl.int64) * K).to(tl.int32) + 1
+        else:
+            source = p - before + 1
+        if DOTS:
+            w = tl.load(pick(sources, source, dtype, TABLE) + in_w, mask=real & ~empty, other=0.0).to(tl.float32)
+            tl.store(slots_ptr + tl.cast(p, tl.int64) * tiles + tile, tl.sum(tl.sum(product * w, axis=1), axis=0))
+        if WRITES:
+            into = pick(outputs, source, dtype, OUT_TABLE)
+            if into.to(tl.int64) != 0:
+                c = coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
+                tl.store(into + in_out, weighted(c, product).to(dtype), mask=real)
+
+
+@triton.jit
+def dw_task_kernel(
+    partial_ptr,
+    slots_ptr,
+    outputs,
+    dy_ptr,
+    x_ptr,
+    sources,
+    coeffs_ptr,
+    base_coeffs_ptr,
+    pairs_ptr,
+    ids_ptr,
+    order_ptr,
+    offsets_ptr,
+    M,
+    I,
+    O,
+    K,
+    P,
+    B,
+    inner,
+    rows_per_sample,
+    stride_dym,
+    stride_dyo,
+    stride_xm,
+    stride_xi,
+    stride_wo,
+    stride_wi,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DOTS: tl.constexpr,
+    WRITES: tl.constexpr,
+    WRITE_BASE: tl.constexpr,
+    MIXED: tl.constexpr,
+    BAKED: tl.constexpr,
+    TABLE: tl.constexpr,
+    OUT_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of one task's P, used at once; with SPLITS > 1 (one weight only), a range of rows of it, into partial[s].
+
+    Programs of one tile are neighbours, so that its part of the sources is shared by the tasks.
+    """
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tiles = tiles_i * tl.cdiv(O, BLOCK_O)
+    tile = tl.program_id(0)
+    which = tl.program_id(1)
+    ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if MIXED:
+        task = which
+        start, stop = group_range(task + 1, offsets_ptr, rows_per_sample)
+    else:
+        task = which * 0
+        chunk = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
+        start = which * chunk
+        stop = tl.minimum(start + chunk, M)
+    product = outer_products(
+        dy_ptr, x_ptr, ids_ptr, order_ptr, start, stop, ro, ri, O, I, B, inner, rows_per_sample,
+        stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, MIXED, PRECISION,
+    )  # fmt: skip
+    if SPLITS > 1:
+        offset = tl.cast(which, tl.int64) * O * I + ro.to(tl.int64)[:, None] * I + ri[None, :]
+        tl.store(partial_ptr + offset, product, mask=(ro < O)[:, None] & (ri < I)[None, :])
+    else:
+        use_product(
+            product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, task, start >= stop,
+            tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
+            BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+        )  # fmt: skip
+
+
+@triton.jit
+def dw_splits_kernel(
+    slots_ptr,
+    outputs,
+    partial_ptr,
+    sources,
+    coeffs_ptr,
+    base_coeffs_ptr,
+    pairs_ptr,
+    I,
+    O,
+    K,
+    P,
+    stride_wo,
+    stride_wi,
+    dtype: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DOTS: tl.constexpr,
+    WRITES: tl.constexpr,
+    WRITE_BASE: tl.constexpr,
+    BAKED: tl.constexpr,
+    TABLE: tl.constexpr,
+    OUT_TABLE: tl.constexpr,
+):
+    """P = Σ_s partial[s] in the order of s, then what `dw_task_kernel` does with it."""
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tiles = tiles_i * tl.cdiv(O, BLOCK_O)
+    tile = tl.program_id(0)
+    ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    real = (ro < O)[:, None] & (ri < I)[None, :]
+    offset = ro.to(tl.int64)[:, None] * I + ri[None, :]  # [BLOCK_O, BLOCK_I]
+    product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for s in tl.range(0, SPLITS):
+        product += tl.load(partial_ptr + tl.cast(s, tl.int64) * O * I + offset, mask=real, other=0.0)
+    use_product(
+        product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, tile * 0, tile < 0,
+        tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, dtype, BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+    )  # fmt: skip
+
+
+@triton.jit
+def dw_shared_kernel(
+    outputs,
+    dy_ptr,
+    x_ptr,
+    wanted_ptr,
+    coeffs_ptr,
+    base_coeffs_ptr,
+    ids_ptr,
+    order_ptr,
+    offsets_ptr,
+    I,
+    O,
+    K,
+    T,
+    B,
+    inner,
+    rows_per_sample,
+    stride_dym,
+    stride_dyo,
+    stride_xm,
+    stride_xi,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BAKED: tl.constexpr,
+    OUT_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_s = Σ_t c[t, s]·P_t for each source s in ``wanted``, which several tasks use; group 0 is one of them.
+
+    A task whose coefficient is 0, or that has no rows, is passed over.
+    """
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tile = tl.program_id(0)
+    source = tl.load(wanted_ptr + tl.program_id(1)).to(tl.int32)
+    ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for group in tl.range(0, T + 1):
+        c = coefficient(source, group - 1, coeffs_ptr, base_coeffs_ptr, K, BAKED)
+        start, stop = group_range(group, offsets_ptr, rows_per_sample)
+        if (c != 0.0) & (start < stop):
+            acc += c * outer_products(
+                dy_ptr, x_ptr, ids_ptr, order_ptr, start, stop, ro, ri, O, I, B, inner, rows_per_sample,
+                stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, True, PRECISION,
+            )  # fmt: skip
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offset = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
+    tl.store(pick(outputs, tl.program_id(1), dtype, OUT_TABLE) + offset, acc.to(dtype), mask=(ro < O)[:, None] & (ri < I)[None, :])
+
+
+@triton.jit
+def sum_slots_kernel(
+    dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):
+    """dcoeffs[pair p] = Σ over tiles of slots[p, tile], in an order that depends on the number of tiles alone."""
+    p = tl.program_id(0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, tiles, BLOCK):
+        offset = first + tl.arange(0, BLOCK)
+        acc += tl.load(slots_ptr + p.to(tl.int64) * tiles + offset, mask=offset < tiles, other=0.0)
+    where = tl.load(pairs_ptr + p) if PAIRS else p
+    tl.store(dcoeffs_ptr + where, tl.sum(acc, axis=0))

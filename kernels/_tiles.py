@@ -1,0 +1,77 @@
+"""Device helpers that every kernel shares: where a row is, what its coefficients are, which source comes next.
+
+A *source* is a weight-shaped tensor: source 0 is the base, source k + 1 is delta k. Treating the base as one more
+source is what lets a baked task (base coefficient 0) skip it, and a closed gate cost nothing, by the same rule.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pick(pointers, index, dtype: tl.constexpr, TABLE: tl.constexpr):
+    """The pointer at ``index``, from a tuple of kernel arguments (TABLE 0) or from an int64 table in memory.
+
+    Selecting among arguments keeps what Triton knows about their alignment, without which no load is 16 bytes
+    wide and nothing is pipelined. A table loses it, so TABLE says it: every entry is a multiple of TABLE bytes.
+    """
+    if TABLE:
+        found = tl.multiple_of(tl.load(pointers + index).to(tl.pointer_type(dtype)), TABLE)
+    else:
+        found = pointers[0]
+        for n in tl.static_range(1, len(pointers)):
+            found = tl.where(index == n, pointers[n], found)
+    return found
+
+
+@triton.jit
+def locate(position, ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED: tl.constexpr):
+    """(row, task) of each position in the grouped order, in which the rows of a task are neighbours.
+
+    Positions run through samples in ``order``; the rows of one sample follow each other. With one weight for all
+    rows, positions are rows and the task is 0.
+    """
+    if MIXED:
+        sample = tl.load(order_ptr + position // rows_per_sample)
+        within = position % rows_per_sample
+        row = ((within // inner).to(tl.int64) * B + sample) * inner + within % inner
+        task = tl.load(ids_ptr + sample).to(tl.int32)
+    else:
+        row = position.to(tl.int64)
+        task = position * 0
+    return row, task
+
+
+@triton.jit
+def coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED: tl.constexpr):
+    """float32: what multiplies ``source`` for ``task``, both of any shapes that broadcast; task -1 is the base alone."""
+    own = task >= 0
+    found = tl.load(
+        coeffs_ptr + tl.cast(task, tl.int64) * K + (source - 1), mask=own & (source > 0) & (source <= K), other=0.0
+    )
+    if BAKED:
+        of_base = tl.load(base_coeffs_ptr + task + source * 0, mask=own & (source == 0), other=1.0)
+    else:
+        of_base = 1.0
+    return tl.where(source == 0, of_base, found)
+
+
+@triton.jit
+def next_source(wanted, sources, after):
+    """The first of ``sources`` [N] beyond ``after`` that is ``wanted``; 2**30 if there is none."""
+    return tl.min(tl.where(wanted & (sources > after), sources, 1 << 30), axis=0)
+
+
+@triton.jit
+def inside(index, size):
+    """``index`` with positions past the end moved to 0: read twice, stored never, and no mask in the inner loop.
+
+    Stating contiguity is what keeps the loads vectorised: a clamp hides it from the compiler.
+    """
+    return tl.max_contiguous(tl.multiple_of(tl.where(index < size, index, 0), index.shape[0]), index.shape[0])
+
+
+@triton.jit
+def weighted(coeffs, product):
+    """coeffs · product, and exactly 0 where the coefficient is: another task's NaN stays its own."""
+    return tl.where(coeffs != 0.0, coeffs * product, 0.0)
