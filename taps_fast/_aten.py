@@ -137,19 +137,22 @@ def conv2d_dw(
     dbase = base.new_zeros(base.shape if need_dbase else (0,), dtype=wide)
 
     def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
-        return grad.conv2d_weight(images, list(base.shape), d, *conv).to(wide)
+        return grad.conv2d_weight(images.to(wide), list(base.shape), d.to(wide), *conv)
 
     if _data_driven(x, index):
         scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
         for k, (column, _) in columns.items():
             if k in ddeltas:
-                ddeltas[k] += weight_gradient(x, _times(dy, column.to(dy.dtype)))
+                ddeltas[k] += weight_gradient(x, _times(dy.to(wide), column))
             if need_dcoeffs:
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
-                member = _task_of_image(coeffs, ids, inner, x)[None] == torch.arange(coeffs.shape[0], device=x.device)[:, None]
+                member = (
+                    _task_of_image(coeffs, ids, inner, x)[None]
+                    == torch.arange(coeffs.shape[0], device=x.device)[:, None]
+                )
                 dcoeffs[:, k] = member.to(wide) @ along
         if need_dbase:
-            dbase += weight_gradient(x, _times(dy, scale if isinstance(scale, float) else scale.to(dy.dtype)))
+            dbase += weight_gradient(x, _times(dy.to(wide), scale))
     else:
         count = len(deltas)
         wanted = set(pairs)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .tasks import Index, sample_of_row
 
@@ -63,9 +62,12 @@ class Delta(torch.autograd.Function):
         return forward(x, base, list(deltas), coeffs, base_coeffs, bias, call)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
+        # Gradients are computed with grad mode on only when the caller asked for create_graph.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            name = "delta_conv2d" if call.conv else "delta_linear"
+            raise RuntimeError(f"{name}: second derivatives need backend='reference'; the kernels have none")
         x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
         index, deltas = rest[:3], rest[3:]
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
@@ -104,12 +106,13 @@ def _dbias(dy: Tensor, shape: torch.Size, ids: Tensor | None, inner: int) -> Ten
 
     A product with the one-hot task matrix keeps the order of summation fixed, which index_add on a GPU does not.
     """
-    if dy.dim() > 2:
-        dy = dy.flatten(2).sum(2)
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    pixels = list(range(2, dy.dim()))
     if len(shape) == 1 or ids is None:
-        return dy.sum(0).reshape(shape)
-    if dy.shape[0] == 0:
+        return dy.sum([0, *pixels], dtype=wide).reshape(shape).to(dy.dtype)
+    rows = dy.sum(pixels, dtype=wide) if pixels else dy.to(wide)
+    if rows.shape[0] == 0:
         return dy.new_zeros(shape)
-    task = torch.remainder(ids[sample_of_row(dy.shape[0], ids.shape[0], inner, dy.device)], shape[0])
+    task = torch.remainder(ids[sample_of_row(rows.shape[0], ids.shape[0], inner, dy.device)], shape[0])
     member = task[None, :] == torch.arange(shape[0], device=dy.device)[:, None]
-    return member.to(dy.dtype) @ dy
+    return (member.to(wide) @ rows).to(dy.dtype)

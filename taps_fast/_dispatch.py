@@ -77,7 +77,7 @@ _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
     "reference": _reference,
 }
 
-_TABLE = (
+TABLE = (
     _Row("cpu", "blend", lambda p: True, "one product; the weight is summed in float32 while it is packed"),
     _Row("cpu", "split", lambda p: True, "the exact one: nothing but the result is rounded"),
     _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
@@ -89,10 +89,9 @@ _TABLE = (
 )
 
 BACKENDS = tuple(_REASONS)
-ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in _TABLE))
+ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in TABLE))
 
 
-@functools.lru_cache(maxsize=4096)
 def select(problem: Problem, backend: str | None = None, algorithm: str = "auto") -> Choice:
     """The backend and algorithm that run ``problem``.
 
@@ -100,12 +99,18 @@ def select(problem: Problem, backend: str | None = None, algorithm: str = "auto"
         ValueError: a backend or algorithm that does not exist.
         BackendError: the explicit choice cannot run; the text lists the reasons.
     """
+    # While tracing, sizes may be symbols, which a cache would pin to one value.
+    choose = _select if torch.compiler.is_compiling() else _cached_select
+    return choose(problem, backend, algorithm)
+
+
+def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"select: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
     usable: dict[str, bool] = {}
-    for row in _TABLE:
+    for row in TABLE:
         if (backend or row.backend) != row.backend or (algorithm not in ("auto", row.algorithm)):
             continue
         if row.backend not in usable:
@@ -118,6 +123,9 @@ def select(problem: Problem, backend: str | None = None, algorithm: str = "auto"
     )
 
 
+_cached_select = functools.lru_cache(maxsize=4096)(_select)
+
+
 def explain(problem: Problem) -> str:
     """Every backend and algorithm for ``problem``, in order of preference, each with why or why not."""
     size = " x ".join(map(str, problem.shape))
@@ -126,7 +134,7 @@ def explain(problem: Problem) -> str:
         f"tasks {problem.num_tasks if problem.num_tasks is not None else 'one weight'}, {problem.dtype}, {problem.device}"
     ]
     taken = False
-    for row in _TABLE:
+    for row in TABLE:
         reasons = list(_REASONS[row.backend](problem))
         if reasons:
             verdict, text = "no ", "; ".join(reasons)

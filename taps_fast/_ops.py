@@ -58,7 +58,9 @@ def _(dy, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, algorit
     return dy.new_empty(dy.shape[0], base.shape[1])
 
 
-def _fake_dw(base: Tensor, coeffs: Tensor, wanted: Sequence, shape: Sequence[int]) -> tuple[Tensor, list[Tensor], Tensor]:
+def _fake_dw(
+    base: Tensor, coeffs: Tensor, wanted: Sequence, shape: Sequence[int]
+) -> tuple[Tensor, list[Tensor], Tensor]:
     _, ddeltas_for, need_dcoeffs, need_dbase = wanted
     dcoeffs = coeffs.new_empty(coeffs.shape if need_dcoeffs else (0,))
     ddeltas = [base.new_empty(shape) for _ in ddeltas_for]

@@ -214,7 +214,16 @@ def _run(
         if choice.backend == "reference":
             oracle = reference.delta_conv2d if conv else reference.delta_linear
             return oracle(
-                rows, base, deltas, coeffs, base_coeffs, bias, *conv, index=index, inner=inner, algorithm=choice.algorithm
+                rows,
+                base,
+                deltas,
+                coeffs,
+                base_coeffs,
+                bias,
+                *conv,
+                index=index,
+                inner=inner,
+                algorithm=choice.algorithm,
             )
         call = Call(index, inner, flat, choice.algorithm, conv)
         if grad:

@@ -124,7 +124,8 @@ def _weighted(
         weight = scale * base.to(wide)
         for c, delta in zip(coeffs, deltas, strict=True):
             weight = weight + c * delta.to(wide)
-        return product(x, weight.to(narrow).to(wide))
+        rounded = weight.to(narrow).to(wide)  # its gradient is not rounded: the kernels never round dW
+        return product(x, weight + (rounded - weight).detach())
     y = scale * product(x, base.to(wide))
     for c, delta in zip(coeffs, deltas, strict=True):
         y = y + c * product(x, delta.to(wide))

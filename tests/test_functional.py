@@ -1,0 +1,374 @@
+"""The public functions beyond their numbers: what they accept, refuse, trace, and how they sit in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+from taps_fast import TaskBatch, delta_conv2d, delta_linear, testing
+from taps_fast._dispatch import BackendError, explain, select
+from taps_fast._problem import Problem
+
+IDS = (1, 3, -1, 1, 0)
+LINEAR = [choice for choice in testing.available("linear")]
+CONV2D = [choice for choice in testing.available("conv2d")]
+
+
+def linear_inputs(dtype: torch.dtype = torch.float64, **changes: Any) -> testing.Inputs:
+    kwargs: dict[str, Any] = dict(
+        rows=10, shape=(4, 3), num_deltas=2, tasks=IDS, num_tasks=4, bias="base", zeros=(2, 3)
+    )
+    return testing.make_inputs(testing.Case(dtype, **(kwargs | changes)))
+
+
+def conv_inputs(dtype: torch.dtype = torch.float64, **changes: Any) -> testing.Inputs:
+    conv = dict(stride=2, padding=1)
+    return linear_inputs(dtype, **(dict(rows=5, shape=(4, 2, 3, 3), conv=conv) | changes))
+
+
+# --- gradients in float64 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs, choice", [(linear_inputs, c) for c in LINEAR] + [(conv_inputs, c) for c in CONV2D])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_gradcheck(inputs: Any, choice: tuple[str, str], mixed: bool) -> None:
+    n = inputs() if mixed else inputs(tasks=None, bias="shared", zeros=(1,))
+    call = testing.ours(*choice)
+
+    def f(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor, *deltas: Tensor) -> Tensor:
+        return call(testing.Inputs(n.case, x, base, list(deltas), coeffs, None, bias, n.dy))
+
+    assert torch.autograd.gradcheck(f, (n.x, n.base, n.coeffs, n.bias, *n.deltas), fast_mode=True)
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_opcheck_linear(mixed: bool) -> None:
+    choices = {c.algorithm for c in LINEAR if c.backend != "reference"}
+    assert choices, "no compiled kernels to check"
+    n = linear_inputs(torch.float32) if mixed else linear_inputs(torch.float32, tasks=None, bias="shared", zeros=())
+    n, index = detached(n), testing.task_batch(n.case).index if mixed else (None, None, None)
+    weight = (n.base, n.deltas, n.coeffs, n.base_coeffs)
+    ops = torch.ops.taps_fast
+    for algorithm in sorted(choices):
+        torch.library.opcheck(ops.linear_fwd, (n.x, *weight, n.bias, *index, 2, algorithm))
+        torch.library.opcheck(ops.linear_dx, (n.dy, *weight, *index, 2, algorithm))
+    for wanted in (([], [0, 1], True, True), ([1], [1], True, False), ([], [], False, False)):
+        torch.library.opcheck(ops.linear_dw, (n.dy, n.x, *weight, *index, 2, *wanted))
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_opcheck_conv2d(mixed: bool) -> None:
+    n = conv_inputs(torch.float32) if mixed else conv_inputs(torch.float32, tasks=None, bias="shared", zeros=())
+    n, index = detached(n), testing.task_batch(n.case).index if mixed else (None, None, None)
+    weight, conv = (n.base, n.deltas, n.coeffs, n.base_coeffs), ([2, 2], [1, 1], [1, 1], 1)
+    ops = torch.ops.taps_fast
+    for algorithm in ("merge", "split"):
+        torch.library.opcheck(ops.conv2d_fwd, (n.x, *weight, n.bias, *conv, *index, 1, algorithm))
+        torch.library.opcheck(ops.conv2d_dx, (n.dy, *weight, list(n.x.shape[2:]), *conv, *index, 1, algorithm))
+    torch.library.opcheck(ops.conv2d_dw, (n.dy, n.x, *weight, *conv, *index, 1, [], [0, 1], True, True))
+
+
+def detached(n: testing.Inputs) -> testing.Inputs:
+    bias = None if n.bias is None else n.bias.detach()
+    deltas = [d.detach() for d in n.deltas]
+    return testing.Inputs(n.case, n.x.detach(), n.base.detach(), deltas, n.coeffs.detach(), n.base_coeffs, bias, n.dy)
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3), (2, 0, 3), (2, 2, 5, 3)])
+def test_linear_takes_what_f_linear_takes(shape: tuple[int, ...]) -> None:
+    x, base, bias = torch.randn(shape), torch.randn(4, 3), torch.randn(4)
+    y = delta_linear(x, base, [], torch.ones(0), bias)
+    torch.testing.assert_close(y, F.linear(x, base, bias))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        dict(stride=2, padding=(1, 0)),
+        dict(padding="same"),
+        dict(padding="valid"),
+        dict(padding="same", dilation=2),
+        dict(groups=2),
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_conv2d_takes_what_f_conv2d_takes(kwargs: dict[str, Any], batched: bool) -> None:
+    x, delta = torch.randn(*((2,) if batched else ()), 4, 6, 7), torch.randn(4, 4 // kwargs.get("groups", 1), 3, 2)
+    base, bias = torch.randn_like(delta), torch.randn(4)
+    y = delta_conv2d(x, base, [delta], torch.ones(1), bias, **kwargs)
+    torch.testing.assert_close(y, F.conv2d(x, base + delta, bias, **kwargs))
+
+
+def test_channels_last_is_kept() -> None:
+    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+    base, delta = (torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    for tasks in (None, [0, -1, 0, -1]):
+        coeffs = torch.ones(1) if tasks is None else torch.ones(1, 1)
+        y = delta_conv2d(x, base, [delta], coeffs, tasks=tasks)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_deltas_in_one_tensor() -> None:
+    n = linear_inputs()
+    stacked = torch.stack([d.detach() for d in n.deltas]).requires_grad_()
+    y = delta_linear(n.x, n.base, stacked, n.coeffs, n.bias, tasks=IDS)
+    torch.testing.assert_close(y, testing.ours()(n))
+    y.sum().backward()
+    testing.ours()(n).sum().backward()
+    torch.testing.assert_close(stacked.grad, torch.stack([d.grad for d in n.deltas]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
+    n = linear_inputs()
+    ids = torch.tensor([1, 3, 0, 1, 0])
+    expected = delta_linear(n.x, n.base, n.deltas, n.coeffs, n.bias, tasks=ids)
+    torch.testing.assert_close(delta_linear(n.x, n.base, n.deltas, n.coeffs, n.bias, tasks=ids.to(dtype)), expected)
+    torch.testing.assert_close(delta_linear(n.x, n.base, n.deltas, n.coeffs, n.bias, tasks=ids.tolist()), expected)
+    batch = TaskBatch.from_ids(ids, 4)
+    torch.testing.assert_close(delta_linear(n.x, n.base, n.deltas, n.coeffs, n.bias, tasks=batch), expected)
+
+
+@pytest.mark.parametrize("choice", LINEAR)
+def test_the_batch_may_lie_on_any_axis(choice: tuple[str, str]) -> None:
+    n = linear_inputs(bias="base")
+    x = torch.randn(5, 2, 3, 3, dtype=torch.float64)
+    expected = delta_linear(x, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, backend="reference")
+    for axis in (1, 2):
+        moved = x.movedim(0, axis)
+        y = delta_linear(
+            moved, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, batch_dim=axis, backend=choice[0], algorithm=choice[1]
+        )
+        torch.testing.assert_close(y.movedim(axis, 0), expected)
+
+
+def test_pairs_limit_the_coefficient_gradient_to_what_is_wanted() -> None:
+    n = linear_inputs(num_deltas=4)
+    own = [(t, t) for t in range(4)]
+    for choice in LINEAR:
+        y = delta_linear(
+            n.x,
+            n.base,
+            n.deltas,
+            n.coeffs * torch.eye(4),
+            n.bias,
+            tasks=IDS,
+            pairs=own,
+            backend=choice[0],
+            algorithm=choice[1],
+        )
+        full = delta_linear(n.x, n.base, n.deltas, n.coeffs * torch.eye(4), n.bias, tasks=IDS, backend="reference")
+        torch.testing.assert_close(y, full)
+        grads = [torch.autograd.grad(v.square().sum(), [n.coeffs, n.x, *n.deltas]) for v in (y, full)]
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+# --- PyTorch around it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_f_linear(dtype: torch.dtype) -> None:
+    x, base, delta, bias = torch.randn(6, 8), torch.randn(4, 8), torch.randn(4, 8), torch.randn(4)
+    coeffs = torch.tensor([0.3], requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = delta_linear(x, base, [delta], coeffs, bias)
+        z = delta_conv2d(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), [torch.randn(4, 3, 3, 3)], coeffs)
+        assert y.dtype == F.linear(x, base).dtype == dtype
+        assert z.dtype == dtype
+    y.float().sum().backward()
+    assert coeffs.grad is not None and coeffs.grad.dtype == torch.float32
+    plain = delta_linear(x.to(dtype), base.to(dtype), [delta.to(dtype)], coeffs, bias.to(dtype))
+    assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize("inputs", [linear_inputs, conv_inputs])
+def test_compiles_whole_and_never_again_for_another_mix(inputs: Any) -> None:
+    n = inputs(torch.float32)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    op = delta_conv2d if n.case.is_conv else delta_linear
+
+    def f(x: Tensor, ids: Tensor) -> Tensor:
+        return op(x, n.base, n.deltas, n.coeffs, n.bias, **n.case.conv, tasks=ids)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=counter, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ids = torch.randint(-1, 4, (5,), generator=generator)
+        x = n.x.detach().requires_grad_()
+        y, expected = compiled(x, ids), f(x, ids)
+        torch.testing.assert_close(y, expected)
+        got, want = (torch.autograd.grad(v.square().sum(), [x, n.base, n.coeffs, *n.deltas]) for v in (y, expected))
+        torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+def test_inductor_runs_it() -> None:
+    n = linear_inputs(torch.float32)
+    torch._dynamo.reset()
+    f = lambda x, ids: delta_linear(x.relu(), n.base, n.deltas, n.coeffs, n.bias, tasks=ids).relu()  # noqa: E731
+    ids = torch.tensor(IDS)
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(n.x, ids), f(n.x, ids))
+
+
+@pytest.mark.parametrize("inputs, choice", [(linear_inputs, c) for c in LINEAR] + [(conv_inputs, c) for c in CONV2D])
+def test_second_derivatives_are_right_or_refused(inputs: Any, choice: tuple[str, str]) -> None:
+    n = inputs()
+    y = testing.ours(*choice)(n).square().sum()
+    if choice[0] == "reference":
+        (dx,) = torch.autograd.grad(y, n.x, create_graph=True)
+        assert torch.autograd.grad(dx.sum(), n.base)[0].abs().sum() > 0
+    else:
+        with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
+            torch.autograd.grad(y, n.x, create_graph=True)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def call_linear(**changes: Any) -> Tensor:
+    kwargs: dict[str, Any] = dict(
+        x=torch.randn(6, 3),
+        base=torch.randn(4, 3),
+        deltas=[torch.randn(4, 3)],
+        coeffs=torch.ones(2, 1),
+        tasks=[0, 1, -1],
+    )
+    return delta_linear(**(kwargs | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, kind, text",
+    [
+        (
+            dict(x=torch.randn(6, 5)),
+            ValueError,
+            r"delta_linear: x must be \[\.\.\., 3\] for base \(4, 3\), got \(6, 5\)",
+        ),
+        (dict(x=torch.randn(6, 3).int()), TypeError, r"delta_linear: x must be one of torch.float32"),
+        (
+            dict(base=torch.randn(4, 3, 1)),
+            ValueError,
+            r"delta_linear: base must have 2 dimensions, got shape \(4, 3, 1\)",
+        ),
+        (dict(base=torch.randn(4, 3).double()), TypeError, r"base must be torch.float32 like x, got torch.float64"),
+        (dict(base=torch.randn(4, 3, device="meta")), ValueError, r"base must be on cpu like x, got meta"),
+        (dict(deltas=[torch.randn(3, 3)]), ValueError, r"deltas\[0\] must be \(4, 3\) like base, got \(3, 3\)"),
+        (dict(deltas=[None]), TypeError, r"deltas\[0\] must be a Tensor, got NoneType"),
+        (dict(coeffs=torch.ones(2, 3)), ValueError, r"coeffs must be \[T, 1\], one row a task, got \(2, 3\)"),
+        (dict(coeffs=torch.ones(1)), ValueError, r"coeffs must be \[T, 1\], one row a task, got \(1,\)"),
+        (dict(coeffs=torch.ones(2, 1), tasks=None), ValueError, r"coeffs must be \[1\], one number a delta"),
+        (dict(coeffs=torch.ones(2, 1).int()), TypeError, r"coeffs must be a floating-point tensor, got torch.int32"),
+        (dict(coeffs=[1.0]), TypeError, r"coeffs must be a Tensor, got list"),
+        (dict(bias=torch.randn(5)), ValueError, r"bias must be \(4,\) or \(2, 4\) or \(3, 4\), got \(5,\)"),
+        (dict(bias=torch.randn(4).half()), TypeError, r"bias must be torch.float32 like x, got torch.float16"),
+        (dict(base_coeffs=torch.ones(3)), ValueError, r"base_coeffs must be \[2\], got \(3,\)"),
+        (dict(base_coeffs=torch.ones(2, requires_grad=True)), ValueError, r"base_coeffs must not require a gradient"),
+        (dict(tasks=[0, 1, 2]), ValueError, r"tasks must be ids in \[-1, 2\), -1 being the base, got 2 \(1 of 3"),
+        (dict(tasks=[0, -2, 1]), ValueError, r"tasks must be ids in \[-1, 2\), -1 being the base, got -2"),
+        (dict(tasks=[0, 1, 1, 0]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 4 ids \(x \(6, 3\)"),
+        (dict(tasks=[]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 0 ids"),
+        (dict(tasks=torch.zeros(3)), TypeError, r"tasks must be integers, got torch.float32"),
+        (
+            dict(tasks=torch.zeros(3, 1).long()),
+            ValueError,
+            r"tasks must have 1 dimension, one id a sample, got shape \(3, 1\)",
+        ),
+        (dict(tasks=["cubs"] * 3), TypeError, r"tasks must be integer ids, got \['cubs'"),
+        (dict(tasks=TaskBatch.from_ids([0, 1, 2], 3)), ValueError, r"tasks must be a TaskBatch of 2 tasks"),
+        (dict(pairs=[(0, 1)]), ValueError, r"pairs must be \(task, delta\) in \[0, 2\) x \[0, 1\), got \(0, 1\)"),
+        (dict(batch_dim=1), ValueError, r"batch_dim must be in \[-1, 1\), got 1"),
+        (dict(backend="cudnn"), ValueError, r"backend must be one of .*reference, got 'cudnn'"),
+        (dict(algorithm="fast"), ValueError, r"algorithm must be auto, .*split.*, got 'fast'"),
+    ],
+)
+def test_linear_errors(changes: dict[str, Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        call_linear(**changes)
+
+
+def call_conv2d(**changes: Any) -> Tensor:
+    kwargs: dict[str, Any] = dict(
+        x=torch.randn(2, 4, 6, 6), base=torch.randn(6, 4, 3, 3), deltas=[torch.randn(6, 4, 3, 3)], coeffs=torch.ones(1)
+    )
+    return delta_conv2d(**(kwargs | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, kind, text",
+    [
+        (dict(x=torch.randn(4, 6)), ValueError, r"delta_conv2d: x must be \[N, C, H, W\] or \[C, H, W\], got \(4, 6\)"),
+        (dict(x=torch.randn(2, 3, 6, 6)), ValueError, r"groups must split x's 3 channels into base's 4"),
+        (dict(groups=4), ValueError, r"groups must split x's 4 channels into base's 4 and divide its 6 outputs, got 4"),
+        (dict(stride=0), ValueError, r"stride must be one or two integers >= 1, got 0"),
+        (dict(padding=-1), ValueError, r"padding must be one or two integers >= 0, got -1"),
+        (dict(padding="full"), ValueError, r"padding must be integers, 'same' or 'valid', got 'full'"),
+        (dict(padding="same", stride=2), ValueError, r"padding 'same' must go with stride 1, got stride \[2, 2\]"),
+        (dict(dilation=(1, 2, 3)), ValueError, r"dilation must be one or two integers >= 1, got \(1, 2, 3\)"),
+        (dict(tasks=[0, 0, 0], coeffs=torch.ones(1, 1)), ValueError, r"tasks must divide the batch: .*got 3 ids"),
+    ],
+)
+def test_conv2d_errors(changes: dict[str, Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        call_conv2d(**changes)
+
+
+# --- dispatch -------------------------------------------------------------------------------------------------------
+
+
+def _problem(**changes: Any) -> Problem:
+    kwargs: dict[str, Any] = dict(
+        op="linear", device="cpu", dtype=torch.float32, shape=(8, 8), rows=4, num_deltas=1, num_tasks=None, grad=False
+    )
+    return Problem(**(kwargs | changes))
+
+
+@pytest.mark.parametrize(
+    "backend, algorithm, reason",
+    [
+        ("triton", "auto", "runs on CUDA devices, the tensors are on cpu"),
+        ("aten", "auto", "serves convolutions only"),
+        ("reference", "merge", "cannot run this problem"),
+    ],
+)
+def test_an_explicit_backend_that_cannot_run_says_why(backend: str, algorithm: str, reason: str) -> None:
+    with pytest.raises(BackendError, match=reason):
+        delta_linear(torch.randn(2, 3), torch.randn(4, 3), [], torch.ones(0), backend=backend, algorithm=algorithm)
+
+
+def test_explain_lists_every_choice_and_marks_the_one_taken() -> None:
+    text = explain(_problem())
+    taken = [line for line in text.splitlines() if "->" in line]
+    assert len(taken) == 1
+    assert select(_problem()).backend in taken[0] and select(_problem()).algorithm in taken[0]
+    for backend in ("cpu", "triton", "aten", "reference"):
+        assert backend in text
+
+
+# --- TaskBatch ------------------------------------------------------------------------------------------------------
+
+
+def test_task_batch_groups_samples_and_keeps_their_order() -> None:
+    batch = TaskBatch.from_ids([2, -1, 0, 2, -1, 2], 4)
+    groups = [batch.order[a:b].tolist() for a, b in zip(batch.offsets, batch.offsets[1:], strict=False)]
+    assert groups == [[1, 4], [2], [], [0, 3, 5], []]
+    assert batch.size == 6
+
+
+def test_an_empty_batch() -> None:
+    batch = TaskBatch.from_ids([], 3)
+    assert batch.offsets.tolist() == [0] * 5
+    y = delta_linear(torch.randn(0, 3), torch.randn(4, 3), [], torch.ones(2, 0), tasks=TaskBatch.from_ids([], 2))
+    assert y.shape == (0, 4)
