@@ -84,7 +84,7 @@ def test_info_says_what_is_missing_and_how_to_get_it():
     result = python_m("info", TAPS_FAST_EXT="off")
     assert result.returncode == 0
     assert "CPU kernels: taps_fast._C is not loaded: TAPS_FAST_EXT=off" in result.stdout
-    assert "-> reference split" in result.stdout
+    assert "->  reference split" in result.stdout
 
 
 def test_inspect_needs_no_model(folders):
