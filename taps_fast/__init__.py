@@ -40,11 +40,12 @@ def __dir__() -> list[str]:
 
 def _register_kernels() -> None:
     """Makes a checkout's ``kernels/`` importable as ``taps_fast.kernels``, as installing the package does."""
-    name, folder = "taps_fast.kernels", Path(__file__).parents[1] / "kernels"
-    if importlib.util.find_spec(name) is None and (folder / "__init__.py").is_file():
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    here, name = Path(__file__).parent, "taps_fast.kernels"
+    source = here.parent / "kernels" / "__init__.py"
+    if not (here / "kernels").exists() and source.is_file():
+        spec = importlib.util.spec_from_file_location(name, source)
         if spec is not None and spec.loader is not None:
-            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = globals()["kernels"] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
 
 

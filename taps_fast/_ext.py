@@ -6,10 +6,10 @@ means to setup.py: ``require`` makes a missing CPU extension an ImportError, ``o
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ def _load(name: str) -> str | None:
     if os.environ.get("TAPS_FAST_EXT") == "off":
         return f"taps_fast.{name} is not loaded: TAPS_FAST_EXT=off is set"
     note = Path(__file__).with_name(f"{name}_error.txt")  # left by setup.py
-    spec = importlib.util.find_spec(f"taps_fast.{name}")
+    # Only beside this file: an ordinary import may find the extension of another checkout that is installed.
+    spec = PathFinder.find_spec(name, [str(Path(__file__).parent)])
     if note.is_file():
         reason = note.read_text().strip()
     elif spec is None or spec.origin is None:
@@ -38,7 +39,7 @@ def _load(name: str) -> str | None:
             torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
             return None
         except OSError as error:
-            reason = f"it does not load into PyTorch {torch.__version__}: {error}"
+            reason = f"it does not load into PyTorch {torch.__version__}: {error.__cause__ or error}"
     return f"taps_fast.{name} is not loaded: {reason}. To build it: {_how_to_build()}"
 
 
@@ -54,5 +55,5 @@ if CPU_ERROR is not None:
         warnings.warn(
             f"taps_fast has no CPU kernels, so tensors on the CPU take slower paths in plain PyTorch. {CPU_ERROR}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )

@@ -1,0 +1,165 @@
+"""The package as installed: the extension is there, or its absence is said once with the way to get it.
+
+Builds, wheels and installations take minutes, so .ci/run tests those.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import taps_fast
+from taps_fast import _ext
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, *, root: Path = ROOT, without: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process of its own on the package in ``root``, as if modules ``without`` were not installed."""
+    missing = "".join(f"sys.modules[{name!r}] = None\n" for name in without)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(root)!r})\n{missing}{code}"],
+        env={**os.environ, "TAPS_FAST_EXT": "auto", **env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A checkout in which nothing is built."""
+    ignore = shutil.ignore_patterns("*.so", "*_error.txt", "__pycache__")
+    shutil.copytree(ROOT / "taps_fast", tmp_path / "taps_fast", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=ignore)
+    (tmp_path / "setup.py").touch()
+    return tmp_path
+
+
+FORWARD = """
+import torch, taps_fast
+x, base, delta = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 3)
+assert taps_fast.delta_linear(x, base, [delta], torch.tensor([0.5])).eq(4.5).all()
+print(taps_fast.__file__, taps_fast._ext.CPU_LOADED, taps_fast._ext.CPU_ERROR)
+"""
+
+
+def test_extension_is_built():
+    """The tests are about the compiled kernels too: without these, most of them would pass and mean nothing."""
+    assert _ext.CPU_LOADED, _ext.CPU_ERROR
+
+
+def test_version_has_one_source():
+    assert importlib.metadata.version("taps-fast") == taps_fast.__version__
+    assert taps_fast.__version__ not in (ROOT / "pyproject.toml").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", taps_fast.__version__)
+
+
+def test_public_names_exist():
+    for name in taps_fast.__all__:
+        assert getattr(taps_fast, name) is not None
+        assert name in dir(taps_fast)
+    with pytest.raises(AttributeError, match="^module 'taps_fast' has no attribute 'delta_lineal'$"):
+        taps_fast.delta_lineal  # noqa: B018
+
+
+def test_missing_extension_is_said_once(copy):
+    result = run(FORWARD + "import importlib, taps_fast.functional; importlib.reload(taps_fast)", root=copy)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{copy}/taps_fast/__init__.py False ")
+    assert result.stderr.count("Warning") == 1
+    assert "RuntimeWarning: taps_fast has no CPU kernels" in result.stderr
+    assert f"taps_fast._C is not loaded: it has not been built. To build it: cd {copy} && " in result.stderr
+    assert f"TAPS_FAST_EXT=require {sys.executable} -m pip install -v -e ." in result.stderr
+
+
+def test_failed_build_is_said_with_its_reason(copy):
+    """setup.py leaves the reason beside the package; an extension of an earlier build is then not loaded."""
+    (copy / "taps_fast/_C_error.txt").write_text("RuntimeError: g++ failed: ops.cpp:3:1: error: expected ';'\n")
+    (copy / "taps_fast/_C.abi3.so").write_bytes(b"from before")
+    result = run(FORWARD, root=copy)
+    assert result.returncode == 0, result.stderr
+    assert "RuntimeError: g++ failed: ops.cpp:3:1: error: expected ';'. To build it: cd" in result.stderr
+
+
+def test_broken_extension_is_said_with_its_reason(copy):
+    (copy / "taps_fast/_C.abi3.so").write_bytes(b"not a library")
+    result = run(FORWARD, root=copy)
+    assert result.returncode == 0, result.stderr
+    assert f"it does not load into PyTorch {torch.__version__}: {copy}/taps_fast/_C.abi3.so: " in result.stderr
+
+
+def test_installed_package_names_another_command(copy):
+    (copy / "setup.py").unlink()
+    result = run("import taps_fast", root=copy)
+    assert "pip install -v --no-deps --force-reinstall .  (in a checkout of taps_fast)" in result.stderr
+
+
+def test_required_extension_is_an_error(copy):
+    result = run("import taps_fast", root=copy, TAPS_FAST_EXT="require")
+    assert result.returncode == 1
+    assert "ImportError: taps_fast._C is not loaded: it has not been built. To build it: cd" in result.stderr
+
+
+def test_extension_can_be_turned_off():
+    result = run(FORWARD, TAPS_FAST_EXT="off")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("False taps_fast._C is not loaded: TAPS_FAST_EXT=off is set\n")
+    assert not result.stderr
+
+
+def test_explicit_backend_says_why_it_cannot_run(copy):
+    code = "import torch, taps_fast\nx = torch.ones(2, 2)\n"
+    result = run(code + "taps_fast.delta_linear(x, x, [x], torch.ones(1), backend='cpu')", root=copy)
+    assert result.returncode == 1
+    assert "BackendError: " in result.stderr and "taps_fast._C is not loaded" in result.stderr.splitlines()[-1]
+
+
+def test_source_tree_imports_without_installation(copy):
+    """-S: no site-packages but PyTorch's, so nothing knows of an installed taps_fast."""
+    packages = Path(torch.__file__).parents[1]
+    code = f"""
+import sys
+sys.path += [{str(packages)!r}]
+import taps_fast, taps_fast.kernels
+print(taps_fast.kernels.__file__)
+"""
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TAPS_FAST_EXT": "off"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{copy}/kernels/__init__.py\n"
+
+
+def test_kernels_are_part_of_the_package():
+    result = run("import taps_fast.kernels; print(taps_fast.kernels.__name__)")
+    assert result.stdout == "taps_fast.kernels\n", result.stderr
+    result = run("import kernels")
+    assert "ImportError: this package is taps_fast.kernels, it cannot be imported as kernels" in result.stderr
+
+
+def test_optional_packages_are_not_needed():
+    """Nor imported unasked: `import taps_fast` is to cost what `import torch` costs."""
+    code = "\nprint({'triton', 'matplotlib', 'safetensors', 'taps_fast.model'} & set(sys.modules))"
+    result = run("import sys, torch\nbefore = set(sys.modules)" + FORWARD + code)
+    assert result.stdout.endswith("set()\n"), result.stdout + result.stderr
+    assert run(FORWARD, without=("triton", "matplotlib", "safetensors")).returncode == 0
+
+
+def test_plot_without_matplotlib():
+    code = "from taps_fast.sharing import Sharing\nSharing([], [], 0, 0).plot('sharing.png')"
+    result = run(code, without=("matplotlib", "matplotlib.figure"))
+    assert result.returncode == 1
+    assert "pip install 'taps-fast[plot]'" in result.stderr
