@@ -13,18 +13,14 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 # Each part, and the parts that it may import: user-facing parts first, what they are made of below.
 CALL = {"_autograd", "_dispatch", "_problem", "reference", "tasks"}
 LAYERS = {"_problem", "functional", "nn", "tasks"}
-MODEL = LAYERS | {"__init__", "_probe", "convert", "model", "sharing", "store"}
+MODEL = {"_folder", "_probe", "convert", "model", "sharing", "store"}
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
-    "__main__": MODEL | {"_dispatch", "demo"},
-    "demo": MODEL,
-    "model": MODEL,
-    "convert": LAYERS,
-    "_probe": LAYERS,
-    "sharing": set(),
-    "store": {"__init__"},
+    "__main__": {"__init__", "_dispatch", "_problem", "demo", *MODEL},
+    "demo": {"__init__", *LAYERS, *MODEL},
+    **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
-    "testing": CALL | {"functional"},
+    "testing": {"functional", *CALL},
     "functional": CALL,
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
