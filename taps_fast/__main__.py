@@ -87,7 +87,8 @@ def _inspect(chosen: argparse.Namespace) -> None:
         tensors, meta = store.read_task(folder)
         base = meta["fingerprint"]
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        classes = f"{meta['classes']} classes, " if meta.get("classes") else ""
+        head = meta.get("head") or {}
+        classes = f"{head['classes']} classes, " if "classes" in head else ""
         print(
             f"{folder}: task {meta['task']!r}, {classes}{len(tensors)} tensors, {readable_bytes(size)}, "
             f"base {base}, saved by {meta['library']}"

@@ -9,11 +9,12 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 import taps_fast
 from taps_fast import store
 from taps_fast.__main__ import EXAMPLES, main
-from taps_fast.sharing import LayerRecord, Sharing, TaskRecord
+from taps_fast.sharing import CLOSED, OPEN, LayerRecord, Sharing, TaskRecord
 
 BASE = "sha256:" + "ab" * 32
 
@@ -27,7 +28,7 @@ def save(folder, task, opened, base=BASE, layers=3):
     """A task folder as a model writes it."""
     records = [LayerRecord(f"fc{i}", "linear", 100, 400, 10, {task: i in opened}) for i in range(layers)]
     sharing = Sharing(records, {task: TaskRecord(8, 64, 30, 120)}, 1000, 4000, 80)
-    meta = {"task": task, "fingerprint": base, "classes": 3, "sharing": sharing.as_dict()}
+    meta = {"task": task, "fingerprint": base, "head": {"classes": 3}, "sharing": sharing.as_dict()}
     store.save_task(folder, {f"fc{i}.deltas.{task}": torch.zeros(10, 10) for i in opened}, meta)
     return str(folder)
 
@@ -103,6 +104,25 @@ def test_inspect_needs_no_model(folders):
         "fc2    linear         100  # #",
     ]
     assert "Base and 2 tasks: 1.316 times the base's 1,000 parameters" in table[-1]
+
+
+def test_inspect_reads_what_a_model_saves(tmp_path, capsys):
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9)
+    )
+    model = taps_fast.TapsModel(backbone, head="4")
+    model.add_task("cubs", classes=5)
+    model.add_task("cars")
+    model.conversion.layers["0"].scores["cars"].data.fill_(0.0)
+    folders = [str(tmp_path / task) for task in model.tasks]
+    for task, folder in zip(model.tasks, folders, strict=True):
+        model.save_task(task, folder)
+    assert main(["inspect", *folders]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{folders[0]}: task 'cubs', 5 classes, ")
+    assert lines[1].startswith(f"{folders[1]}: task 'cars', ") and "classes" not in lines[1]
+    assert "\n".join(lines[3:]) == str(model.sharing())
+    assert lines[4].split() == ["0", "conv2d", "112", OPEN, CLOSED]
 
 
 def test_inspect_draws(folders, tmp_path, capsys):
