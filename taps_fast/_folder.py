@@ -1,0 +1,145 @@
+"""What of a `TapsModel` goes into a task folder, how it comes back, and what its tasks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .nn import TaskHead, WrappedLayer
+from .nn.head import new_head
+from .nn.layer import TapsLayer
+from .nn.per_task import PerTask
+from .sharing import LayerRecord, Sharing, TaskRecord
+from .store import TaskFolderError
+
+if TYPE_CHECKING:
+    from .model import TapsModel
+
+
+def base_tensors(module: nn.Module, path: str = "", *, head: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the base, under the names of the original model.
+
+    The head is left out unless asked for: tasks replace it, so models may differ in it.
+    """
+    dot = path + "." if path else ""
+    if isinstance(module, PerTask):
+        if head or not isinstance(module, TaskHead):
+            yield from base_tensors(module.base, path, head=head)
+    elif isinstance(module, WrappedLayer):
+        yield from base_tensors(module.module, path, head=head)
+    elif isinstance(module, TapsLayer):
+        yield dot + "weight", module.base
+        if module.base_bias is not None:
+            yield dot + "bias", module.base_bias
+    else:
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and name not in module._non_persistent_buffers_set:
+                yield dot + name, value
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from base_tensors(child, dot + name, head=head)
+
+
+def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
+    """All that one task adds: scores, the deltas behind open gates, and every tensor of its norms and head."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in model.conversion.layers.items():
+        tensors[f"{path}.score"] = layer.scores[task]
+        if layer.is_open(task):
+            tensors[f"{path}.delta"] = layer.deltas[task]
+            if task in layer.bias_deltas:
+                tensors[f"{path}.bias_delta"] = layer.bias_deltas[task]
+    for path, module in model.modules_of(task).items():
+        tensors |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
+    return tensors
+
+
+def task_meta(model: TapsModel, task: str) -> dict[str, Any]:
+    """What a folder says besides its tensors, its name and the base's fingerprint."""
+    return {
+        "threshold": model.threshold,
+        "gate": model.gate,
+        "head": _head_recipe(model, task),
+        "sharing": sharing(model, [task]).as_dict(),
+    }
+
+
+def _head_recipe(model: TapsModel, task: str) -> dict[str, Any] | None:
+    """How to make the head again: a copy of the base's, a layer with so many classes, or only by the user."""
+    own = model.conversion.head
+    if own is None:
+        return None
+    base, head = own.base, own.tasks[task]
+    shapes = [{name: tuple(t.shape) for name, t in module.state_dict().items()} for module in (base, head)]
+    if type(head) is type(base) and shapes[0] == shapes[1]:
+        return {"kind": "copy"}
+    if type(head) is type(base) and type(head) in (nn.Linear, nn.Conv2d) and shapes[0].keys() == shapes[1].keys():
+        if shapes[0]["weight"][1:] == shapes[1]["weight"][1:]:
+            return {"kind": "classes", "classes": shapes[1]["weight"][0]}
+    return {"kind": "custom", "type": type(head).__name__}
+
+
+def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None) -> dict[str, nn.Module]:
+    """New norms and a new head, by path, into which a folder's tensors fit. ``model`` is not changed."""
+    modules = {path: copy.deepcopy(norm.base).requires_grad_() for path, norm in model.conversion.norms.items()}
+    own, recipe = model.conversion.head, meta.get("head")
+    if (own is None) != (recipe is None):
+        with_head, without = ("the folder", "the model") if own is None else ("the model", "the folder")
+        raise TaskFolderError(f"load_task: head must be in both, got one in {with_head} and none in {without}")
+    if own is None or recipe is None:
+        return modules
+    if head is None and recipe["kind"] == "copy":
+        head = copy.deepcopy(own.base).requires_grad_()
+    elif head is None and recipe["kind"] == "classes":
+        head = new_head(own.base, recipe["classes"], own.path)
+    elif head is None:
+        raise TaskFolderError(
+            f"load_task: head must be given for task {meta['task']!r}, whose head is a {recipe.get('type')} of its own"
+        )
+    return {**modules, own.path: head}
+
+
+def expected(model: TapsModel, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """What a folder must hold: a delta where its score is open, and nothing behind closed gates."""
+    wanted: dict[str, Tensor] = {}
+    for path, layer in model.conversion.layers.items():
+        score = tensors.get(f"{path}.score")
+        wanted[f"{path}.score"] = layer.base.new_empty((), dtype=torch.float32)
+        if score is not None and score.numel() == 1 and (layer.gate == "raw" or score.item() >= layer.threshold):
+            wanted[f"{path}.delta"] = layer.base
+            if layer.base_bias is not None:
+                wanted[f"{path}.bias_delta"] = layer.base_bias
+    for path, module in modules.items():
+        wanted |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
+    return wanted
+
+
+def sharing(model: TapsModel, tasks: list[str]) -> Sharing:
+    """The layer × task record of ``tasks``."""
+    layers = []
+    for path, layer in model.conversion.layers.items():
+        own = [t for t in (layer.base, layer.base_bias) if t is not None]
+        numel, size = sum(t.numel() for t in own), sum(t.nbytes for t in own)
+        kind = "linear" if layer.base.dim() == 2 else "conv2d"
+        layers.append(LayerRecord(path, kind, numel, size, layer.macs, {task: layer.is_open(task) for task in tasks}))
+    head = model.conversion.head
+    records = {}
+    for task in tasks:
+        norms = [norm.tasks[task] for norm in model.conversion.norms.values()]
+        heads = [] if head is None else [head.tasks[task]]
+        records[task] = TaskRecord(*_size(norms), *_size(heads))
+    base = {id(t): t for _, t in base_tensors(model.model, head=True)}.values()
+    parameters = sum(t.numel() for t in base if isinstance(t, nn.Parameter))
+    head_bytes = 0 if head is None else _size([head.base])[1]
+    return Sharing(layers, records, parameters, sum(t.nbytes for t in base), head_bytes)
+
+
+def _size(modules: list[nn.Module]) -> tuple[int, int]:
+    """Parameters, and bytes with buffers."""
+    parameters = [p for module in modules for p in module.parameters()]
+    buffers = [b for module in modules for b in module.buffers()]
+    return sum(p.numel() for p in parameters), sum(t.nbytes for t in (*parameters, *buffers))

@@ -1,0 +1,181 @@
+"""Finding the axis of each layer's input that carries the batch, by running the base on one and two samples.
+
+Three forwards on samples made from the user's input: ``[a]``, ``[a, a]`` and ``[a, b]``. From the first to the
+second, the batch axis is the one that doubles. From the second to the third, the entries along it that change
+are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
+every second one where samples alternate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .nn.context import Layout, Selection
+from .nn.layer import TapsLayer
+
+if TYPE_CHECKING:
+    from .model import TapsModel
+
+Calls = dict[str, list[Any]]
+"""What was seen at each call of each module, by path."""
+
+
+def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -> list[int | None]:
+    """The batch axis of each tensor in the input (None: it has none), given that there are ``batch`` samples.
+
+    ``batch_dim`` is said by the user. Without it, an axis counts where it is the only one of that size, or the
+    first of an image [N, C, H, W].
+    """
+    axes: list[int | None] = []
+    for leaf in tree_flatten((args, kwargs))[0]:
+        fits = [a for a in range(leaf.dim()) if leaf.shape[a] == batch] if isinstance(leaf, Tensor) else []
+        if len(fits) > 1:
+            first = batch_dim % leaf.dim() if batch_dim is not None else 0 if leaf.dim() == 4 else None
+            if first not in fits:
+                raise ValueError(
+                    f"TapsModel.probe: the batch axis of an input must be known, got {tuple(leaf.shape)} with {len(fits)} "
+                    f"axes of size {batch}; call model.probe(..., batch_dim=...) once"
+                )
+            fits = [first]
+        axes.append(fits[0] if fits else None)
+    if all(axis is None for axis in axes):
+        raise ValueError(
+            f"TapsModel: tasks must have one id a sample, got {batch} ids and no input with an axis of this size"
+        )
+    return axes
+
+
+def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
+    """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart."""
+    leaves, spec = tree_flatten((args, kwargs))
+    located = model.conversion.located()
+    with _undisturbed(model):
+        samples = [(leaf, leaf, leaf) if a is None else _samples(leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
+        one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
+        try:
+            shapes = _run(model, one, lambda path, call, x, y: (tuple(x.shape), y.numel()))
+            grown = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
+            mixed = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+        except Exception as error:
+            raise ValueError(
+                "TapsModel.probe: the model must run on one and on two samples of its input, got "
+                f"{type(error).__name__}: {error} (call model.probe(...) with an input that it takes so)"
+            ) from error
+    for path, module in located.items():
+        module.layouts, module.refusal = {}, None
+        if isinstance(module, TapsLayer):
+            module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.base[0].numel()
+        calls = zip(shapes.get(path, []), grown.get(path, []), mixed.get(path, []), strict=False)
+        for (shape, _), (double, before), (_, after) in calls:
+            found = _layout(shape, double, before, after)
+            if isinstance(found, Layout) and module.layouts.setdefault(len(shape), found) != found:
+                found = "it is called several times, with the batch in different places"
+            if isinstance(found, str):
+                module.refusal = f"the probe could not tell: {found}"
+        if module.refusal is not None or not len(shapes.get(path, [])) == len(grown.get(path, [])) == len(
+            mixed.get(path, [])
+        ):
+            module.layouts = {}
+            module.refusal = module.refusal or "the probe could not tell: its calls depend on the batch"
+    model.probed = True
+
+
+def _layout(
+    shape: tuple[int, ...], double: tuple[int, ...], before: Tensor | None, after: Tensor | None
+) -> Layout | str:
+    """The layout that explains what was seen at one call, or why none does."""
+    if shape == double:
+        return f"its input {shape} does not grow with the batch"
+    axis = _grown(shape, double)
+    if axis is None or before is None or after is None or before.shape != after.shape:
+        return f"its input goes from {shape} to {double} when the batch doubles"
+    changed = ((before != after) & ~(before.isnan() & after.isnan())).nonzero().flatten().tolist()
+    repeats = shape[axis]
+    if repeats == 1:
+        return Layout(axis, None) if 0 not in changed else "samples are mixed before it"
+    outer, alternating = all(i >= repeats for i in changed), all(i % 2 for i in changed)
+    if outer != alternating:
+        return Layout(axis, outer)
+    return (
+        f"its input {double} is the same for different samples" if outer else f"samples are mixed in its input {double}"
+    )
+
+
+def _grown(shape: tuple[int, ...], double: tuple[int, ...]) -> int | None:
+    """The only axis whose size doubled, if that is all that changed."""
+    if len(shape) != len(double):
+        return None
+    changed = [a for a in range(len(shape)) if shape[a] != double[a]]
+    return changed[0] if len(changed) == 1 and double[changed[0]] == 2 * shape[changed[0]] else None
+
+
+def _digest(x: Tensor, shapes: Calls, path: str, call: int) -> tuple[tuple[int, ...], Tensor | None]:
+    """x's shape, and one number for each entry along its batch axis: a random projection, so that no change cancels."""
+    seen = shapes.get(path, [])
+    axis = _grown(seen[call][0], tuple(x.shape)) if call < len(seen) else None
+    if axis is None:
+        return tuple(x.shape), None
+    flat = x.detach().movedim(axis, 0).flatten(1).double()
+    weights = torch.rand(flat.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return tuple(x.shape), (flat * weights.to(x.device)).sum(1)
+
+
+def _run(model: TapsModel, inputs: Any, see: Any) -> Calls:
+    """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart."""
+    calls: Calls = {}
+    handles = []
+
+    def hook_for(path: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            record = calls.setdefault(path, [])
+            record.append(see(path, len(record), x, output))
+
+        return hook
+
+    try:
+        for path, module in model.conversion.located().items():
+            handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
+        args, kwargs = inputs
+        previous = model.context.enter(Selection())
+        try:
+            model.model(*args, **kwargs)
+        finally:
+            model.context.enter(previous)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[a], [a, a] and [a, b], where b is the user's own second sample if it differs from the first."""
+    a = leaf.detach().narrow(axis, 0, 1)
+    others = (leaf.detach().narrow(axis, i, 1) for i in range(1, leaf.shape[axis]))
+    b = next((other for other in others if not torch.equal(other, a)), None)
+    if b is None:
+        b = a + torch.randn_like(a) if a.is_floating_point() else a.roll(1, -1)
+    return a, torch.cat([a, a], axis), torch.cat([a, b], axis)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and everything as it was afterwards: modes, buffers, random states."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # writing would invalidate graphs that saved it
+                    buffer.copy_(before)

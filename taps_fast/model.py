@@ -1,0 +1,331 @@
+"""`TapsModel`: a network that several tasks adapt, each with its own gated deltas, norms and head."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _folder, store
+from ._probe import batch_of, probe
+from .convert import Patterns, convert
+from .nn import TaskContext, gates
+from .nn.context import BASE_NAME, Selection, TaskNames
+from .nn.head import new_head
+from .nn.per_task import PerTask
+from .sharing import Sharing
+
+
+class Loaded(NamedTuple):
+    """What `TapsModel.load_task` did."""
+
+    task: str
+    tensors: int
+    open_layers: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.tensors} tensors matched, {self.open_layers} of {self.layers} layers open"
+
+
+class TapsModel(nn.Module):
+    """An adapted copy of ``model``: frozen base, and for each task gated deltas, norms and a head.
+
+    ``model`` itself is left as it is. The copy's base parameters are in the same storage.
+
+    Args:
+        model: any module, on the device and in the dtype it shall have.
+        tasks: names to add at once, with heads like the base's (see `add_task`).
+        head: the path of the module each task replaces; None: none is.
+        include: which Linear and Conv2d modules get gates: paths (globs; a path covers what is below it) or types;
+            None: all.
+        exclude: which modules, norms too, stay shared.
+        norms: "task" (each task has its own) or "shared" (the base's, frozen and in eval mode).
+        threshold, initial_score, gate: as `FastTapsLinear`.
+
+    Raises:
+        ValueError: a head or pattern that matches nothing, a lazy or already adapted model.
+
+    ``print(model.conversion)`` says what was converted, skipped or refused, and why.
+    Source: TAPS, arXiv 2203.16708.
+
+    >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+    >>> model = TapsModel(backbone, head="2")
+    >>> model.add_task("cubs", classes=3)
+    >>> model.add_task("cars", classes=5)
+    >>> model(torch.randn(6, 4), tasks="cubs").shape
+    torch.Size([6, 3])
+    >>> model(torch.randn(2, 4), tasks=["cars", "cubs"]).shape  # padded to the widest head
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Iterable[str] = (),
+        *,
+        head: str | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+        norms: str = "task",
+        threshold: float = 0.1,
+        initial_score: float = 0.15,
+        gate: str = "ste",
+    ) -> None:
+        super().__init__()
+        self.context = TaskContext("TapsModel")
+        self.threshold, self.gate = threshold, gate
+        options = {"threshold": threshold, "initial_score": initial_score, "gate": gate}
+        self.model, self.conversion = convert(
+            model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
+        )
+        self.probed = False
+        self.train(model.training)
+        for task in tasks:
+            self.add_task(task)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names; a task's place is its id."""
+        return list(self.context.tasks)
+
+    @property
+    def widths(self) -> dict[str, int | None]:
+        """The number of outputs of each task's head, before padding; empty without a head."""
+        return {} if self.conversion.head is None else self.conversion.head.widths
+
+    def forward(self, *args: Any, tasks: TaskNames | None = None, **kwargs: Any) -> Any:
+        """The model's output, with the weights of ``tasks``.
+
+        Args:
+            *args, **kwargs: what the model takes.
+            tasks: one name for all samples ("base": none); a list of B names, ids or None (the base); a [B] tensor
+                of ids, which index `tasks` (-1: the base) and do not recompile a compiled model; or a `TaskBatch`.
+                Default: the task of `set_task`, else the only one, else (no task at all) the base.
+
+        Returns:
+            What the model returns. In a mixed batch outputs of narrower heads are padded with -inf.
+
+        Raises:
+            ValueError: an unknown task, ids out of range or that do not divide the batch, several tasks and none
+                said, a layer whose batch axis is not known (see `probe`).
+        """
+        # Ids go to the device once here, not once a layer.
+        device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        selection = self.context.resolve(tasks, device)
+        if selection.batch is not None and not self.probed and not torch.compiler.is_compiling():
+            probe(self, args, kwargs, batch_of(args, kwargs, selection.batch.size))
+        previous = self.context.enter(selection)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.context.enter(previous)
+
+    def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
+        """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
+
+        Runs the base three times on one and two samples made from this input, without gradients, in eval mode;
+        buffers and random states stay as they are. The first mixed forward does this by itself, except under
+        ``torch.compile``.
+
+        Args:
+            *args, **kwargs: a typical input of the model, of any batch size.
+            batch_dim: the axis that carries the batch in the first tensor given.
+
+        Raises:
+            ValueError: inputs whose batch axis cannot be told, or that the model cannot take with one sample.
+        """
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is None:
+            raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
+        probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
+
+    def checkpoint_context(self) -> tuple[Any, Any]:
+        """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
+        return contextlib.nullcontext(), self._running(self.context.active)
+
+    @contextlib.contextmanager
+    def _running(self, selection: Selection | None) -> Iterator[None]:
+        previous = self.context.enter(selection)
+        try:
+            yield
+        finally:
+            self.context.enter(previous)
+
+    def set_task(self, task: str | None) -> None:
+        """The task of forwards that name none; None: none, so that they must name one."""
+        self.context.default = None if task is None else self.context.check(task)
+
+    def add_task(self, task: str, classes: int | None = None, *, head: nn.Module | None = None) -> None:
+        """Adds a task: zero deltas behind open gates, norms like the base's, and a head.
+
+        Args:
+            task: a new name.
+            classes: outputs of a fresh head like the base's (Linear or Conv2d).
+            head: the head itself. Without both it starts as a copy of the base's.
+
+        Raises:
+            ValueError: a name in use or that cannot be a parameter's, or a head where the model has no ``head=``.
+
+        Cost: one delta for each adapted layer; the tasks there are do not matter.
+        """
+        own = self.conversion.head
+        if own is None and (classes is not None or head is not None):
+            raise ValueError(
+                "TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got no path"
+            )
+        if classes is not None and own is not None:
+            if head is not None:
+                raise ValueError("TapsModel.add_task: classes or head must be given, got both")
+            head = new_head(own.base, classes, own.path)
+        self.context.add(task)
+        for layer in self.conversion.layers.values():
+            layer.add_task(task)
+        for norm in self.conversion.norms.values():
+            norm.add_task(task)
+        if own is not None:
+            own.add_task(task, head)
+
+    def remove_task(self, task: str) -> None:
+        """Forgets all that belongs to a task. The ids of the tasks after it go down by one."""
+        self.context.tasks.remove(self.context.check(task))
+        if self.context.default == task:
+            self.context.default = None
+        for module in self.conversion.located().values():
+            module.remove_task(task)
+
+    def reopen(self, task: str, score: float | None = None) -> None:
+        """Gives every closed layer of ``task`` a zero delta where it has none, and the score to train from again.
+
+        A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
+        """
+        self.context.check(task)
+        for layer in self.conversion.layers.values():
+            if not layer.is_open(task):
+                layer.add_task(task)
+                layer.scores[task].data.fill_(layer.initial_score if score is None else score)
+
+    def task_parameters(self, task: str) -> list[dict[str, Any]]:
+        """Two parameter groups of one task, as optimizers take them: "weights" and "scores".
+
+        >>> model = TapsModel(nn.Linear(2, 2), ["cubs"])
+        >>> groups = model.task_parameters("cubs")
+        >>> groups[1]["lr"] = 0.01  # scores at a rate of their own
+        >>> optimizer = torch.optim.Adam(groups, lr=1e-3)
+        """
+        self.context.check(task)
+        layers = self.conversion.layers.values()
+        weights = [owned[task] for layer in layers for owned in (layer.deltas, layer.bias_deltas) if task in owned]
+        for module in self.modules_of(task).values():
+            weights += module.parameters()
+        return [
+            {"params": weights, "name": "weights"},
+            {"params": [layer.scores[task] for layer in layers], "name": "scores"},
+        ]
+
+    def modules_of(self, task: str) -> dict[str, nn.Module]:
+        """The task's own norms and head, by path."""
+        head = [] if self.conversion.head is None else [self.conversion.head]
+        return {module.path: module.tasks[task] for module in (*self.conversion.norms.values(), *head)}
+
+    def penalty(self, task: str | Sequence[str], lam: float = 0.1) -> Tensor:
+        """λ/L·Σ|s| over the L adapted layers, summed over the tasks named: add it to the loss.
+
+        Source: TAPS, arXiv 2203.16708, eq. 3.
+        """
+        names = [task] if isinstance(task, str) else list(task)
+        layers = list(self.conversion.layers.values())
+        if not layers or not names:
+            raise ValueError(
+                f"TapsModel.penalty: there must be adapted layers and tasks, got {len(layers)} and {names}"
+            )
+        return torch.stack(
+            [gates.penalty([layer.scores[self.context.check(name)] for layer in layers], lam) for name in names]
+        ).sum()
+
+    def merge(self, task: str) -> nn.Module:
+        """An ordinary module with the weights of one task ("base": none), in storage of its own.
+
+        Modules have their original types; nothing of taps_fast is in it.
+        """
+        name = None if task == BASE_NAME else self.context.check(task)
+        memo: dict[int, Any] = {}
+        for layer in self.conversion.layers.values():
+            memo[id(layer)] = layer.merged(name)
+        for module in self.model.modules():
+            if isinstance(module, PerTask):
+                memo[id(module)] = copy.deepcopy(module.of(name), memo)
+        plain: nn.Module = copy.deepcopy(self.model, memo)
+        for path, attribute, value in self.conversion.restored:
+            setattr(plain.get_submodule(path), attribute, value)
+        for parameter in plain.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return plain.train(self.training)
+
+    def fingerprint(self) -> str:
+        """The identity of the base: what a task folder must have been saved with. The head is not part of it."""
+        return store.fingerprint(dict(_folder.base_tensors(self.model)))
+
+    def save_task(self, task: str, folder: str | os.PathLike[str]) -> None:
+        """Writes what ``task`` adds to the base: open deltas, scores, norms and head. An existing folder is replaced.
+
+        Raises:
+            ValueError: an unknown task; `TaskFolderError`: a folder that cannot be written.
+        """
+        tensors = _folder.task_tensors(self, self.context.check(task))
+        meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
+        store.save_task(folder, tensors, meta)
+
+    def load_task(
+        self, folder: str | os.PathLike[str], *, name: str | None = None, head: nn.Module | None = None
+    ) -> Loaded:
+        """Adds the task of a folder. Either all of it is loaded or nothing changes.
+
+        Closed gates have no storage afterwards: see `reopen` for training on.
+
+        Args:
+            folder: what `save_task` wrote, over the same base (weights and dtype).
+            name: the task's name here; default: the one it was saved under.
+            head: for tasks with a head of their own making: a module like it.
+
+        Returns:
+            How many tensors matched and how many layers are open; ``print`` it.
+
+        Raises:
+            TaskFolderError (a ValueError): not a whole task folder, another base, threshold, gate or conversion.
+            ValueError: a name in use.
+        """
+        tensors, meta = store.read_task(folder)
+        for key, value in (("threshold", self.threshold), ("gate", self.gate)):
+            if meta.get(key) != value:
+                raise store.TaskFolderError(
+                    f"load_task: task {meta['task']!r} must have this model's {key}, {value}, got {meta.get(key)}"
+                )
+        modules = _folder.build_modules(self, meta, head)
+        store.check_against(meta, tensors, _folder.expected(self, tensors, modules), self.fingerprint())
+        for path, module in modules.items():
+            names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
+            module.load_state_dict(names)
+        task = meta["task"] if name is None else name
+        self.context.add(task)
+        opened = 0
+        for path, layer in self.conversion.layers.items():
+            is_open = f"{path}.delta" in tensors
+            layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
+            opened += is_open
+            for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
+                if f"{path}.{key}" in tensors:
+                    owned[task].data.copy_(tensors[f"{path}.{key}"])
+        for path, module in self.conversion.located().items():
+            if path in modules and isinstance(module, PerTask):
+                module.add_task(task, modules[path])
+        return Loaded(task, len(tensors), opened, len(self.conversion.layers))
+
+    def sharing(self) -> Sharing:
+        """The layer × task table, with parameters and bytes against separate models; ``.plot()`` draws it."""
+        return _folder.sharing(self, self.tasks)

@@ -1,0 +1,10 @@
+"""Layers, norms and heads that tell tasks apart."""
+
+from .context import TaskContext
+from .conv import FastTapsConv2d
+from .head import TaskHead
+from .linear import FastTapsLinear
+from .norm import TaskNorm
+from .wrapped import WrappedLayer
+
+__all__ = ["FastTapsConv2d", "FastTapsLinear", "TaskContext", "TaskHead", "TaskNorm", "WrappedLayer"]

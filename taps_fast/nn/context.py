@@ -1,0 +1,214 @@
+"""Which task each sample of the running forward belongs to, and where a layer's input carries the samples."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks import BASE, TaskBatch
+
+BASE_NAME = "base"
+"""What a user writes for a sample that no task claims."""
+
+TaskNames = str | Sequence[str | int | None] | Tensor | TaskBatch
+
+
+class Selection(NamedTuple):
+    """The tasks of one forward: one for the whole batch, or one a sample."""
+
+    task: str | None = None
+    """The task of every sample; None is the base. Means nothing where ``batch`` is given."""
+    batch: TaskBatch | None = None
+
+
+class TaskContext:
+    """The task names of a model and the selection of its running forward, shared by all its layers.
+
+    Threads have a selection each. It is set by the model's forward and gone when that returns.
+    """
+
+    def __init__(self, owner: str, tasks: Iterable[str] = ()) -> None:
+        self.owner = owner
+        self.tasks: list[str] = []
+        self.default: str | None = None
+        self._running = threading.local()
+        for task in tasks:
+            self.add(task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._running = threading.local()
+
+    def add(self, task: str) -> None:
+        """Registers a name that can also be a key of parameters and modules."""
+        if not isinstance(task, str):
+            raise TypeError(f"{self.owner}: task must be a name, got {task!r}")
+        if not task or "." in task or task == BASE_NAME or hasattr(_MODULES, task) or hasattr(_PARAMETERS, task):
+            raise ValueError(
+                f"{self.owner}: task must be a name that is not empty, holds no '.', is not '{BASE_NAME}' and is no "
+                f"attribute of nn.ModuleDict or nn.ParameterDict, got {task!r}"
+            )
+        if task in self.tasks:
+            raise ValueError(f"{self.owner}: task must be new, got {task!r} (tasks: {', '.join(self.tasks)})")
+        self.tasks.append(task)
+
+    def check(self, task: str) -> str:
+        """The name itself, if there is such a task."""
+        if task not in self.tasks:
+            raise ValueError(f"{self.owner}: task must be one of its tasks, got {task!r} ({nearest(task, self.tasks)})")
+        return task
+
+    def resolve(self, tasks: TaskNames | None, device: torch.device | None = None) -> Selection:
+        """What ``tasks`` says: a name, one name a sample, ids, or nothing (the default task)."""
+        if tasks is None:
+            return Selection(self._default())
+        if isinstance(tasks, str):
+            return Selection(None if tasks == BASE_NAME else self.check(tasks))
+        if isinstance(tasks, TaskBatch):
+            if tasks.num_tasks != len(self.tasks):
+                raise ValueError(
+                    f"{self.owner}: tasks must be a TaskBatch of its {len(self.tasks)} tasks, got one of {tasks.num_tasks}"
+                )
+            return Selection(batch=tasks if device is None else tasks.to(device))
+        if not isinstance(tasks, Tensor):
+            tasks = torch.tensor([self._id(task) for task in tasks], dtype=torch.int64)
+        return Selection(batch=TaskBatch.from_ids(tasks, len(self.tasks), device=device))
+
+    def _id(self, task: str | int | None) -> int:
+        if task is None or task == BASE_NAME:
+            return BASE
+        if isinstance(task, str):
+            return self.tasks.index(self.check(task))
+        return int(task)
+
+    def _default(self) -> str | None:
+        if self.default is not None:
+            return self.default
+        if len(self.tasks) > 1:
+            raise ValueError(
+                f"{self.owner}: tasks must be said where there are several, got None (tasks: {', '.join(self.tasks)})"
+            )
+        return self.tasks[0] if self.tasks else None
+
+    @property
+    def active(self) -> Selection | None:
+        """The selection of this thread's running forward."""
+        return getattr(self._running, "selection", None)
+
+    def enter(self, selection: Selection | None) -> Selection | None:
+        """Makes ``selection`` active and returns the one it replaces, to be entered again afterwards."""
+        previous = self.active
+        self._running.selection = selection
+        return previous
+
+
+class Layout(NamedTuple):
+    """Where an input carries its samples: along ``axis``, whose size is a multiple r of their number B."""
+
+    axis: int = 0
+    outer: bool | None = True
+    """Whether a sample's r entries are consecutive (True) or B apart (False); None: only r = 1 was seen."""
+
+    def spread(self, batch: TaskBatch, size: int, owner: str) -> TaskBatch:
+        """A batch that has the ids along ``axis``, so that each id covers consecutive entries."""
+        repeats = 1 if size == batch.size else size // max(batch.size, 1)
+        if repeats * batch.size != size:
+            raise ValueError(
+                f"{owner}: tasks must divide its batch: rows % ids == 0, got {batch.size} ids and {size} rows along axis "
+                f"{self.axis} of its input"
+            )
+        if repeats == 1 or self.outer:
+            return batch
+        if self.outer is None:
+            raise ValueError(
+                f"{owner}: probe must have seen a like input: it now has {repeats} rows a sample along axis {self.axis} "
+                "where the probe saw one; call model.probe(...) with an input of this shape"
+            )
+        return TaskBatch.from_ids(batch.ids.repeat(repeats), batch.num_tasks)
+
+    def per_entry(self, batch: TaskBatch, size: int, owner: str) -> Tensor:
+        """int64 [size]: the row of a table [base, task 0, task 1, …] for each entry along ``axis``."""
+        spread = self.spread(batch, size, owner)
+        ids = spread.ids if spread.size == size else spread.ids.repeat_interleave(size // spread.size, output_size=size)
+        return ids + 1
+
+
+class Located:
+    """What every module that tells tasks apart has: a context, a path for messages, and its input's layouts."""
+
+    context: TaskContext
+    path: str
+    layouts: dict[int, Layout]
+    """The layout of an input, by its number of dimensions; found by `TapsModel.probe`."""
+    images_first = False
+    """Whether the type says that axis 0 of a 4-d input is the batch."""
+    refusal: str | None = None
+    """Why the probe could not tell the layout."""
+
+    def _locate_in(self, context: TaskContext, path: str) -> None:
+        self.context, self.path, self.layouts = context, path, {}
+
+    def selected(self, tasks: TaskNames | None = None, device: torch.device | None = None) -> Selection:
+        """The selection that applies to this call: said here, else of the running forward, else the default."""
+        if tasks is None:
+            active = self.context.active
+            if active is not None:
+                return active
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"{self.path}: tasks must be known, but this forward is recomputed in a backward, where the "
+                    "selection is gone; use checkpoint(..., use_reentrant=False, context_fn=model.checkpoint_context)"
+                )
+        return self.context.resolve(tasks, device)
+
+    def layout(self, x: Tensor, batch: TaskBatch) -> Layout:
+        """Where x carries the batch; an error where that is not known."""
+        found = self.layouts.get(x.dim())
+        if found is not None:
+            return found
+        if self.images_first and x.dim() == 4 and x.shape[0] == batch.size:
+            return Layout()
+        raise ValueError(
+            f"{self.path}: the batch axis of its input must be known in a mixed batch, got an input "
+            f"{tuple(x.shape)} and {batch.size} ids "
+            f"({self.refusal or 'call model.probe(...) once with an input like this one'})"
+        )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint after an unknown name."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    listed = ", ".join(known) if known else "none"
+    return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
+
+
+def task_by_task(
+    x: Tensor, batch: TaskBatch, layout: Layout, owner: str, run: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """``run(task, its rows of x)`` for each task present, put back in x's order along the batch axis."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{owner}: runs a mixed batch task by task, whose sizes torch.compile cannot know; leave this model "
+            "uncompiled, or exclude the module"
+        )
+    axis = layout.axis
+    spread = layout.spread(batch, x.shape[axis], owner)
+    repeats = x.shape[axis] // max(spread.size, 1)
+    edges = spread.offsets.tolist()
+    present = [g for g in range(len(edges) - 1) if edges[g] < edges[g + 1]]
+    if len(present) <= 1:
+        return run(present[0] - 1 if present else BASE, x)
+    rows = (spread.order[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
+    parts = [run(g - 1, x.index_select(axis, rows[edges[g] * repeats : edges[g + 1] * repeats])) for g in present]
+    return torch.cat(parts, axis).index_select(axis, rows.argsort())
+
+
+_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()

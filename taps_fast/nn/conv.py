@@ -1,0 +1,117 @@
+"""A convolution with a base and a gated delta for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import delta_conv2d
+from .context import TaskContext, TaskNames
+from .layer import TapsLayer, plain
+
+Pair = int | tuple[int, int]
+
+
+class FastTapsConv2d(TapsLayer):
+    """``nn.Conv2d`` that tasks adapt: a frozen base plus, for each task, a delta behind a gate.
+
+    ::
+
+        y_n = conv2d(x_n, base + I(s_t)·delta_t) + base_bias + I(s_t)·bias_delta_t        I(s) = 1[s >= threshold]
+
+    Loads the state dict of an ``nn.Conv2d`` as its base. ``weight`` and ``bias`` are the effective ones.
+
+    Args:
+        in_channels … dtype: as ``nn.Conv2d``, every padding and padding mode included.
+        tasks, threshold, initial_score, gate: as `FastTapsLinear`.
+
+    Raises:
+        ValueError: a task name that cannot be a parameter's name, or an unknown gate.
+
+    Cost: `delta_conv2d`'s; images behind closed gates share the base convolution.
+    Source: TAPS, arXiv 2203.16708, eq. 1-2.
+
+    >>> layer = FastTapsConv2d(3, 8, 3, padding="same", tasks=["cubs"])
+    >>> layer(torch.randn(2, 3, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+    images_first = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tasks: Iterable[str] = (),
+        threshold: float = 0.1,
+        initial_score: float = 0.15,
+        gate: str = "ste",
+    ) -> None:
+        super().__init__()
+        self._start(None, threshold, initial_score, gate)
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        self._take(nn.Conv2d(*sizes, bias, padding_mode, device, dtype))
+        self.add_tasks(tasks)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        tasks: Iterable[str] = (),
+        *,
+        threshold: float = 0.1,
+        initial_score: float = 0.15,
+        gate: str = "ste",
+        context: TaskContext | None = None,
+    ) -> FastTapsConv2d:
+        """A layer whose base is ``conv``'s kernel, in the same storage."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._start(context, threshold, initial_score, gate)
+        layer._take(conv)
+        layer.add_tasks(tasks)
+        return layer.train(conv.training)
+
+    def _take(self, conv: nn.Conv2d) -> None:
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.padding_mode = conv.padding_mode
+        # What F.pad takes, last axis first; "same" and "valid" are numbers in it already.
+        self._reversed_padding = list(conv._reversed_padding_repeated_twice)
+        self._adopt(conv.weight, conv.bias)
+
+    def forward(self, x: Tensor, tasks: TaskNames | None = None) -> Tensor:
+        """y [N, O, H', W'] for x [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
+        gated = self.gated(self.selected(tasks, x.device))
+        batch, _ = self.place(x, gated, None if tasks is None else 0)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), (0, 0)
+        conv = (self.stride, padding, self.dilation, self.groups)
+        options = {"tasks": batch, "pairs": gated.pairs}
+        return self.run(delta_conv2d, x, self.base, gated.deltas, gated.coeffs, gated.bias, *conv, **options)
+
+    def merged(self, task: str | None) -> nn.Conv2d:
+        weight, bias = self.effective(task)
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        bare = nn.Conv2d(*sizes, self.groups, bias is not None, self.padding_mode, device="meta")  # type: ignore[arg-type]
+        return plain(bare, weight, bias, self.training)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, groups={self.groups}, bias={self.base_bias is not None}, tasks={list(self.scores)}"
+        )

@@ -1,0 +1,58 @@
+"""Scores, gates and their penalty: τ, the straight-through estimator, λ/L·Σ|s|."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATES = ("ste", "raw")
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
+        return (scores >= threshold).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight_through(scores: Tensor, threshold: float) -> Tensor:
+    """1 where a score has reached the threshold, else 0; the gradient passes as if it were the score itself.
+
+    ::
+
+        I(s) = 1[s >= threshold]        dI/ds := 1
+
+    Args:
+        scores: any shape.
+        threshold: τ.
+
+    Returns:
+        Gates, shape and dtype of ``scores``. A closed gate still gets its gradient, so it can open again.
+
+    Source: TAPS, arXiv 2203.16708, eq. 2 and its straight-through estimator.
+
+    >>> scores = torch.tensor([0.05, 0.1], requires_grad=True)
+    >>> straight_through(scores, 0.1).tolist()
+    [0.0, 1.0]
+    """
+    gates: Tensor = _StraightThrough.apply(scores, threshold)  # type: ignore[no-untyped-call]
+    return gates
+
+
+def coefficients(scores: Tensor, threshold: float, gate: str) -> Tensor:
+    """What multiplies each delta: its gate ("ste"), or the score itself ("raw")."""
+    return straight_through(scores, threshold) if gate == "ste" else scores
+
+
+def penalty(scores: Sequence[Tensor], lam: float) -> Tensor:
+    """λ/L·Σ|s| over the scores of L adapted layers: what pushes gates to close.
+
+    Source: TAPS, arXiv 2203.16708, eq. 3.
+    """
+    return torch.stack(list(scores)).abs().sum() * (lam / len(scores))

@@ -1,0 +1,136 @@
+"""Heads: each task has its own, of its own width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import delta_linear
+from ..tasks import TaskBatch
+from .context import Layout
+from .per_task import PerTask
+
+
+def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
+    """A fresh Linear or Conv2d like ``base`` with ``classes`` outputs."""
+    like: dict[str, Any] = {"bias": getattr(base, "bias", None) is not None}
+    if isinstance(base, nn.Linear):
+        return nn.Linear(base.in_features, classes, **like, device=base.weight.device, dtype=base.weight.dtype)
+    if type(base) is nn.Conv2d:
+        sizes: Any = (
+            base.in_channels,
+            classes,
+            base.kernel_size,
+            base.stride,
+            base.padding,
+            base.dilation,
+            base.groups,
+        )
+        like |= {"padding_mode": base.padding_mode, "device": base.weight.device, "dtype": base.weight.dtype}
+        return nn.Conv2d(*sizes, **like)
+    raise ValueError(
+        f"{path}: classes must go with a Linear or Conv2d head, got {type(base).__name__} (pass head=, a module)"
+    )
+
+
+def width_of(module: nn.Module) -> int | None:
+    """How many outputs a head has: its own, or those of the last layer inside; None where that is unknown."""
+    last = None
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            last = child.out_features
+        elif isinstance(child, nn.Conv2d):
+            last = child.out_channels
+    return last
+
+
+class TaskHead(PerTask):
+    """A head for each task. In a mixed batch outputs are padded with -inf to the widest head.
+
+    Linear heads run as a baked bank: one `delta_linear` for each distinct width, in which a task's "delta" is
+    its whole weight and the base coefficient is 0. Other heads run task by task.
+    """
+
+    @property
+    def widths(self) -> dict[str, int | None]:
+        """The number of outputs of each task's head."""
+        return {task: width_of(self.tasks[task]) for task in self.tasks}
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        heads = self.modules_in_order
+        if all(_is_plain_linear(head) for head in heads):
+            return self._bank(x, batch, layout, heads)
+        return super().mixed(x, batch, layout, *args, **kwargs)
+
+    def finish(self, y: Tensor) -> Tensor:
+        heads = self.modules_in_order
+        widths = [width_of(head) for head in heads]
+        axis = 1 if isinstance(heads[0], nn.Conv2d) else y.dim() - 1
+        widest = max(y.shape[axis] if width is None else width for width in widths)
+        return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, widest - y.shape[axis]), value=-torch.inf)
+
+    def _bank(self, x: Tensor, batch: TaskBatch, layout: Layout, heads: list[Any]) -> Tensor:
+        widths = [head.out_features for head in heads]
+        widest, count = max(widths), len(heads) - 1
+        spread = layout.spread(batch, x.shape[layout.axis], self.path)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        one_hot = torch.eye(count, dtype=wide, device=x.device)
+        total: Tensor | None = None
+        for width in sorted(set(widths)):
+            members = [t for t in range(count) if widths[t + 1] == width]
+            like = next(head.weight for head, w in zip(heads, widths, strict=True) if w == width)
+            # Rows of other widths, and of the base where its width is another, must add nothing here.
+            base = heads[0].weight if widths[0] == width else like.new_zeros(1, 1).expand(width, like.shape[1])
+            coeffs = one_hot[:, members] if len(members) == count else _columns(one_hot, members)
+            y = delta_linear(
+                x,
+                base,
+                [heads[t + 1].weight for t in members],
+                coeffs,
+                _bias_table(heads, widths, width, like),
+                tasks=spread,
+                base_coeffs=one_hot.new_zeros(count),
+                pairs=[(t, k) for k, t in enumerate(members)],
+                batch_dim=layout.axis,
+            )
+            y = F.pad(y, (0, widest - width))
+            total = y if total is None else total + y
+        assert total is not None
+        if min(widths) < widest:
+            row = layout.per_entry(batch, x.shape[layout.axis], self.path)
+            outside = torch.stack([_outside(width, widest, total) for width in widths])[row]
+            total = total + outside.unflatten(0, (-1, *(1,) * (total.dim() - 2 - layout.axis)))
+        return total
+
+    @property
+    def how(self) -> str:
+        return "one a task; mixed batches pad with -inf to the widest"
+
+
+def _columns(table: Tensor, members: list[int]) -> Tensor:
+    if not members:
+        return table.new_zeros(table.shape[0], 0)
+    return torch.stack([table[:, t] for t in members], 1)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _outside(width: int, widest: int, like: Tensor) -> Tensor:
+    """[widest]: 0 for a head's own outputs, -inf beyond them."""
+    return F.pad(like.new_zeros(width), (0, widest - width), value=-torch.inf)
+
+
+def _bias_table(heads: list[Any], widths: list[int], width: int, like: Tensor) -> Tensor | None:
+    """[T + 1, width], the base's row last, as `delta_linear` takes it; zeros for heads of other widths."""
+    if all(head.bias is None for head in heads):
+        return None
+    rows = [
+        head.bias if w == width and head.bias is not None else like.new_zeros(width)
+        for head, w in zip(heads, widths, strict=True)
+    ]
+    return torch.stack([*rows[1:], rows[0]])

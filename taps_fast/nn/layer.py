@@ -1,0 +1,192 @@
+"""What every adapted layer is: a frozen base weight, and for each task a delta behind a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks import TaskBatch
+from . import gates
+from .context import Layout, Located, Selection, TaskContext
+
+
+class Gated(NamedTuple):
+    """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
+
+    deltas: list[Tensor]
+    coeffs: Tensor
+    bias: Tensor | None
+    tasks: TaskBatch | None = None
+    pairs: list[tuple[int, int]] | None = None
+
+
+class Scores(nn.ParameterDict):
+    """Scores stay float32 when a model changes dtype: a rounded score could cross the threshold."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scores:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class TapsLayer(Located, nn.Module):
+    """Base of `FastTapsLinear`, `FastTapsConv2d` and wrapped layers.
+
+    ::
+
+        W_t = base + I(s_t)·delta_t,   b_t = base_bias + I(s_t)·bias_delta_t
+
+    Parameters: ``base`` and ``base_bias`` are frozen; each task trains ``deltas.<task>``,
+    ``bias_deltas.<task>`` (where the layer has a bias) and ``scores.<task>``. A task loaded with a closed gate
+    has a score and no delta, and costs nothing.
+    """
+
+    base: Tensor
+    base_bias: Tensor | None
+    macs: int | None = None
+    """Multiply-adds of the base for one sample, as seen by the probe."""
+
+    def _start(self, context: TaskContext | None, threshold: float, initial_score: float, gate: str) -> None:
+        if gate not in gates.GATES:
+            raise ValueError(f"{type(self).__name__}: gate must be one of {', '.join(gates.GATES)}, got {gate!r}")
+        name = type(self).__name__
+        self._locate_in(TaskContext(name) if context is None else context, name)
+        self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
+        self.deltas, self.bias_deltas, self.scores = nn.ParameterDict(), nn.ParameterDict(), Scores()
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes weight and bias as the frozen base, in the storage they are in."""
+        self.base = nn.Parameter(weight.detach(), requires_grad=False)
+        self.base_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def add_tasks(self, tasks: Iterable[str]) -> None:
+        """Registers new tasks with a layer that is used alone (a model's layers get theirs from the model)."""
+        for task in tasks:
+            self.context.add(task)
+            self.add_task(task)
+
+    def add_task(self, task: str, *, score: float | None = None, delta: bool = True) -> None:
+        """Gives ``task`` a score and, with ``delta``, a zero delta, where it has none yet."""
+        if task not in self.scores:
+            start = self.initial_score if score is None else score
+            self.scores[task] = nn.Parameter(torch.tensor(start, dtype=torch.float32, device=self.base.device))
+        if delta and task not in self.deltas:
+            self.deltas[task] = nn.Parameter(torch.zeros_like(self.base))
+            if self.base_bias is not None:
+                self.bias_deltas[task] = nn.Parameter(torch.zeros_like(self.base_bias))
+
+    def remove_task(self, task: str) -> None:
+        """Forgets all that ``task`` has here."""
+        for owned in (self.deltas, self.bias_deltas, self.scores):
+            if task in owned:
+                del owned[task]
+
+    def is_open(self, task: str) -> bool:
+        """Whether the task's delta takes part; reads the score."""
+        return task in self.deltas and (self.gate == "raw" or self.scores[task].item() >= self.threshold)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight of the active task: differentiable, and materialised at each reading."""
+        return self.effective(self._one_task("weight"))[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The effective bias of the active task."""
+        return self.effective(self._one_task("bias"))[1]
+
+    def _one_task(self, read: str) -> str | None:
+        selection = self.selected()
+        if selection.batch is not None:
+            raise RuntimeError(
+                f"{self.path}: {read} must be read with one task active, got a mixed batch, whose samples differ in it "
+                "(call the layer instead, or exclude it from the conversion)"
+            )
+        return selection.task
+
+    def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
+        gated = self._single(task)
+        if not gated.deltas:
+            return self.base, self.base_bias
+        return (self.base + gated.coeffs * gated.deltas[0]).to(self.base.dtype), gated.bias
+
+    def gated(self, selection: Selection) -> Gated:
+        """Deltas, coefficients and bias for one forward."""
+        return self._single(selection.task) if selection.batch is None else self._mixed(selection.batch)
+
+    def _coefficients(self, tasks: Sequence[str]) -> Tensor:
+        wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        if not tasks:
+            return torch.zeros(0, dtype=wide, device=self.base.device)
+        scores = torch.stack([self.scores[task] for task in tasks]).to(wide)
+        return gates.coefficients(scores, self.threshold, self.gate)
+
+    def _single(self, task: str | None) -> Gated:
+        if task is not None and task not in self.scores:
+            raise ValueError(f"{self.path}: task must be one it has, got {task!r}")
+        if task is None or task not in self.deltas:
+            return Gated([], self._coefficients([]), self.base_bias)
+        coeffs = self._coefficients([task])
+        bias = self.base_bias
+        if bias is not None:
+            bias = (bias + coeffs * self.bias_deltas[task]).to(bias.dtype)
+        return Gated([self.deltas[task]], coeffs, bias)
+
+    def _mixed(self, batch: TaskBatch) -> Gated:
+        """A row of coefficients for each task of the context: its gate at its own delta, 0 elsewhere."""
+        tasks = self.context.tasks
+        mine = [task for task in tasks if task in self.deltas]
+        if not mine:
+            return self._single(None)
+        coeffs = self._coefficients(mine)
+        rows = dict(zip(mine, torch.diag(coeffs).unbind(), strict=True))
+        table = torch.stack([rows.get(task, coeffs.new_zeros(len(mine))) for task in tasks])
+        bias = self.base_bias
+        if bias is not None:
+            deltas = torch.stack([self.bias_deltas[task] for task in mine])
+            own = dict(zip(mine, (bias + coeffs[:, None] * deltas).to(bias.dtype).unbind(), strict=True))
+            bias = torch.stack([*(own.get(task, bias) for task in tasks), bias])
+        pairs = [(tasks.index(task), k) for k, task in enumerate(mine)]
+        return Gated([self.deltas[task] for task in mine], table, bias, batch, pairs)
+
+    def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
+        """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""
+        if gated.tasks is None:
+            return None, 0
+        layout = self.layout(x, gated.tasks) if batch_dim is None else Layout(batch_dim)
+        return layout.spread(gated.tasks, x.shape[layout.axis], self.path), layout.axis
+
+    def run(self, operation: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """``operation``, with this layer named in what it raises."""
+        try:
+            return operation(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.path}: {error}") from error
+
+    def merged(self, task: str | None) -> nn.Module:
+        """An ordinary layer with the effective weight of ``task``, in storage of its own."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's."""
+        if prefix + "weight" in state_dict:
+            state_dict[prefix + "base"] = state_dict.pop(prefix + "weight")
+            if prefix + "bias" in state_dict:
+                state_dict[prefix + "base_bias"] = state_dict.pop(prefix + "bias")
+            for name, value in self.named_parameters():
+                state_dict.setdefault(prefix + name, value.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def plain(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:
+    """``module`` (made without storage) with copies of weight and bias for its parameters."""
+    module.weight = nn.Parameter(weight.detach().clone())
+    module.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return module.train(training)

@@ -1,0 +1,106 @@
+"""A linear layer with a base and a gated delta for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import delta_linear
+from .context import TaskContext, TaskNames
+from .layer import TapsLayer, plain
+
+
+class FastTapsLinear(TapsLayer):
+    """``nn.Linear`` that tasks adapt: a frozen base plus, for each task, a delta behind a gate.
+
+    ::
+
+        y_r = (base + I(s_t)·delta_t) x_r + base_bias + I(s_t)·bias_delta_t        I(s) = 1[s >= threshold]
+
+    Loads the state dict of an ``nn.Linear`` as its base. ``weight`` and ``bias`` are the effective ones.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        tasks: names; each gets a zero delta and a score.
+        threshold: τ of the gates.
+        initial_score: s at the start; at or above τ the gate starts open.
+        gate: "ste" (a gate with a straight-through gradient) or "raw" (the score itself multiplies the delta).
+
+    Raises:
+        ValueError: a task name that cannot be a parameter's name, or an unknown gate.
+
+    Cost: `delta_linear`'s; a closed gate's rows share the base product in inference.
+    Source: TAPS, arXiv 2203.16708, eq. 1-2.
+
+    >>> layer = FastTapsLinear(4, 8, tasks=["cubs", "cars"])
+    >>> layer(torch.randn(3, 4), tasks=["cars", "base", "cubs"]).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tasks: Iterable[str] = (),
+        threshold: float = 0.1,
+        initial_score: float = 0.15,
+        gate: str = "ste",
+    ) -> None:
+        super().__init__()
+        self._start(None, threshold, initial_score, gate)
+        self._take(nn.Linear(in_features, out_features, bias, device, dtype))
+        self.add_tasks(tasks)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        tasks: Iterable[str] = (),
+        *,
+        threshold: float = 0.1,
+        initial_score: float = 0.15,
+        gate: str = "ste",
+        context: TaskContext | None = None,
+    ) -> FastTapsLinear:
+        """A layer whose base is ``linear``'s weight, in the same storage."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._start(context, threshold, initial_score, gate)
+        layer._take(linear)
+        layer.add_tasks(tasks)
+        return layer.train(linear.training)
+
+    def _take(self, linear: nn.Linear) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._adopt(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0) -> Tensor:
+        """y [..., O] for x [..., I].
+
+        Args:
+            x: [..., I].
+            tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
+                layer's only task, else (no task at all) the base.
+            batch_dim: the axis of x that ``tasks`` given here goes along.
+
+        Raises:
+            ValueError: an unknown task, several tasks and none said, ids that do not divide the batch.
+        """
+        gated = self.gated(self.selected(tasks, x.device))
+        batch, axis = self.place(x, gated, None if tasks is None else batch_dim)
+        options = {"tasks": batch, "pairs": gated.pairs, "batch_dim": axis}
+        return self.run(delta_linear, x, self.base, gated.deltas, gated.coeffs, gated.bias, **options)
+
+    def merged(self, task: str | None) -> nn.Linear:
+        weight, bias = self.effective(task)
+        bare = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        return plain(bare, weight, bias, self.training)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"

@@ -1,0 +1,224 @@
+"""Norms of which every task has its own: affine parameters, and running statistics of batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tasks import TaskBatch
+from .context import Layout
+from .per_task import PerTask
+
+
+def norm_type(module: nn.Module) -> type[TaskNorm]:
+    """The class that runs mixed batches of ``module`` best: in one pass where its forward is the one we know."""
+    known: dict[type[nn.Module], type[TaskNorm]] = {
+        nn.BatchNorm1d: TaskBatchNorm,
+        nn.BatchNorm2d: TaskBatchNorm,
+        nn.LayerNorm: TaskLayerNorm,
+        nn.RMSNorm: TaskLayerNorm,
+        nn.GroupNorm: TaskGroupNorm,
+    }
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return TaskNorm if hooked else known.get(type(module), TaskNorm)
+
+
+class TaskNorm(PerTask):
+    """A norm of any other type: mixed batches run task by task."""
+
+    def train(self, mode: bool = True) -> TaskNorm:
+        super().train(mode)
+        self.base.eval()  # the base's running statistics never change
+        return self
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and isinstance(self.base, nn.SyncBatchNorm):
+            raise RuntimeError(
+                f"{self.path}: SyncBatchNorm must train with one task a forward, got a mixed batch, in which processes "
+                "could disagree about the tasks present"
+            )
+        return super().mixed(x, batch, layout, *args, **kwargs)
+
+    def _table(self, name: str) -> Tensor:
+        """[T + 1, …]: one parameter or buffer of the base and of each task."""
+        return torch.stack([getattr(module, name) for module in self.modules_in_order])
+
+
+class TaskLayerNorm(TaskNorm):
+    """Layer and RMS norms: normalised once, then each sample's own scale and shift."""
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        norm: Any = self.base
+        wide, out = _precision(x)
+        if isinstance(norm, nn.RMSNorm):
+            # The default eps is that of the input's dtype.
+            eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+            y = F.rms_norm(x.to(wide), norm.normalized_shape, None, eps)
+        else:
+            y = F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps)
+        inner = len(norm.normalized_shape)
+        if layout.axis >= x.dim() - inner:
+            raise ValueError(
+                f"{self.path}: the batch axis must not be normalised over in a mixed batch, got axis {layout.axis} of "
+                f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
+            )
+        if norm.weight is not None:
+            row = layout.per_entry(batch, x.shape[layout.axis], self.path)
+            middle = (1,) * (x.dim() - inner - layout.axis - 1)
+            y = y * self._table("weight")[row].unflatten(0, (-1, *middle))
+            if getattr(norm, "bias", None) is not None:
+                y = y + self._table("bias")[row].unflatten(0, (-1, *middle))
+        return y.to(out)
+
+    @property
+    def how(self) -> str:
+        return "one a task; mixed batches normalise once and gather scale and shift"
+
+
+class TaskGroupNorm(TaskNorm):
+    """Group norms: normalised once, then each sample's own scale and shift."""
+
+    images_first = True
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        norm: Any = self.base
+        _check_first(self, layout)
+        wide, out = _precision(x)
+        y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
+        if norm.affine:
+            row = layout.per_entry(batch, x.shape[0], self.path)
+            y = _affine(y, self._table("weight")[row], self._table("bias")[row])
+        return y.to(out)
+
+    @property
+    def how(self) -> str:
+        return "one a task; mixed batches normalise once and gather scale and shift"
+
+
+class TaskBatchNorm(TaskNorm):
+    """Batch norms: running statistics of each sample's task; in training, the statistics of each task's own rows.
+
+    The base's rows use the base's running statistics in training too, which never change.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.images_first = isinstance(self.base, nn.BatchNorm2d)
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        _check_first(self, layout)
+        norms: list[Any] = self.modules_in_order
+        norms[0]._check_input_dim(x)
+        own = [norm.training or norm.running_mean is None for norm in norms]
+        row = layout.per_entry(batch, x.shape[0], self.path)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if any(own):
+            mean, variance = self._batch_statistics(x.to(wide), row, own)
+            running = [
+                self._running("running_mean", norms, own, mean),
+                self._running("running_var", norms, own, variance),
+            ]
+            mean, variance = running
+        else:
+            mean, variance = self._table("running_mean").to(wide), self._table("running_var").to(wide)
+        scale = torch.rsqrt(variance + _column(norms, "eps", mean))
+        shift = -mean * scale
+        if norms[0].affine:
+            weight, bias = self._table("weight"), self._table("bias")
+            scale, shift = scale * weight, shift * weight + bias
+        return _affine(x.to(wide), scale[row], shift[row]).to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, row: Tensor, own: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [T + 1, C] of each group's rows; groups that train update what they track.
+
+        Sums are products with the one-hot membership of rows, so their order is fixed on every device.
+        """
+        norms: list[Any] = self.modules_in_order
+        member = (row[None, :] == torch.arange(len(norms), device=x.device)[:, None]).to(x.dtype)  # [T + 1, N]
+        flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]  # [N, C, pixels]
+        pixels = flat.shape[2]
+        count = member.sum(1) * pixels
+        least = count.clamp(min=1)[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            mean = member @ flat.sum(2) / least
+            centered = flat - mean[row][:, :, None]
+            variance = member @ centered.square().sum(2) / least
+        self._check_counts(count, own)
+        self._track(norms, own, count, mean.detach(), (variance * least / (least - 1).clamp(min=1)).detach())
+        return mean, variance
+
+    def _check_counts(self, count: Tensor, own: Sequence[bool]) -> None:
+        """As nn.BatchNorm: training needs more than one value a channel. On a device it is asserted there."""
+        flags = torch.tensor(own, device=count.device)
+        single = flags & (count == 1)
+        if count.device.type == "cpu" and not torch.compiler.is_compiling():
+            if single.any():
+                group = int(single.nonzero()[0])
+                raise ValueError(
+                    f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
+                    f"(task {(['base', *self.context.tasks])[group]!r})"
+                )
+        else:
+            torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
+
+    def _track(self, norms: list[Any], own: Sequence[bool], count: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running statistics of the tasks present, each as nn.BatchNorm would alone."""
+        groups = [g for g, norm in enumerate(norms) if own[g] and norm.training and norm.running_mean is not None]
+        if not groups:
+            return
+        present = torch.stack([count[g] > 0 for g in groups])
+        seen = [norms[g].num_batches_tracked for g in groups]
+        batches = torch.stack(seen) + present
+        momentum = torch.stack(
+            [
+                batches.new_tensor(norms[g].momentum, dtype=mean.dtype)
+                if norms[g].momentum is not None
+                else 1.0 / batches[i].clamp(min=1).to(mean.dtype)
+                for i, g in enumerate(groups)
+            ]
+        )
+        weight = torch.where(present, momentum, 0.0)[:, None]
+        with torch.no_grad():
+            for name, new in (("running_mean", mean), ("running_var", variance)):
+                old = torch.stack([getattr(norms[g], name) for g in groups])
+                moved = torch.lerp(old.to(new.dtype), torch.stack([new[g] for g in groups]), weight).to(old.dtype)
+                torch._foreach_copy_([getattr(norms[g], name) for g in groups], list(moved.unbind()))
+            torch._foreach_copy_(seen, list(batches.unbind()))
+
+    def _running(self, name: str, norms: list[Any], own: Sequence[bool], found: Tensor) -> Tensor:
+        """Statistics of the batch for groups that use their own, running ones for the others."""
+        return torch.stack(
+            [found[g] if own[g] else getattr(norm, name).to(found.dtype) for g, norm in enumerate(norms)]
+        )
+
+    @property
+    def how(self) -> str:
+        return "one a task; mixed batches gather scale and shift, and train on each task's own rows"
+
+
+def _check_first(module: PerTask, layout: Layout) -> None:
+    if layout.axis != 0:
+        raise ValueError(f"{module.path}: the batch axis must be 0 for {type(module.base).__name__}, got {layout.axis}")
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x [N, C, …] · scale [N, C] + shift [N, C]."""
+    spread = (...,) + (None,) * (x.dim() - 2)
+    return torch.addcmul(shift[spread], x, scale[spread])
+
+
+def _column(norms: list[Any], name: str, like: Tensor) -> Tensor | float:
+    """One number a group, or the number they all have."""
+    values = [getattr(norm, name) for norm in norms]
+    return values[0] if len(set(values)) == 1 else like.new_tensor(values)[:, None]
+
+
+def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype to normalise in and that of the result, as autocast has it for these norms."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return wide, wide if autocast else x.dtype

@@ -1,0 +1,93 @@
+"""Modules of which every task has a copy of its own: norms and heads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tasks import TaskBatch
+from .context import Layout, Located, TaskContext, task_by_task
+
+
+class PerTask(Located, nn.Module):
+    """A frozen ``base`` module and, in ``tasks``, one of its kind for each task.
+
+    One task active: that task's module runs, exactly as if it stood here. In a mixed batch each task's rows go
+    through its own module; subclasses do that in one pass where they know the type, else it runs task by task.
+
+    Attributes it lacks are those of the active task's module, so code that reads ``norm.eps`` or ``head.weight``
+    goes on working.
+    """
+
+    def __init__(self, base: nn.Module, context: TaskContext, path: str) -> None:
+        super().__init__()
+        self._locate_in(context, path)
+        self.base = base
+        self.tasks = nn.ModuleDict()
+        self.train(base.training)
+
+    def add_task(self, task: str, module: nn.Module | None = None) -> None:
+        """Gives ``task`` a module: ``module``, or a trainable copy of the base."""
+        if module is None:
+            module = copy.deepcopy(self.base).requires_grad_()
+        self.tasks[task] = module.train(self.training)
+
+    def remove_task(self, task: str) -> None:
+        if task in self.tasks:
+            del self.tasks[task]
+
+    def of(self, task: str | None) -> nn.Module:
+        """The module of ``task``; the base for None, and for every task where none has its own."""
+        return self.tasks[task] if task is not None and len(self.tasks) else self.base
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        selection = self.selected()
+        if selection.batch is None:
+            return self.of(selection.task)(x, *args, **kwargs)
+        if not len(self.tasks):
+            return self.base(x, *args, **kwargs)
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            raise TypeError(f"{self.path}: a module of each task must take one tensor in a mixed batch, got several")
+        return self.mixed(x, selection.batch, self.layout(x, selection.batch), *args, **kwargs)
+
+    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward for a batch of several tasks; here: task by task."""
+
+        def run(task: int, rows: Tensor) -> Tensor:
+            module = self.of(None if task < 0 else self.context.tasks[task])
+            return self.finish(module(rows, *args, **kwargs))
+
+        return task_by_task(x, batch, layout, self.path, run)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What makes the outputs of different tasks fit into one tensor."""
+        return y
+
+    @property
+    def modules_in_order(self) -> list[nn.Module]:
+        """The base, then each task's module in the order of ids."""
+        return [self.base, *(self.tasks[task] for task in self.context.tasks)]
+
+    @property
+    def how(self) -> str:
+        """One line for the conversion report."""
+        return "one a task; mixed batches run task by task"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not hasattr(self._modules.get("base"), name):
+                raise
+            selection = self.selected()
+            if selection.batch is None:
+                return getattr(self.of(selection.task), name)
+            values = {id(v): v for v in (getattr(m, name) for m in self.modules_in_order)}
+            value = getattr(self.base, name)
+            if isinstance(value, (Tensor, nn.Module)) or any(v != value for v in values.values()):
+                raise RuntimeError(
+                    f"{self.path}: {name} must be read with one task active, got a mixed batch, whose samples differ in it"
+                ) from None
+            return value

@@ -1,0 +1,197 @@
+"""Subclasses of Linear and Conv2d that have a forward of their own: it is kept, with the effective weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..functional import delta_conv2d, delta_linear
+from .context import Layout, TaskContext, task_by_task
+from .layer import Gated, TapsLayer
+
+_METADATA = (
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+)
+"""What may be asked of the weight without using its values."""
+
+
+class _OtherUse(Exception):
+    """The weight is used by something else than one convolution or linear."""
+
+
+class _Intercept(TorchFunctionMode):
+    """Turns the call that takes the weight unchanged into ``replacement(x, with_bias, *its further arguments)``."""
+
+    def __init__(self, module: nn.Module, replacement: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.replacement = module.weight, module.bias, replacement
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d or func is F.linear:
+            x, weight, bias, rest = _arguments(*args, **kwargs)
+            if weight is self.weight and (bias is None or bias is self.bias):
+                self.calls += 1
+                return self.replacement(x, bias is not None, *rest)
+        if func not in _METADATA:
+            for value in (*args, *kwargs.values()):
+                if value is self.weight or (value is self.bias and value is not None):
+                    raise _OtherUse(getattr(func, "__name__", str(func)))
+        return func(*args, **kwargs)
+
+
+def _arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+    return input, weight, bias, (stride, padding, dilation, groups)
+
+
+class WrappedLayer(TapsLayer):
+    """A layer that runs ``module``'s own forward with the effective weight.
+
+    Where that forward hands the weight unchanged to one convolution or linear, this call becomes a
+    `delta_conv2d` or `delta_linear`: a mixed batch runs fused (``fused``). Otherwise the effective weight is
+    materialised, and a mixed batch runs task by task.
+
+    Args:
+        module: the original, with frozen parameters; its weight stays its own and is ``base`` here.
+    """
+
+    def __init__(self, module: nn.Module, context: TaskContext | None = None, **options: Any) -> None:
+        super().__init__()
+        settings = {"threshold": 0.1, "initial_score": 0.15, "gate": "ste", **options}
+        self._start(context, **settings)
+        self.module = module
+        self.images_first = isinstance(module, nn.Conv2d)
+        self.fused, self.why = _can_fuse(module)
+
+    @property
+    def base(self) -> Tensor:  # type: ignore[override]
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def base_bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.module.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module's own forward gives with the weight of the active task."""
+        selection = self.selected()
+        gated = self.gated(selection)
+        if self.fused:
+
+            def replacement(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
+                return self._fused(inner, x.shape, gated, with_bias, conv)
+
+            with _Intercept(self.module, replacement):
+                y: Tensor = self.module(x, *args, **kwargs)
+            return y
+        if selection.batch is None:
+            return self._materialised(selection.task, x, *args, **kwargs)
+        layout = self.layout(x, selection.batch)
+
+        def run(task: int, rows: Tensor) -> Tensor:
+            name = None if task < 0 else self.context.tasks[task]
+            return self._materialised(name, rows, *args, **kwargs)
+
+        return task_by_task(x, selection.batch, layout, self.path, run)
+
+    def _fused(self, x: Tensor, outer: torch.Size, gated: Gated, with_bias: bool, conv: tuple[Any, ...]) -> Tensor:
+        bias = gated.bias if with_bias else None
+        linear = isinstance(self.module, nn.Linear)
+        batch, layout = gated.tasks, Layout()
+        if batch is not None:
+            if x.dim() != len(outer) or x.shape[0] != outer[0]:
+                raise RuntimeError(
+                    f"{self.path}: {type(self.module).__name__} must keep the leading axes of its input in a mixed "
+                    f"batch, got {tuple(x.shape)} from {tuple(outer)}; exclude it from the conversion"
+                )
+            layout = self.layout(x, batch)
+            batch = layout.spread(batch, x.shape[layout.axis], self.path)
+        weights = (x, self.base, gated.deltas, gated.coeffs, bias)
+        if linear:
+            return self.run(delta_linear, *weights, tasks=batch, pairs=gated.pairs, batch_dim=layout.axis)
+        return self.run(delta_conv2d, *weights, *conv, tasks=batch, pairs=gated.pairs)
+
+    def _materialised(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
+        weight, bias = self.effective(task)
+        own = {"weight": weight, "bias": bias}
+        if torch.compiler.is_compiling():
+            named = {name: value for name, value in own.items() if value is not None}
+            y: Tensor = torch.func.functional_call(self.module, named, args, kwargs)
+            return y
+        # functional_call swaps attributes of the module itself, which other threads would see.
+        twin = copy.copy(self.module)
+        twin._parameters = {**self.module._parameters, **own}  # type: ignore[dict-item]
+        y = twin(*args, **kwargs)
+        return y
+
+    def merged(self, task: str | None) -> nn.Module:
+        weight, bias = self.effective(task)
+        plain = copy.deepcopy(self.module)
+        plain.weight = nn.Parameter(weight.detach().clone())
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return plain
+
+    @property
+    def how(self) -> str:
+        """One line for the conversion report."""
+        mixed = "fused" if self.fused else f"task by task ({self.why})"
+        return f"its own forward with the effective weight; mixed batches run {mixed}"
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}, tasks={list(self.scores)}"
+
+
+def _can_fuse(module: nn.Module) -> tuple[bool, str]:
+    """Whether a trial forward hands the weight, unchanged, to exactly one call; and if not, why."""
+    trial = copy.deepcopy(module).eval()
+    weight: Tensor = trial.weight  # type: ignore[assignment]
+    if isinstance(module, nn.Conv2d):
+        extent = [
+            d * (k - 1) + 1 + s for d, k, s in zip(module.dilation, module.kernel_size, module.stride, strict=True)
+        ]
+        x = weight.new_zeros(1, module.in_channels, *extent)
+    else:
+        x = weight.new_zeros(1, module.in_features)  # type: ignore[arg-type]
+    operation = F.conv2d if isinstance(module, nn.Conv2d) else F.linear
+
+    def original(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
+        result: Tensor = operation(inner, weight, trial.bias if with_bias else None, *conv[: _extra(operation)])
+        return result
+
+    intercept = _Intercept(trial, original)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), intercept:
+            trial(x)
+    except _OtherUse as use:
+        return False, f"its weight goes through {use}"
+    except Exception as error:  # whatever a user's forward raises on a made-up input
+        return False, f"a trial forward raised {type(error).__name__}"
+    if intercept.calls != 1:
+        return False, f"its weight is used by {intercept.calls} calls"
+    return True, ""
+
+
+def _extra(operation: Any) -> int:
+    return 4 if operation is F.conv2d else 0
