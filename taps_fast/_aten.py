@@ -95,7 +95,8 @@ def conv2d_dx(
     channels = base.shape[1] * groups
 
     def back(d: Tensor, weight: Tensor) -> Tensor:
-        return grad.conv2d_input((d.shape[0], channels, *size), weight, d, *conv)
+        dx: Tensor = grad.conv2d_input((d.shape[0], channels, *size), weight, d, *conv)  # type: ignore[no-untyped-call]
+        return dx
 
     if algorithm == "merge" and not _data_driven(dy, index):
         parts = _groups(coeffs, base_coeffs, index, inner, dy, join=True)
@@ -137,7 +138,8 @@ def conv2d_dw(
     dbase = base.new_zeros(base.shape if need_dbase else (0,), dtype=wide)
 
     def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
-        return grad.conv2d_weight(images.to(wide), list(base.shape), d.to(wide), *conv)
+        p: Tensor = grad.conv2d_weight(images.to(wide), list(base.shape), d.to(wide), *conv)  # type: ignore[no-untyped-call]
+        return p
 
     if _data_driven(x, index):
         scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)

@@ -19,7 +19,7 @@ ops = torch.ops.taps_fast
 class Call(NamedTuple):
     """What is not differentiated: where rows belong, and how to compute."""
 
-    index: Index
+    batch: Index
     inner: int
     pairs: list[int]
     algorithm: str
@@ -38,7 +38,7 @@ def forward(
 ) -> Tensor:
     """The forward operator, without autograd."""
     op = ops.conv2d_fwd if call.conv else ops.linear_fwd
-    y: Tensor = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.index, call.inner, call.algorithm)
+    y: Tensor = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
     return y
 
 
@@ -58,7 +58,7 @@ class Delta(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = call
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.index, *deltas)
+        ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.batch, *deltas)
         return forward(x, base, list(deltas), coeffs, base_coeffs, bias, call)
 
     @staticmethod

@@ -129,9 +129,10 @@ _cached_select = functools.lru_cache(maxsize=4096)(_select)
 def explain(problem: Problem) -> str:
     """Every backend and algorithm for ``problem``, in order of preference, each with why or why not."""
     size = " x ".join(map(str, problem.shape))
+    tasks = "one weight" if problem.num_tasks is None else f"tasks {problem.num_tasks}"
     lines = [
-        f"{problem.op}: weight {size}, rows {problem.rows}, deltas {problem.num_deltas}, "
-        f"tasks {problem.num_tasks if problem.num_tasks is not None else 'one weight'}, {problem.dtype}, {problem.device}"
+        f"{problem.op}: weight {size}, rows {problem.rows}, deltas {problem.num_deltas}, {tasks}, "
+        f"{problem.dtype}, {problem.device}"
     ]
     taken = False
     for row in TABLE:

@@ -25,10 +25,15 @@ Its arity is fixed: what was not asked for comes back with 0 elements, and posit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Gradients = tuple[Tensor, list[Tensor], Tensor]
+"""dcoeffs, ddeltas, dbase."""
 
 _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
 _WEIGHT = "Tensor base, Tensor[] deltas, Tensor coeffs, Tensor? base_coeffs"
@@ -44,67 +49,61 @@ SCHEMAS = {
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
 }
 
-for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"taps_fast::{_name}", _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+# What tracing needs to know of each operator: the shape and layout of its outputs.
 
 
-@torch.library.register_fake("taps_fast::linear_fwd")
-def _(x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner, algorithm):
+def linear_fwd(x: Tensor, base: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], base.shape[0])
 
 
-@torch.library.register_fake("taps_fast::linear_dx")
-def _(dy, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, algorithm):
+def linear_dx(dy: Tensor, base: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], base.shape[1])
 
 
-def _fake_dw(
-    base: Tensor, coeffs: Tensor, wanted: Sequence, shape: Sequence[int]
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    _, ddeltas_for, need_dcoeffs, need_dbase = wanted
-    dcoeffs = coeffs.new_empty(coeffs.shape if need_dcoeffs else (0,))
-    ddeltas = [base.new_empty(shape) for _ in ddeltas_for]
-    return dcoeffs, ddeltas, base.new_empty(shape if need_dbase else (0,))
+def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Gradients:
+    return _weight_gradients(base, coeffs, *rest[-4:])
 
 
-@torch.library.register_fake("taps_fast::linear_dw")
-def _(dy, x, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, *wanted):
-    return _fake_dw(base, coeffs, wanted, (dy.shape[1], x.shape[1]))
-
-
-@torch.library.register_fake("taps_fast::conv2d_fwd")
-def _(x, base, deltas, coeffs, base_coeffs, bias, stride, padding, dilation, groups, *rest):
+def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
+    _, _, stride, padding, dilation, groups, *_ = rest
     return torch.nn.functional.conv2d(x, base, None, stride, padding, dilation, groups)
 
 
-@torch.library.register_fake("taps_fast::conv2d_dx")
-def _(dy, base, deltas, coeffs, base_coeffs, size, stride, padding, dilation, groups, *rest):
+def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
+    _, size, stride, padding, dilation, groups, *_ = rest
     shape = (dy.shape[0], base.shape[1] * groups, *size)
-    return torch.nn.grad.conv2d_input(shape, base, dy, stride, padding, dilation, groups)
+    dx: Tensor = torch.nn.grad.conv2d_input(  # type: ignore[no-untyped-call]
+        shape, base, dy, stride, padding, dilation, groups
+    )
+    return dx
 
 
-@torch.library.register_fake("taps_fast::conv2d_dw")
-def _(dy, x, base, deltas, coeffs, base_coeffs, stride, padding, dilation, groups, ids, order, offsets, inner, *wanted):
-    return _fake_dw(base, coeffs, wanted, base.shape)
+conv2d_dw = linear_dw
 
 
-def _conv2d(name: str) -> None:
-    def run(*args):
-        from . import _aten
-
-        return getattr(_aten, name)(*args)
-
-    torch.library.impl(f"taps_fast::{name}", "CompositeExplicitAutograd")(run)
-
-
-def _linear_on_cuda(name: str) -> None:
-    def run(*args):
-        from .kernels import linear
-
-        return getattr(linear, name)(*args)
-
-    torch.library.impl(f"taps_fast::{name}", "CUDA")(run)
+def _weight_gradients(
+    base: Tensor, coeffs: Tensor, pairs: list[int], ddeltas_for: list[int], need_dcoeffs: bool, need_dbase: bool
+) -> Gradients:
+    dcoeffs = coeffs.new_empty(coeffs.shape if need_dcoeffs else (0,))
+    ddeltas = [base.new_empty(base.shape) for _ in ddeltas_for]
+    return dcoeffs, ddeltas, base.new_empty(base.shape if need_dbase else (0,))
 
 
-for _name in SCHEMAS:
-    (_conv2d if _name.startswith("conv2d") else _linear_on_cuda)(_name)
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """A kernel that is imported when it first runs."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return run
+
+
+for _name, _schema in SCHEMAS.items():
+    _op = f"taps_fast::{_name}"
+    torch.library.define(_op, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.register_fake(_op, globals()[_name])
+    if _name.startswith("conv2d"):
+        torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
+    else:
+        torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))

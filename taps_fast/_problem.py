@@ -7,7 +7,7 @@ Nothing here reads the value of a tensor. Messages have one form:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from .tasks import TaskBatch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of `delta_linear` or `delta_conv2d`: all that choosing a kernel may depend on."""
 
     op: str
@@ -35,10 +34,6 @@ class Problem:
     groups: int = 1
 
 
-def shape_of(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else value
-
-
 def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """K deltas, from a sequence or from one tensor [K, …]."""
     if isinstance(deltas, Tensor):
@@ -50,20 +45,28 @@ def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tens
 
 def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor], dims: int) -> None:
     """base, deltas and x agree on shape, dtype and device."""
-    for name, value in (("x", x), ("base", base), *((f"deltas[{k}]", d) for k, d in enumerate(deltas))):
-        if not isinstance(value, Tensor):
+    dtype, device, shape = x.dtype, x.device, base.shape
+    if dtype not in DTYPES:
+        raise TypeError(f"{function}: x must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if len(shape) != dims:
+        raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(shape)}")
+    for k, weight in enumerate((base, *deltas)):
+        if weight.dtype == dtype and weight.device == device and weight.shape == shape:
+            continue
+        name = f"deltas[{k - 1}]" if k else "base"
+        if weight.dtype != dtype:
+            raise TypeError(f"{function}: {name} must be {dtype} like x, got {weight.dtype}")
+        if weight.device != device:
+            raise ValueError(f"{function}: {name} must be on {device} like x, got {weight.device}")
+        raise ValueError(f"{function}: {name} must be {tuple(shape)} like base, got {tuple(weight.shape)}")
+
+
+def check_tensors(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor], bias: Tensor | None) -> None:
+    """Everything that must be a Tensor is one."""
+    for k, value in enumerate((x, base, bias, *deltas)):
+        if not isinstance(value, Tensor) and not (k == 2 and value is None):
+            name = ("x", "base", "bias")[k] if k < 3 else f"deltas[{k - 3}]"
             raise TypeError(f"{function}: {name} must be a Tensor, got {type(value).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{function}: x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    if base.dim() != dims:
-        raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(base.shape)}")
-    for name, value in (("base", base), *((f"deltas[{k}]", d) for k, d in enumerate(deltas))):
-        if value.dtype != x.dtype:
-            raise TypeError(f"{function}: {name} must be {x.dtype} like x, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device}")
-        if value.shape != base.shape:
-            raise ValueError(f"{function}: {name} must be {tuple(base.shape)} like base, got {tuple(value.shape)}")
 
 
 def check_coeffs(
@@ -92,16 +95,14 @@ def check_coeffs(
 
 def check_bias(function: str, bias: Tensor, out_features: int, num_tasks: int | None, x: Tensor) -> None:
     """bias is [O], or with tasks [T, O] or [T + 1, O]."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{function}: bias must be a Tensor, got {type(bias).__name__}")
     if bias.dtype != x.dtype:
         raise TypeError(f"{function}: bias must be {x.dtype} like x, got {bias.dtype}")
     if bias.device != x.device:
         raise ValueError(f"{function}: bias must be on {x.device} like x, got {bias.device}")
-    legal = [(out_features,)]
+    legal: list[tuple[int, ...]] = [(out_features,)]
     if num_tasks is not None:
         legal += [(num_tasks, out_features), (num_tasks + 1, out_features)]
-    if tuple(bias.shape) not in legal:
+    if bias.shape not in legal:
         raise ValueError(f"{function}: bias must be {' or '.join(map(str, legal))}, got {tuple(bias.shape)}")
 
 

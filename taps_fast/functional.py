@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from . import _problem, reference
 from ._autograd import Call, Delta, forward
 from ._dispatch import select
 from ._problem import Problem
-from .tasks import TaskBatch
+from .tasks import Index, TaskBatch
 
 Tasks = TaskBatch | Tensor | Sequence[int]
 IntPair = int | Sequence[int]
@@ -80,18 +80,22 @@ def delta_linear(
     """
     name = "delta_linear"
     deltas = _problem.unbind_deltas(name, deltas)
-    x, base, bias, deltas = _autocast(x, base, bias, deltas)
+    _problem.check_tensors(name, x, base, deltas, bias)
+    how: dict[str, Any] = dict(
+        tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, backend=backend, algorithm=algorithm
+    )
+    if torch.is_autocast_enabled(x.device.type):
+        x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
+        with torch.autocast(x.device.type, enabled=False):
+            return delta_linear(x, base, deltas, coeffs, bias, **how)
     _problem.check_weight(name, x, base, deltas, dims=2)
     if x.dim() == 0 or x.shape[-1] != base.shape[1]:
         raise ValueError(f"{name}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}")
-    vector = x.dim() == 1
-    if vector:
-        x = x[None]
-    rows = x.flatten(0, -2)
-    y = _run(
-        name, rows, x, base, deltas, coeffs, bias, tasks, base_coeffs, pairs, batch_dim, x.dim() - 1, backend, algorithm
-    )
-    return y[0] if vector else y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+    if x.dim() == 1:
+        return delta_linear(x[None], base, deltas, coeffs, bias, **how)[0]
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    y = _run(name, rows, x, base, deltas, coeffs, bias, axes=x.dim() - 1, **how)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], base.shape[0])
 
 
 def delta_conv2d(
@@ -143,7 +147,12 @@ def delta_conv2d(
     """
     name = "delta_conv2d"
     deltas = _problem.unbind_deltas(name, deltas)
-    x, base, bias, deltas = _autocast(x, base, bias, deltas)
+    _problem.check_tensors(name, x, base, deltas, bias)
+    how: dict[str, Any] = dict(tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, backend=backend, algorithm=algorithm)
+    if torch.is_autocast_enabled(x.device.type):
+        x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
+        with torch.autocast(x.device.type, enabled=False):
+            return delta_conv2d(x, base, deltas, coeffs, bias, stride, padding, dilation, groups, **how)
     _problem.check_weight(name, x, base, deltas, dims=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"{name}: x must be [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
@@ -152,14 +161,13 @@ def delta_conv2d(
             f"{name}: groups must split x's {x.shape[-3]} channels into base's {base.shape[1]} and divide its "
             f"{base.shape[0]} outputs, got {groups} (x {tuple(x.shape)}, base {tuple(base.shape)})"
         )
-    single = x.dim() == 3
-    if single:
+    if x.dim() == 3:
         x = x[None]
+        return delta_conv2d(x, base, deltas, coeffs, bias, stride, padding, dilation, groups, **how)[0]
     strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
     x, pads = _padding(name, x, base, padding, strides, dilations)
     conv = (strides, pads, dilations, groups)
-    y = _run(name, x, x, base, deltas, coeffs, bias, tasks, base_coeffs, pairs, 0, 1, backend, algorithm, conv)
-    return y[0] if single else y
+    return _run(name, x, x, base, deltas, coeffs, bias, batch_dim=0, axes=1, conv=conv, **how)
 
 
 def _run(
@@ -170,6 +178,7 @@ def _run(
     deltas: list[Tensor],
     coeffs: Tensor,
     bias: Tensor | None,
+    *,
     tasks: Tasks | None,
     base_coeffs: Tensor | None,
     pairs: Sequence[tuple[int, int]] | None,
@@ -179,71 +188,58 @@ def _run(
     algorithm: str,
     conv: tuple[Any, ...] = (),
 ) -> Tensor:
-    """Checks what both operations share, chooses, and runs."""
+    """Checks what both operations share, chooses, and runs. Every microsecond here is paid by every layer."""
     num_tasks = _problem.check_coeffs(name, coeffs, base_coeffs, len(deltas), x, tasks is not None)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    coeffs = coeffs.to(exact).contiguous()
+    if coeffs.dtype != exact or not coeffs.is_contiguous():
+        coeffs = coeffs.to(exact).contiguous()
     if base_coeffs is not None:
         base_coeffs = base_coeffs.to(device=x.device, dtype=exact).contiguous()
     if bias is not None:
         _problem.check_bias(name, bias, base.shape[0], num_tasks, x)
         if bias.dim() == 2 and bias.shape[0] == num_tasks:
             bias = F.pad(bias, (0, 0, 0, 1))
-    index, inner = (None, None, None), 1
+    index: Index = (None, None, None)
+    inner = 1
     if tasks is not None and num_tasks is not None:
         batch = _problem.group(name, tasks, num_tasks, x)
         inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, axes)
-        index = batch.index
+        index = batch.tensors
     flat = [] if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
 
-    tensors = (rows, base, coeffs, bias, *deltas)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    grad = torch.is_grad_enabled() and _any_requires_grad(rows, base, coeffs, bias, deltas)
     problem = Problem(
-        op="conv2d" if conv else "linear",
-        device=x.device.type,
-        dtype=x.dtype,
-        shape=tuple(base.shape),
-        rows=rows.shape[0],
-        num_deltas=len(deltas),
-        num_tasks=num_tasks,
-        grad=grad,
-        groups=conv[3] if conv else 1,
+        "conv2d" if conv else "linear",
+        x.device.type,
+        x.dtype,
+        base.shape,
+        rows.shape[0],
+        len(deltas),
+        num_tasks,
+        grad,
+        conv[3] if conv else 1,
     )
     choice = select(problem, backend, algorithm)
-    with torch.autocast(x.device.type, enabled=False):
-        if choice.backend == "reference":
-            oracle = reference.delta_conv2d if conv else reference.delta_linear
-            return oracle(
-                rows,
-                base,
-                deltas,
-                coeffs,
-                base_coeffs,
-                bias,
-                *conv,
-                index=index,
-                inner=inner,
-                algorithm=choice.algorithm,
-            )
-        call = Call(index, inner, flat, choice.algorithm, conv)
-        if grad:
-            return Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas)
-        return forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
+    if choice.backend == "reference":
+        oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
+        y: Tensor = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
+        return y
+    call = Call(index, inner, flat, choice.algorithm, conv)
+    if grad:
+        return cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
+    return forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
 
 
-def _autocast(
-    x: Tensor, base: Tensor, bias: Tensor | None, deltas: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """Casts as autocast casts the arguments of F.linear: float64 stays."""
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return x, base, bias, deltas
+def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | None, deltas: list[Tensor]) -> bool:
+    if x.requires_grad or base.requires_grad or coeffs.requires_grad or (bias is not None and bias.requires_grad):
+        return True
+    return any(delta.requires_grad for delta in deltas)
+
+
+def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
+    """What autocast makes of the arguments of F.linear; float64 stays."""
     dtype = torch.get_autocast_dtype(device)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(base), None if bias is None else cast(bias), [cast(d) for d in deltas]
+    return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
 def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:

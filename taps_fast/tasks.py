@@ -68,7 +68,7 @@ class TaskBatch(NamedTuple):
         return self.ids.shape[0]
 
     @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, order, offsets), as the operators take them."""
         return self.ids, self.order, self.offsets
 
@@ -76,7 +76,8 @@ class TaskBatch(NamedTuple):
         """The same index on another device."""
         if self.ids.device == device:
             return self
-        return TaskBatch(*(t.to(device, non_blocking=True) for t in self.index), num_tasks=self.num_tasks)
+        ids, order, offsets = (t.to(device, non_blocking=True) for t in self.tensors)
+        return TaskBatch(ids, order, offsets, self.num_tasks)
 
 
 def _check_range(ids: Tensor, num_tasks: int) -> None:

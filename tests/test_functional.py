@@ -54,7 +54,7 @@ def test_opcheck_linear(mixed: bool) -> None:
     choices = {c.algorithm for c in LINEAR if c.backend != "reference"}
     assert choices, "no compiled kernels to check"
     n = linear_inputs(torch.float32) if mixed else linear_inputs(torch.float32, tasks=None, bias="shared", zeros=())
-    n, index = detached(n), testing.task_batch(n.case).index if mixed else (None, None, None)
+    n, index = detached(n), testing.task_batch(n.case).tensors if mixed else (None, None, None)
     weight = (n.base, n.deltas, n.coeffs, n.base_coeffs)
     ops = torch.ops.taps_fast
     for algorithm in sorted(choices):
@@ -67,7 +67,7 @@ def test_opcheck_linear(mixed: bool) -> None:
 @pytest.mark.parametrize("mixed", [True, False])
 def test_opcheck_conv2d(mixed: bool) -> None:
     n = conv_inputs(torch.float32) if mixed else conv_inputs(torch.float32, tasks=None, bias="shared", zeros=())
-    n, index = detached(n), testing.task_batch(n.case).index if mixed else (None, None, None)
+    n, index = detached(n), testing.task_batch(n.case).tensors if mixed else (None, None, None)
     weight, conv = (n.base, n.deltas, n.coeffs, n.base_coeffs), ([2, 2], [1, 1], [1, 1], 1)
     ops = torch.ops.taps_fast
     for algorithm in ("merge", "split"):
