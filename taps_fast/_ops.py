@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
@@ -73,7 +74,7 @@ def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
 def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
     _, size, stride, padding, dilation, groups, *_ = rest
     shape = (dy.shape[0], base.shape[1] * groups, *size)
-    dx: Tensor = torch.nn.grad.conv2d_input(  # type: ignore[no-untyped-call]
+    dx: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
         shape, base, dy, stride, padding, dilation, groups
     )
     return dx
