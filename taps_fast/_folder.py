@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import TaskHead, WrappedLayer
+from .nn.attention import TaskAttention
 from .nn.head import new_head
 from .nn.layer import TapsLayer
 from .nn.per_task import PerTask
@@ -20,28 +21,29 @@ if TYPE_CHECKING:
     from .model import TapsModel
 
 
-def base_tensors(module: nn.Module, path: str = "", *, head: bool = False) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the base, under the names of the original model.
 
     The head is left out unless asked for: tasks replace it, so models may differ in it.
     """
-    dot = path + "." if path else ""
     if isinstance(module, PerTask):
         if head or not isinstance(module, TaskHead):
-            yield from base_tensors(module.base, path, head=head)
+            yield from base_tensors(module.base, prefix, head=head)
     elif isinstance(module, WrappedLayer):
-        yield from base_tensors(module.module, path, head=head)
+        yield from base_tensors(module.module, prefix, head=head)
     elif isinstance(module, TapsLayer):
-        yield dot + "weight", module.base
+        yield prefix + "weight", module.base
         if module.base_bias is not None:
-            yield dot + "bias", module.base_bias
+            yield prefix + "bias", module.base_bias
     else:
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None and name not in module._non_persistent_buffers_set:
-                yield dot + name, value
+                yield prefix + name, value
         for name, child in module._modules.items():
             if child is not None:
-                yield from base_tensors(child, dot + name, head=head)
+                # nn.MultiheadAttention's own name for its in-projection is in_proj_weight.
+                joint = "_" if isinstance(module, TaskAttention) and name == "in_proj" else "."
+                yield from base_tensors(child, prefix + name + joint, head=head)
 
 
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:

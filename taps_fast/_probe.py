@@ -9,6 +9,7 @@ every second one where samples alternate.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,8 @@ def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -
             first = batch_dim % leaf.dim() if batch_dim is not None else 0 if leaf.dim() == 4 else None
             if first not in fits:
                 raise ValueError(
-                    f"TapsModel.probe: the batch axis of an input must be known, got {tuple(leaf.shape)} with {len(fits)} "
-                    f"axes of size {batch}; call model.probe(..., batch_dim=...) once"
+                    f"TapsModel.probe: the batch axis of an input must be known, got {tuple(leaf.shape)} with "
+                    f"{len(fits)} axes of size {batch} (call model.probe(..., batch_dim=...) once)"
                 )
             fits = [first]
         axes.append(fits[0] if fits else None)
@@ -130,9 +131,12 @@ def _run(model: TapsModel, inputs: Any, see: Any) -> Calls:
     """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart."""
     calls: Calls = {}
     handles = []
+    thread = threading.get_ident()
 
     def hook_for(path: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             record = calls.setdefault(path, [])
             record.append(see(path, len(record), x, output))

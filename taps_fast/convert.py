@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ._problem import DTYPES
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, WrappedLayer
+from .nn.attention import TaskAttention
 from .nn.context import nearest
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask
+
+_SHARED = "shared and frozen"
 
 Patterns = Sequence[str | type[nn.Module]] | str | type[nn.Module]
 
@@ -40,6 +44,7 @@ class Conversion:
     rows: list[Row] = field(default_factory=list)
     layers: dict[str, TapsLayer] = field(default_factory=dict)
     norms: dict[str, TaskNorm] = field(default_factory=dict)
+    attentions: dict[str, TaskAttention] = field(default_factory=dict)
     head: TaskHead | None = None
     restored: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module, attribute, value): what a merged model gets back."""
@@ -71,69 +76,120 @@ def convert(
     norms: str,
     options: dict[str, Any],
 ) -> tuple[nn.Module, Conversion]:
-    """An adapted copy of ``model``, whose parameters are frozen but in the same storage, and what was done.
-
-    One ``deepcopy`` does all of it: its memo says what replaces each parameter and each adapted module, so tied
-    parameters stay tied, a module used twice stays one, and references in lists or attributes follow.
-    """
-    paths = {path: module for path, module in model.named_modules()}
+    """An adapted copy of ``model``, whose parameters are frozen but in the same storage, and what was done."""
+    paths = dict(model.named_modules())
     _check(model, paths, head, norms)
-    include = None if include is None else _patterns("include", include, paths)
-    exclude = _patterns("exclude", exclude, paths)
-    memo = _frozen(model)
-    conversion = Conversion()
-    refusals = _refusals(model)
-
-    inside = ""  # a module whose inside has been decided with it
+    plan = _Plan(
+        context=context,
+        head=head,
+        include=None if include is None else _patterns("include", include, paths),
+        exclude=_patterns("exclude", exclude, paths),
+        task_norms=norms == "task",
+        options=options,
+        memo=_frozen(model),
+        refusals=_refusals(model),
+    )
+    decided = ""  # a module that was decided with all that is inside
     for path, module in paths.items():
-        if inside and path.startswith(inside + "."):
-            continue
-        inside = ""
-        kind = type(module).__name__
-        if path == head:
-            inside = path
-            conversion.head = TaskHead(copy.deepcopy(module, memo), context, path)
-            memo[id(module)] = conversion.head
-            conversion.rows.append(Row(path, kind, "converted", f"head: {conversion.head.how}"))
-            continue
-        adaptable = isinstance(module, (nn.Linear, nn.Conv2d))
-        is_norm = not adaptable and _is_norm(module)
-        if not (adaptable or is_norm or _owns(module)):
-            continue
-        if not (adaptable or is_norm):
-            reason = refusals.get(id(module))
-            verdict, text = ("refused", reason) if reason else ("skipped", f"{kind} is not adapted: shared and frozen")
-            conversion.rows.append(Row(path, kind, verdict, text))
-            continue
-        reason = refusals.get(id(module))
-        if is_norm:
-            inside = path
-            wrapper = norm_type(module)(copy.deepcopy(module, memo), context, path)
-            memo[id(module)] = wrapper
-            if norms == "task" and reason is None and not _matches(path, module, exclude):
-                conversion.norms[path] = wrapper
-                conversion.rows.append(Row(path, kind, "converted", wrapper.how))
-            else:
-                why = "excluded" if norms == "task" else "norms='shared'"
-                verdict = ("refused", reason) if reason else ("skipped", f"{why}: shared, frozen, in eval mode")
-                conversion.rows.append(Row(path, kind, *verdict))
-            continue
-        if _matches(path, module, exclude):
-            conversion.rows.append(Row(path, kind, "skipped", "excluded: shared and frozen"))
-        elif include is not None and not _matches(path, module, include):
-            conversion.rows.append(Row(path, kind, "skipped", "not included: shared and frozen"))
-        elif reason is not None:
-            conversion.rows.append(Row(path, kind, "refused", reason))
-        else:
-            inside = path
-            layer, how = _layer(module, memo, context, options)
-            layer.path = path
-            memo[id(module)] = conversion.layers[path] = layer
-            conversion.rows.append(Row(path, kind, "converted", how))
+        if not (decided and path.startswith(decided + ".")):
+            decided = path if plan.decide(path, module) else ""
+    adapted = copy.deepcopy(model, plan.memo)
+    plan.found.restored = list(_disable_fast_paths(adapted))
+    return adapted, plan.found
 
-    adapted = copy.deepcopy(model, memo)
-    conversion.restored = list(_disable_fast_paths(adapted))
-    return adapted, conversion
+
+@dataclass
+class _Plan:
+    """What replaces what. One ``deepcopy`` of the model then carries it out.
+
+    ``memo`` is deepcopy's: it says what each parameter and each adapted module becomes. So tied parameters stay
+    tied, a module that is used twice stays one, and references in lists and attributes follow.
+    """
+
+    context: TaskContext
+    head: str | None
+    include: list[str | type[nn.Module]] | None
+    exclude: list[str | type[nn.Module]]
+    task_norms: bool
+    options: dict[str, Any]
+    memo: dict[int, Any]
+    refusals: dict[int, str]
+    found: Conversion = field(default_factory=Conversion)
+
+    def decide(self, path: str, module: nn.Module) -> bool:
+        """Plans for one module and reports it; whether that settles what is inside."""
+        if path == self.head:
+            self.found.head = head = TaskHead(copy.deepcopy(module, self.memo), self.context, path)
+            self.memo[id(module)] = head
+            return self._report(path, module, "converted", f"head: {head.how}")
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            return self._decide_layer(path, module)
+        if _is_norm(module):
+            return self._decide_norm(path, module)
+        if _owns(module):
+            reason = self.refusals.get(id(module))
+            what = f"{type(module).__name__} is not adapted: {_SHARED}"
+            self._report(path, module, "refused" if reason else "skipped", reason or what)
+        return False
+
+    def _decide_layer(self, path: str, module: nn.Linear | nn.Conv2d | nn.MultiheadAttention) -> bool:
+        reason = self.refusals.get(id(module))
+        if _matches(path, module, self.exclude):
+            return self._report(path, module, "skipped", f"excluded: {_SHARED}")
+        if self.include is not None and not _matches(path, module, self.include):
+            return self._report(path, module, "skipped", f"not included: {_SHARED}")
+        if reason is not None:
+            return self._report(path, module, "refused", reason)
+        if isinstance(module, nn.MultiheadAttention):
+            return self._adapt_attention(path, module)
+        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if type(module) in (nn.Linear, nn.Conv2d) and not hooked and not module._backward_pre_hooks:
+            self.memo[id(module)] = self._layer(path, module, module._parameters)
+            return self._report(path, module, "converted", "a gated delta a task")
+        # A subclass may have a forward of its own, and hooks belong to the module: wrapping keeps both.
+        wrapped = WrappedLayer(copy.deepcopy(module, self.memo), self.context, **self.options)
+        wrapped.path = path
+        self.memo[id(module)] = self.found.layers[path] = wrapped
+        return self._report(path, module, "converted", wrapped.how)
+
+    def _adapt_attention(self, path: str, module: nn.MultiheadAttention) -> bool:
+        dot = path + "." if path else ""
+        shape = nn.Linear(module.embed_dim, 3 * module.embed_dim, module.in_proj_bias is not None, device="meta")
+        own = {"weight": module.in_proj_weight, "bias": module.in_proj_bias}
+        in_proj = self._layer(f"{dot}in_proj", shape.train(module.training), own)
+        out_proj = self._layer(f"{dot}out_proj", module.out_proj, module.out_proj._parameters)
+        self.memo[id(module)] = self.found.attentions[path] = TaskAttention(module, in_proj, out_proj)
+        return self._report(path, module, "converted", "a gated delta a task for in_proj and for out_proj")
+
+    def _layer(
+        self, path: str, shape: nn.Linear | nn.Conv2d, parameters: Mapping[str, nn.Parameter | None]
+    ) -> TapsLayer:
+        bare = copy.copy(shape)
+        bare._parameters = {name: self.memo.get(id(p), p) for name, p in parameters.items()}
+        layer: TapsLayer
+        if isinstance(bare, nn.Linear):
+            layer = FastTapsLinear.from_linear(bare, context=self.context, **self.options)
+        else:
+            layer = FastTapsConv2d.from_conv2d(bare, context=self.context, **self.options)
+        layer.path = path
+        self.found.layers[path] = layer
+        return layer
+
+    def _decide_norm(self, path: str, module: nn.Module) -> bool:
+        wrapper = norm_type(module)(copy.deepcopy(module, self.memo), self.context, path)
+        self.memo[id(module)] = wrapper
+        reason = self.refusals.get(id(module))
+        if reason is not None:
+            return self._report(path, module, "refused", reason)
+        if not self.task_norms or _matches(path, module, self.exclude):
+            why = "excluded" if self.task_norms else "norms='shared'"
+            return self._report(path, module, "skipped", f"{why}: {_SHARED}, in eval mode")
+        self.found.norms[path] = wrapper
+        return self._report(path, module, "converted", wrapper.how)
+
+    def _report(self, path: str, module: nn.Module, verdict: str, reason: str) -> bool:
+        self.found.rows.append(Row(path or "(root)", type(module).__name__, verdict, reason))
+        return True
 
 
 def _check(model: nn.Module, paths: dict[str, nn.Module], head: str | None, norms: str) -> None:
@@ -144,7 +200,7 @@ def _check(model: nn.Module, paths: dict[str, nn.Module], head: str | None, norm
     for path, module in paths.items():
         if isinstance(module, (TapsLayer, PerTask)):
             raise ValueError(f"TapsModel: model must not be adapted already, got a {type(module).__name__} at {path!r}")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise ValueError(
                 f"TapsModel: model must be initialised, got a lazy {type(module).__name__} at {path!r}: run it once"
             )
@@ -189,81 +245,78 @@ def _frozen(model: nn.Module) -> dict[int, Any]:
 
 
 def _owns(module: nn.Module) -> bool:
-    return bool(module._parameters or module._buffers)
+    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm with something to adapt: parameters or running statistics of its own."""
-    if not _owns(module) or isinstance(module, (nn.Embedding, nn.LocalResponseNorm)):
+    """A norm with something to adapt (parameters or running statistics), or that mixes the samples of a batch."""
+    if isinstance(module, _BatchNorm):
+        return True
+    if "Norm" not in type(module).__name__ or any(_owns(m) for m in module.modules() if m is not module):
         return False
-    named = "Norm" in type(module).__name__ and not isinstance(module, (nn.ModuleList, nn.Sequential))
-    own = [p for p in module._parameters.values() if p is not None]
-    return named and (
-        bool(own) or getattr(module, "running_mean", None) is not None and "Frozen" not in type(module).__name__
-    )
+    tracked = module._buffers.get("running_mean") is not None and "Frozen" not in type(module).__name__
+    return tracked or any(p is not None for p in module._parameters.values())
 
 
 def _refusals(model: nn.Module) -> dict[int, str]:
-    """Why modules cannot be adapted without the risk of a silently wrong result, by id."""
-    reasons: dict[int, str] = {}
+    """By id: why a module cannot be adapted without the risk of a silently wrong result."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-        if isinstance(module, nn.MultiheadAttention):
-            reason = "MultiheadAttention reads its weights itself and never calls its layers: shared and frozen"
-            reasons |= {id(child): reason for child in module.modules()}
+    reasons: dict[int, str] = {}
     for path, module in model.named_modules():
-        if id(module) in reasons:
-            continue
-        if parametrize.is_parametrized(module):
-            reasons[id(module)] = (
-                f"parametrized ({', '.join(module.parametrizations)}): shared and frozen; remove it first"  # type: ignore[union-attr,arg-type]
-            )
-        elif "forward" in vars(module):
-            reasons[id(module)] = "its forward was replaced on the instance: shared and frozen"
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            reason = _weight_refusal(module)
-            if reason is not None:
-                reasons[id(module)] = reason
+        reason = _refusal(module)
         for name, parameter in module._parameters.items():
-            others = [o for o in owners.get(id(parameter), []) if o != (f"{path}.{name}" if path else name)]
-            if others and id(module) not in reasons:
-                reasons[id(module)] = f"its {name} is tied with {', '.join(others)}: shared and frozen"
+            own = f"{path}.{name}" if path else name
+            others = [owner for owner in owners.get(id(parameter), []) if owner != own]
+            if others and reason is None:
+                reason = f"its {name} is tied with {', '.join(others)}"
+        if reason is not None:
+            reasons[id(module)] = f"{reason}: {_SHARED}"
+            if isinstance(module, nn.MultiheadAttention):
+                reasons[id(module.out_proj)] = f"its parent reads its weight: {_SHARED}"
     return reasons
 
 
-def _weight_refusal(module: nn.Linear | nn.Conv2d) -> str | None:
+def _refusal(module: nn.Module) -> str | None:
+    if parametrize.is_parametrized(module):
+        names: Any = module.parametrizations
+        return f"parametrized ({', '.join(names)}); remove that first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_refusal(module)
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return "quantised" if "quantized" in type(module).__module__ else None
     weight = module._parameters.get("weight")
     if weight is None:
         names = ", ".join(name for name, p in module._parameters.items() if p is not None)
-        return (
-            f"its weight is computed by a hook from {names or 'elsewhere'} (weight or spectral norm): shared and frozen"
-        )
+        return f"its weight is computed by a hook from {names or 'elsewhere'} (weight or spectral norm)"
     if type(module).__module__.startswith("torch.ao."):
-        return f"{type(module).__name__} is quantised: shared and frozen"
+        return f"{type(module).__name__} is quantised"
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}: shared and frozen"
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
     lora = [name for name, _ in module.named_parameters() if name.startswith("lora_")]
     if lora:
-        return f"LoRA ({', '.join(lora)}) merges into its weight in place: shared and frozen; merge it first"
+        return f"LoRA ({', '.join(lora)}) merges into its weight in place; merge it first"
     return None
 
 
-def _layer(
-    module: nn.Linear | nn.Conv2d, memo: dict[int, Any], context: TaskContext, options: dict[str, Any]
-) -> tuple[TapsLayer, str]:
-    # Any subclass may have a forward of its own, and hooks belong to the module: both are kept by wrapping.
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) in (nn.Linear, nn.Conv2d) and not hooked:
-        bare = copy.copy(module)
-        bare._parameters = {name: memo.get(id(p), p) for name, p in module._parameters.items()}
-        if isinstance(bare, nn.Linear):
-            return FastTapsLinear.from_linear(bare, context=context, **options), "a gated delta a task"
-        return FastTapsConv2d.from_conv2d(bare, context=context, **options), "a gated delta a task"
-    layer = WrappedLayer(copy.deepcopy(module, memo), context, **options)
-    return layer, layer.how
+def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
+    """MultiheadAttention reads weights and never calls its layers, so one that cannot be rewritten stays as it is."""
+    for what, why in (
+        (type(module) is not nn.MultiheadAttention, f"{type(module).__name__} may use its weights in another way"),
+        (not module._qkv_same_embed_dim, "kdim and vdim must be embed_dim"),
+        (module.bias_k is not None, "add_bias_kv is not supported"),
+        (module.add_zero_attn, "add_zero_attn is not supported"),
+        (bool(module._forward_hooks or module._forward_pre_hooks), "it has hooks"),
+        (parametrize.is_parametrized(module.out_proj), "its out_proj is parametrized"),
+    ):
+        if what:
+            return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"
+    return None
 
 
 def _disable_fast_paths(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:

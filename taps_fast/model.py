@@ -85,7 +85,7 @@ class TapsModel(nn.Module):
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
         self.probed = False
-        self.train(model.training)
+        self.training = model.training
         for task in tasks:
             self.add_task(task)
 
@@ -257,6 +257,8 @@ class TapsModel(nn.Module):
         memo: dict[int, Any] = {}
         for layer in self.conversion.layers.values():
             memo[id(layer)] = layer.merged(name)
+        for attention in self.conversion.attentions.values():
+            memo[id(attention)] = attention.merged(name)
         for module in self.model.modules():
             if isinstance(module, PerTask):
                 memo[id(module)] = copy.deepcopy(module.of(name), memo)

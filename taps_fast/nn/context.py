@@ -75,7 +75,7 @@ class TaskContext:
         if isinstance(tasks, TaskBatch):
             if tasks.num_tasks != len(self.tasks):
                 raise ValueError(
-                    f"{self.owner}: tasks must be a TaskBatch of its {len(self.tasks)} tasks, got one of {tasks.num_tasks}"
+                    f"{self.owner}: tasks must be a TaskBatch of {len(self.tasks)} tasks, got one of {tasks.num_tasks}"
                 )
             return Selection(batch=tasks if device is None else tasks.to(device))
         if not isinstance(tasks, Tensor):
@@ -122,15 +122,15 @@ class Layout(NamedTuple):
         repeats = 1 if size == batch.size else size // max(batch.size, 1)
         if repeats * batch.size != size:
             raise ValueError(
-                f"{owner}: tasks must divide its batch: rows % ids == 0, got {batch.size} ids and {size} rows along axis "
-                f"{self.axis} of its input"
+                f"{owner}: tasks must divide its batch: rows % ids == 0, got {batch.size} ids and {size} rows along "
+                f"axis {self.axis} of its input"
             )
         if repeats == 1 or self.outer:
             return batch
         if self.outer is None:
             raise ValueError(
-                f"{owner}: probe must have seen a like input: it now has {repeats} rows a sample along axis {self.axis} "
-                "where the probe saw one; call model.probe(...) with an input of this shape"
+                f"{owner}: the probe must have seen a like input, got {repeats} rows a sample along axis {self.axis} "
+                "where it saw one (call model.probe(...) with an input of this shape)"
             )
         return TaskBatch.from_ids(batch.ids.repeat(repeats), batch.num_tasks)
 
@@ -139,6 +139,12 @@ class Layout(NamedTuple):
         spread = self.spread(batch, size, owner)
         ids = spread.ids if spread.size == size else spread.ids.repeat_interleave(size // spread.size, output_size=size)
         return ids + 1
+
+    def gather(self, table: Tensor, batch: TaskBatch, x: Tensor, owner: str) -> Tensor:
+        """Each entry's row of a table [T + 1, …] (base, task 0, …), shaped to go with x's last axes."""
+        rows = table[self.per_entry(batch, x.shape[self.axis], owner)]
+        middle = x.dim() - self.axis - rows.dim()
+        return rows.reshape(rows.shape[0], *(1,) * middle, *rows.shape[1:])
 
 
 class Located:

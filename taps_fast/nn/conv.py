@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import delta_conv2d
 from .context import TaskContext, TaskNames
-from .layer import TapsLayer, plain
+from .layer import TapsLayer, fill
 
 Pair = int | tuple[int, int]
 
@@ -51,7 +52,7 @@ class FastTapsConv2d(TapsLayer):
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -62,8 +63,9 @@ class FastTapsConv2d(TapsLayer):
     ) -> None:
         super().__init__()
         self._start(None, threshold, initial_score, gate)
-        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        self._take(nn.Conv2d(*sizes, bias, padding_mode, device, dtype))
+        sizes: Any = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        options: Any = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
+        self._take(nn.Conv2d(*sizes, **options))
         self.add_tasks(tasks)
 
     @classmethod
@@ -83,7 +85,8 @@ class FastTapsConv2d(TapsLayer):
         layer._start(context, threshold, initial_score, gate)
         layer._take(conv)
         layer.add_tasks(tasks)
-        return layer.train(conv.training)
+        layer.train(conv.training)
+        return layer
 
     def _take(self, conv: nn.Conv2d) -> None:
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
@@ -93,25 +96,27 @@ class FastTapsConv2d(TapsLayer):
         self._reversed_padding = list(conv._reversed_padding_repeated_twice)
         self._adopt(conv.weight, conv.bias)
 
-    def forward(self, x: Tensor, tasks: TaskNames | None = None) -> Tensor:
-        """y [N, O, H', W'] for x [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
-        gated = self.gated(self.selected(tasks, x.device))
-        batch, _ = self.place(x, gated, None if tasks is None else 0)
-        padding = self.padding
+    def forward(self, input: Tensor, tasks: TaskNames | None = None) -> Tensor:
+        """y [N, O, H', W'] for input [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
+        gated = self.gated(self.selected(tasks, input.device))
+        batch, _ = self.place(input, gated, None if tasks is None else 0)
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), (0, 0)
+            input, padding = F.pad(input, self._reversed_padding, mode=self.padding_mode), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
         options = {"tasks": batch, "pairs": gated.pairs}
-        return self.run(delta_conv2d, x, self.base, gated.deltas, gated.coeffs, gated.bias, *conv, **options)
+        return self.run(delta_conv2d, input, self.base, gated.deltas, gated.coeffs, gated.bias, *conv, **options)
 
     def merged(self, task: str | None) -> nn.Conv2d:
         weight, bias = self.effective(task)
-        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
-        bare = nn.Conv2d(*sizes, self.groups, bias is not None, self.padding_mode, device="meta")  # type: ignore[arg-type]
-        return plain(bare, weight, bias, self.training)  # type: ignore[return-value]
+        conv: Any = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        options: Any = {"bias": bias is not None, "padding_mode": self.padding_mode, "device": "meta"}
+        bare = nn.Conv2d(self.in_channels, self.out_channels, *conv, **options)
+        return fill(bare, weight, bias, self.training)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, groups={self.groups}, bias={self.base_bias is not None}, tasks={list(self.scores)}"
+            f"padding={self.padding}, groups={self.groups}, bias={self.base_bias is not None}, "
+            f"tasks={list(self.scores)}"
         )

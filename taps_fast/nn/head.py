@@ -100,9 +100,8 @@ class TaskHead(PerTask):
             total = y if total is None else total + y
         assert total is not None
         if min(widths) < widest:
-            row = layout.per_entry(batch, x.shape[layout.axis], self.path)
-            outside = torch.stack([_outside(width, widest, total) for width in widths])[row]
-            total = total + outside.unflatten(0, (-1, *(1,) * (total.dim() - 2 - layout.axis)))
+            outside = torch.stack([_outside(width, widest, total) for width in widths])
+            total = total + layout.gather(outside, batch, total, self.path)
         return total
 
     @property

@@ -89,7 +89,7 @@ class TapsLayer(Located, nn.Module):
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
-        return task in self.deltas and (self.gate == "raw" or self.scores[task].item() >= self.threshold)
+        return task in self.deltas and (self.gate == "raw" or bool(self.scores[task] >= self.threshold))
 
     @property
     def weight(self) -> Tensor:
@@ -125,8 +125,9 @@ class TapsLayer(Located, nn.Module):
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
         if not tasks:
             return torch.zeros(0, dtype=wide, device=self.base.device)
-        scores = torch.stack([self.scores[task] for task in tasks]).to(wide)
-        return gates.coefficients(scores, self.threshold, self.gate)
+        # Compared as float32 in every model: in float64 the threshold would be another number.
+        scores = torch.stack([self.scores[task] for task in tasks])
+        return gates.coefficients(scores, self.threshold, self.gate).to(wide)
 
     def _single(self, task: str | None) -> Gated:
         if task is not None and task not in self.scores:
@@ -185,8 +186,8 @@ class TapsLayer(Located, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def plain(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:
+def fill(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:
     """``module`` (made without storage) with copies of weight and bias for its parameters."""
-    module.weight = nn.Parameter(weight.detach().clone())
-    module.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    module.register_parameter("weight", nn.Parameter(weight.detach().clone()))
+    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     return module.train(training)

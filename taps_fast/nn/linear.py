@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import delta_linear
 from .context import TaskContext, TaskNames
-from .layer import TapsLayer, plain
+from .layer import TapsLayer, fill
 
 
 class FastTapsLinear(TapsLayer):
@@ -80,27 +80,27 @@ class FastTapsLinear(TapsLayer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._adopt(linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0) -> Tensor:
-        """y [..., O] for x [..., I].
+    def forward(self, input: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0) -> Tensor:
+        """y [..., O] for input [..., I].
 
         Args:
-            x: [..., I].
+            input: [..., I].
             tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
-            batch_dim: the axis of x that ``tasks`` given here goes along.
+            batch_dim: the axis of input that ``tasks`` given here goes along.
 
         Raises:
             ValueError: an unknown task, several tasks and none said, ids that do not divide the batch.
         """
-        gated = self.gated(self.selected(tasks, x.device))
-        batch, axis = self.place(x, gated, None if tasks is None else batch_dim)
+        gated = self.gated(self.selected(tasks, input.device))
+        batch, axis = self.place(input, gated, None if tasks is None else batch_dim)
         options = {"tasks": batch, "pairs": gated.pairs, "batch_dim": axis}
-        return self.run(delta_linear, x, self.base, gated.deltas, gated.coeffs, gated.bias, **options)
+        return self.run(delta_linear, input, self.base, gated.deltas, gated.coeffs, gated.bias, **options)
 
     def merged(self, task: str | None) -> nn.Linear:
         weight, bias = self.effective(task)
         bare = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        return plain(bare, weight, bias, self.training)  # type: ignore[return-value]
+        return fill(bare, weight, bias, self.training)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"

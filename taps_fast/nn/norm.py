@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tasks import TaskBatch
 from .context import Layout
@@ -34,6 +35,14 @@ class TaskNorm(PerTask):
         super().train(mode)
         self.base.eval()  # the base's running statistics never change
         return self
+
+    def untold(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base, _BatchNorm) and self.base.running_mean is None:
+            raise RuntimeError(
+                f"{self.path}: a shared {type(self.base).__name__} must track running statistics in a mixed batch, got "
+                "one that would mix the samples of all tasks"
+            )
+        return super().untold(x, *args, **kwargs)
 
     def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and isinstance(self.base, nn.SyncBatchNorm):
@@ -67,11 +76,9 @@ class TaskLayerNorm(TaskNorm):
                 f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
             )
         if norm.weight is not None:
-            row = layout.per_entry(batch, x.shape[layout.axis], self.path)
-            middle = (1,) * (x.dim() - inner - layout.axis - 1)
-            y = y * self._table("weight")[row].unflatten(0, (-1, *middle))
+            y = y * layout.gather(self._table("weight"), batch, y, self.path)
             if getattr(norm, "bias", None) is not None:
-                y = y + self._table("bias")[row].unflatten(0, (-1, *middle))
+                y = y + layout.gather(self._table("bias"), batch, y, self.path)
         return y.to(out)
 
     @property

@@ -47,7 +47,7 @@ class PerTask(Located, nn.Module):
         if selection.batch is None:
             return self.of(selection.task)(x, *args, **kwargs)
         if not len(self.tasks):
-            return self.base(x, *args, **kwargs)
+            return self.untold(x, *args, **kwargs)
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise TypeError(f"{self.path}: a module of each task must take one tensor in a mixed batch, got several")
         return self.mixed(x, selection.batch, self.layout(x, selection.batch), *args, **kwargs)
@@ -60,6 +60,10 @@ class PerTask(Located, nn.Module):
             return self.finish(module(rows, *args, **kwargs))
 
         return task_by_task(x, batch, layout, self.path, run)
+
+    def untold(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A mixed batch where no task has a module of its own."""
+        return self.base(x, *args, **kwargs)
 
     def finish(self, y: Tensor) -> Tensor:
         """What makes the outputs of different tasks fit into one tensor."""
@@ -88,6 +92,6 @@ class PerTask(Located, nn.Module):
             value = getattr(self.base, name)
             if isinstance(value, (Tensor, nn.Module)) or any(v != value for v in values.values()):
                 raise RuntimeError(
-                    f"{self.path}: {name} must be read with one task active, got a mixed batch, whose samples differ in it"
+                    f"{self.path}: {name} must be read with one task active, got a mixed batch, whose samples differ"
                 ) from None
             return value

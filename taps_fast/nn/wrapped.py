@@ -13,14 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..functional import delta_conv2d, delta_linear
 from .context import Layout, TaskContext, task_by_task
-from .layer import Gated, TapsLayer
+from .layer import Gated, TapsLayer, fill
 
 _METADATA = (
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__,
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -36,9 +32,10 @@ class _OtherUse(Exception):
 class _Intercept(TorchFunctionMode):
     """Turns the call that takes the weight unchanged into ``replacement(x, with_bias, *its further arguments)``."""
 
-    def __init__(self, module: nn.Module, replacement: Callable[..., Tensor]) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, replacement: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.weight, self.bias, self.replacement = module.weight, module.bias, replacement
+        self.weight, self.bias = module.weight, module.bias
+        self.replacement = replacement
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,21 +75,22 @@ class WrappedLayer(TapsLayer):
         module: the original, with frozen parameters; its weight stays its own and is ``base`` here.
     """
 
-    def __init__(self, module: nn.Module, context: TaskContext | None = None, **options: Any) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, context: TaskContext | None = None, **options: Any) -> None:
         super().__init__()
         settings = {"threshold": 0.1, "initial_score": 0.15, "gate": "ste", **options}
         self._start(context, **settings)
         self.module = module
         self.images_first = isinstance(module, nn.Conv2d)
         self.fused, self.why = _can_fuse(module)
+        self.train(module.training)
 
     @property
     def base(self) -> Tensor:  # type: ignore[override]
-        return self.module.weight  # type: ignore[return-value]
+        return self.module.weight
 
     @property
     def base_bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.module.bias  # type: ignore[return-value]
+        return self.module.bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's own forward gives with the weight of the active task."""
@@ -106,7 +104,7 @@ class WrappedLayer(TapsLayer):
             with _Intercept(self.module, replacement):
                 y: Tensor = self.module(x, *args, **kwargs)
             return y
-        if selection.batch is None:
+        if selection.batch is None or not gated.deltas:
             return self._materialised(selection.task, x, *args, **kwargs)
         layout = self.layout(x, selection.batch)
 
@@ -149,9 +147,7 @@ class WrappedLayer(TapsLayer):
     def merged(self, task: str | None) -> nn.Module:
         weight, bias = self.effective(task)
         plain = copy.deepcopy(self.module)
-        plain.weight = nn.Parameter(weight.detach().clone())
-        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        return plain
+        return fill(plain, weight, bias, self.training)
 
     @property
     def how(self) -> str:
@@ -163,22 +159,22 @@ class WrappedLayer(TapsLayer):
         return f"fused={self.fused}, tasks={list(self.scores)}"
 
 
-def _can_fuse(module: nn.Module) -> tuple[bool, str]:
+def _can_fuse(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
     """Whether a trial forward hands the weight, unchanged, to exactly one call; and if not, why."""
     trial = copy.deepcopy(module).eval()
-    weight: Tensor = trial.weight  # type: ignore[assignment]
     if isinstance(module, nn.Conv2d):
         extent = [
             d * (k - 1) + 1 + s for d, k, s in zip(module.dilation, module.kernel_size, module.stride, strict=True)
         ]
-        x = weight.new_zeros(1, module.in_channels, *extent)
+        x = module.weight.new_zeros(1, module.in_channels, *extent)
     else:
-        x = weight.new_zeros(1, module.in_features)  # type: ignore[arg-type]
-    operation = F.conv2d if isinstance(module, nn.Conv2d) else F.linear
+        x = module.weight.new_zeros(1, module.in_features)
 
     def original(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
-        result: Tensor = operation(inner, weight, trial.bias if with_bias else None, *conv[: _extra(operation)])
-        return result
+        bias = trial.bias if with_bias else None
+        if isinstance(trial, nn.Conv2d):
+            return F.conv2d(inner, trial.weight, bias, *conv)
+        return F.linear(inner, trial.weight, bias)
 
     intercept = _Intercept(trial, original)
     try:
@@ -191,7 +187,3 @@ def _can_fuse(module: nn.Module) -> tuple[bool, str]:
     if intercept.calls != 1:
         return False, f"its weight is used by {intercept.calls} calls"
     return True, ""
-
-
-def _extra(operation: Any) -> int:
-    return 4 if operation is F.conv2d else 0
