@@ -288,13 +288,15 @@ def dw_shared_kernel(
             )  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offset = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
-    tl.store(pick(outputs, tl.program_id(1), dtype, OUT_TABLE) + offset, acc.to(dtype), mask=(ro < O)[:, None] & (ri < I)[None, :])
+    tl.store(
+        pick(outputs, tl.program_id(1), dtype, OUT_TABLE) + offset,
+        acc.to(dtype),
+        mask=(ro < O)[:, None] & (ri < I)[None, :],
+    )
 
 
 @triton.jit
-def sum_slots_kernel(
-    dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr
-):
+def sum_slots_kernel(dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """dcoeffs[pair p] = Σ over tiles of slots[p, tile], in an order that depends on the number of tiles alone."""
     p = tl.program_id(0)
     acc = tl.zeros((BLOCK,), tl.float32)

@@ -416,7 +416,7 @@ def _dw_by_task(
         MIXED=rows.mixed,
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=_stages(config, rows),
         **how,
     )
     if splits > 1:
@@ -474,8 +474,13 @@ def _dw_shared(dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: list[i
         OUT_TABLE=into.table,
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=_stages(config, rows),
     )
+
+
+def _stages(config: _configs.Config, rows: Rows) -> int:
+    """Rows found through ``order`` are loaded in two steps, and Triton gives each half of the stages."""
+    return 2 * config.stages - 1 if rows.mixed else config.stages
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    # Before anything imports triton: without a device, its kernels are interpreted.
+    import triton_shim  # noqa: F401
+else:
+    collect_ignore_glob = ["test_triton_*.py"]
 
 GPU_TESTS = pytest.StashKey[int]()
 
@@ -19,6 +28,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if not TRITON:
+        terminalreporter.write_line("Triton tests not run: Triton is not installed")
     if config.stash.get(GPU_TESTS, 0):
         terminalreporter.write_line(f"{config.stash[GPU_TESTS]} GPU tests not run: no CUDA device")
 

@@ -1,6 +1,6 @@
 """Triton kernels on the CPU: switches the interpreter on, and corrects what it computes wrongly.
 
-Import before anything imports triton; `conftest.py` does so where there is no CUDA device. In Triton 3.6 to 3.9 the
+Import before anything imports triton, as `conftest.py` does. With a CUDA device it does nothing. In Triton 3.6 to 3.9 the
 interpreter keeps bfloat16 as raw uint16: its casts truncate and `tl.dot` multiplies the bit patterns, without a word.
 Here casts round to nearest even and products are computed in float32. Other arithmetic on bfloat16 is refused, since
 it would be garbage; kernels convert first anyway.
@@ -10,7 +10,12 @@ from __future__ import annotations
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import triton.language as tl
@@ -73,4 +78,5 @@ def install() -> None:
     builder.create_splat = splat
 
 
-install()
+if INTERPRETED:
+    install()

@@ -1,0 +1,248 @@
+"""Compiles every kernel the library would launch, for chips this machine need not have, and checks the code.
+
+    python tests/aot.py                  # all chips, all launches
+    python tests/aot.py --chips 9.0      # one chip
+
+What is compiled is recorded from the host code itself, run on CPU tensors with the chip's limits: the same
+specialisation, tiles, warps and stages that a launch there would have. Exits with 1 if a gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from sass_hazards import hazards
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from taps_fast.kernels import _arguments, _configs, linear
+from taps_fast.tasks import TaskBatch
+
+CHIPS = ((8, 0), (9, 0), (10, 0))
+PROCESSORS = 132
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
+TENSOR_CORE = {(8, 0): r"\bHMMA", (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What identifies one compiled kernel."""
+
+    kernel: str
+    chip: tuple[int, int]
+    signature: tuple[tuple[str, Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+    @property
+    def blocks(self) -> str:
+        constants = dict(self.constants)
+        sizes = "x".join(str(constants[n]) for n in ("BLOCK_M", "BLOCK_O", "BLOCK_I") if n in constants)
+        flags = [n.lower() for n in ("MIXED", "WRITES", "WRITE_BASE", "TABLE") if constants.get(n)]
+        if constants.get("SPLITS", 1) > 1:
+            flags.append("splits")
+        return " ".join(
+            [sizes, f"{self.warps}w{self.stages}s", dict(self.signature).get("x_ptr", "").strip("*"), *flags]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the compiled code is made of."""
+
+    registers: int
+    spills: int
+    shared: int
+    products: int
+    async_copies: int
+    warnings: tuple[str, ...]
+    hazards: int
+
+
+def recorded(chip: tuple[int, int]) -> list[Launch]:
+    """Every launch of the host code on one chip, over rows, dtypes, single and mixed, each gradient."""
+    found: dict[Launch, None] = {}
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: found.setdefault(_launch(self.kernel, chip, args, kwargs))
+
+    kernels = {name: value for name, value in vars(linear).items() if name.endswith("_kernel")}
+    writer = _arguments.write_kernel
+    chip_of, processors = _configs.capability, _configs.processors
+    try:
+        _configs.capability = lambda device: chip
+        _configs.processors = lambda device: PROCESSORS
+        _arguments.write_kernel = Recorder(writer)
+        for name, kernel in kernels.items():
+            setattr(linear, name, Recorder(kernel))
+        for call in _calls():
+            call()
+    finally:
+        _configs.capability, _configs.processors = chip_of, processors
+        _arguments.write_kernel = writer
+        for name, kernel in kernels.items():
+            setattr(linear, name, kernel)
+    return list(found)
+
+
+def _calls() -> Iterator[Any]:
+    """The shapes are small or thin: what is compiled depends on rows, on divisibility and on too few tiles or enough."""
+    index = TaskBatch.from_ids(torch.zeros(16, dtype=torch.int64), 3)[:3]
+    half = ((torch.bfloat16, rows, wide) for rows in (16, 32, 64, 256) for wide in (False, True))
+    single = ((torch.float32, rows, wide) for rows in (16, 64) for wide in (False, True))
+    for dtype, rows, wide in [*half, *single]:
+        O, I = (64 * 2 * PROCESSORS * 2, 64) if wide else (512, 512)
+        base = torch.empty(O, I, dtype=dtype)
+        x, dy = torch.empty(rows, I, dtype=dtype), torch.empty(rows, O, dtype=dtype)
+        bias = torch.empty(4, O, dtype=dtype)
+        deltas = [base, base, base]
+        one, each = torch.ones(3), torch.ones(3, 3)
+        none = (None, None, None)
+        yield lambda: linear.linear_fwd(x, base, deltas, one, None, bias[0], *none, 1, "split")
+        yield lambda: linear.linear_fwd(x, base, deltas, each, None, bias, *index, rows // 16, "split")
+        # Transposed, the many features are the ones produced.
+        turned = [d.t().contiguous() for d in deltas]
+        yield lambda: linear.linear_dx(x, turned[0], turned, one, None, *none, 1, "split")
+        yield lambda: linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
+        if rows == 64:
+            diagonal = [0, 4, 8]
+            yield lambda: linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False)
+            yield lambda: linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [], True, True)
+            yield lambda: linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, diagonal, [0, 1, 2], True, False)
+            yield lambda: linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True)
+            many = [base] * (_arguments.ARGUMENTS + 1)
+            yield lambda: linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
+            yield lambda: linear.merged(linear.Weight.of(base, deltas, one, None), linear.Rows(*none, rows, 1))
+            yield lambda: linear.merged(linear.Weight.of(base, deltas, each, one), linear.Rows(*index, rows, 1))
+
+
+def _launch(kernel: Any, chip: tuple[int, int], args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
+    signature, attributes, constants = {}, {}, {}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {n: kwargs[n] for n in kernel.arg_names if n in kwargs}
+    for n, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        kind, attribute = native_specialize_impl(CUDABackend, value, False, not parameter.do_not_specialize, True)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = attribute
+        elif isinstance(kind, tuple):
+            attributes |= {(n, m): a for m, a in enumerate(attribute) if a}
+        elif attribute:
+            attributes[n,] = attribute
+    return Launch(
+        kernel.fn.__name__, chip, tuple(signature.items()), tuple(attributes.items()), tuple(constants.items()),
+        kwargs.get("num_warps", 4), kwargs.get("num_stages", 3),
+    )  # fmt: skip
+
+
+def _kernel(name: str) -> Any:
+    return getattr(_arguments if hasattr(_arguments, name) else linear, name)
+
+
+def compiled(launch: Launch) -> Facts:
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    attributes = {path: CUDABackend.parse_attr(attribute) for path, attribute in launch.attributes}
+    source = ASTSource(_kernel(launch.kernel), dict(launch.signature), dict(launch.constants), attributes)
+    target = GPUTarget("cuda", launch.chip[0] * 10 + launch.chip[1], 32)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        binary = triton.compile(source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("--dump-sass", file.name)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    assert spills, f"ptxas printed no summary:\n{log.getvalue()}"
+    return Facts(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=int(spills[1]) + int(spills[2]),
+        shared=binary.metadata.shared,
+        products=len(re.findall(TENSOR_CORE[launch.chip], sass)),
+        async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
+        warnings=tuple(sorted(set(re.findall(r"C75\d\d", log.getvalue())))),
+        hazards=len(hazards(sass)),
+    )
+
+
+def _cuobjdump(what: str, path: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", what, path], capture_output=True, text=True, check=True).stdout
+
+
+def failures(launch: Launch, facts: Facts) -> list[str]:
+    """The gates."""
+    limit = _configs.SHARED_BYTES[launch.chip]
+    found = []
+    if facts.spills:
+        found.append(f"spills {facts.spills} bytes")
+    if facts.registers * launch.warps * 32 > 65536:
+        found.append(f"{facts.registers} registers x {launch.warps} warps exceed the file")
+    if facts.shared > limit:
+        found.append(f"{facts.shared} bytes of shared memory, the chip has {limit}")
+    if facts.warnings:
+        found.append(f"ptxas warns {', '.join(facts.warnings)}: wgmma is serialised")
+    if facts.hazards:
+        found.append(f"{facts.hazards} writes to registers that a wgmma may still read")
+    multiplies = "PRECISION" in dict(launch.constants)
+    if multiplies and not facts.async_copies:
+        found.append("loads are not pipelined")
+    ieee = dict(launch.signature).get("x_ptr") == "*fp32" and dict(launch.constants).get("PRECISION") == "ieee"
+    if multiplies and not ieee and not facts.products:
+        found.append("no tensor-core products")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", nargs="*", default=[f"{a}.{b}" for a, b in CHIPS])
+    parser.add_argument("--kernels", nargs="*", help="names, default all")
+    parser.add_argument("--only", default="", help="text that a line must contain")
+    arguments = parser.parse_args()
+    launches = [n for text in arguments.chips for n in recorded(tuple(int(v) for v in text.split(".")))]
+    launches = [n for n in launches if not arguments.kernels or n.kernel in arguments.kernels]
+    launches = [n for n in launches if arguments.only in n.blocks]
+    print(f"Triton {triton.__version__}, {len(launches)} compiled kernels")
+    print(f"{'chip':<5}{'kernel':<19}{'launch':<42}{'regs':>5}{'spill':>6}{'shared':>8}{'mma':>5}{'async':>6}  verdict")
+    bad = 0
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for launch, facts in zip(launches, pool.map(compiled, launches), strict=True):
+            reasons = failures(launch, facts)
+            bad += bool(reasons)
+            print(
+                f"{'.'.join(map(str, launch.chip)):<5}{launch.kernel:<19}{launch.blocks:<42}{facts.registers:>5}"
+                f"{facts.spills:>6}{facts.shared:>8}{facts.products:>5}{facts.async_copies:>6}  "
+                f"{'; '.join(reasons) or 'ok'}",
+                flush=True,
+            )
+    print(f"{bad} of {len(launches)} fail" if bad else "all pass")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

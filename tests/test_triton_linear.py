@@ -1,0 +1,192 @@
+"""The Triton kernels through the public function: on a CUDA device where there is one, else in the interpreter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton_shim import DEVICE, INTERPRETED
+
+from taps_fast import _autograd, _dispatch
+from taps_fast.functional import delta_linear
+from taps_fast.kernels import _arguments, _configs, linear
+from taps_fast.tasks import TaskBatch
+from taps_fast.testing import (
+    Case,
+    assert_close_to_oracle,
+    assert_no_worse_than_torch,
+    linear_cases,
+    make_inputs,
+    oracle,
+    plain_torch,
+    run,
+)
+
+HALF = torch.bfloat16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALGORITHMS = linear.ALGORITHMS
+
+
+@pytest.fixture(autouse=True)
+def kernels_take_cpu_tensors(monkeypatch):
+    """Without a device, the public function is led to the interpreted kernels; with one, nothing is patched."""
+    if INTERPRETED:
+        operators = SimpleNamespace(
+            linear_fwd=linear.linear_fwd, linear_dx=linear.linear_dx, linear_dw=linear.linear_dw
+        )
+        monkeypatch.setattr(_autograd, "ops", operators)
+        monkeypatch.setitem(_dispatch._REASONS, "triton", linear.not_supported_reasons)
+    _dispatch._cached_select.cache_clear()
+    yield
+    _dispatch._cached_select.cache_clear()
+
+
+def split_in_two(programs: int, steps: int, processors: int) -> int:
+    return 2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", list(linear_cases(DTYPES)), ids=str)
+def test_every_axis(case, algorithm):
+    assert_close_to_oracle(case, "triton", algorithm, DEVICE)
+
+
+# 40 deltas are more than travel as kernel arguments.
+MANY = Case(HALF, rows=9, shape=(20, 24), num_deltas=40, tasks=(39, 0, 7), num_tasks=40, bias="base")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_more_deltas_than_arguments(algorithm):
+    assert len(MANY.tasks) < _arguments.ARGUMENTS < MANY.num_deltas
+    assert_close_to_oracle(Case(HALF, rows=3, shape=(20, 24), num_deltas=40), "triton", algorithm, DEVICE)
+    with_owners(MANY, [(t, t) for t in range(40)], algorithm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions_in_parts(monkeypatch, dtype):
+    """Split-K forward and dx, and split-M dw: what is chosen where tiles are too few for the chip."""
+    monkeypatch.setattr(_configs, "splits", split_in_two)
+    assert_close_to_oracle(Case(dtype, rows=37, shape=(20, 140), num_deltas=2), "triton", "split", DEVICE)
+    mixed = Case(dtype, rows=12, shape=(70, 140), num_deltas=2, tasks=(1, -1, 0), num_tasks=2, bias="base")
+    assert_close_to_oracle(mixed, "triton", "split", DEVICE)
+
+
+def with_owners(case: Case, pairs: list[tuple[int, int]], algorithm: str) -> None:
+    """`assert_close_to_oracle` where only ``pairs`` have coefficients and want gradients."""
+    n = make_inputs(case, DEVICE)
+    allowed = torch.zeros_like(n.coeffs)
+    allowed[tuple(torch.tensor(pairs).T)] = 1.0
+    with torch.no_grad():
+        n.coeffs.mul_(allowed)
+
+    def call(n):
+        ids = torch.tensor(case.tasks)
+        return delta_linear(
+            n.x, n.base, n.deltas, n.coeffs, n.bias,
+            tasks=ids, base_coeffs=n.base_coeffs, pairs=pairs, backend="triton", algorithm=algorithm,
+        )  # fmt: skip
+
+    out, ref, low = run(n, call), run(n.to(torch.float64), oracle), run(n.to(case.dtype), plain_torch)
+    for results in (ref, low):
+        results["dcoeffs"] = results["dcoeffs"] * allowed.to(results["dcoeffs"].dtype)
+    scale = float(max(d.detach().norm() for d in n.deltas) * n.dy.norm() * n.x.detach().norm())
+    for name in out:
+        assert_no_worse_than_torch(
+            out[name], ref[name], low[name], scale=scale if name == "dcoeffs" else None, name=name
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "pairs", ([(0, 0), (1, 1), (2, 2), (3, 3)], [(0, 0), (1, 0), (2, 0), (1, 1), (3, 3)], [(2, 1)]), ids=str
+)
+def test_pairs_name_what_is_computed(dtype, pairs):
+    """Deltas of one task, deltas shared by several, and deltas of nobody."""
+    case = Case(dtype, rows=22, shape=(70, 33), num_deltas=4, tasks=(1, 3, -1, 1, 0, 0, 3, 1, 2, 2, -1), num_tasks=4)
+    with_owners(case, pairs, "split")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("batch_dim", (0, 1, 2))
+def test_any_axis_may_carry_the_batch(batch_dim, algorithm):
+    """Each id covers two entries of its axis; rows of a sample are then neither neighbours nor equally spaced."""
+    x = torch.randn(2, 4, 6, 16, device=DEVICE)
+    base, *deltas = torch.randn(3, 24, 16, device=DEVICE)
+    coeffs = torch.tensor([[1.0, 0.5], [0.0, 0.0], [0.0, -2.0]], device=DEVICE)
+    ids = torch.arange(x.shape[batch_dim] // 2, device=DEVICE).flip(0) % 4 - 1
+    y = delta_linear(x, base, deltas, coeffs, tasks=ids, batch_dim=batch_dim, backend="triton", algorithm=algorithm)
+    table = torch.cat([coeffs, coeffs.new_zeros(1, 2)])
+    weights = (base + torch.einsum("tk,koi->toi", table, torch.stack(deltas))).double()
+    each = ids.repeat_interleave(2).view([-1 if axis == batch_dim else 1 for axis in range(3)]).expand(x.shape[:3])
+    ref = torch.einsum("abci,abcoi->abco", x.double(), weights[each])
+    low = torch.einsum("abci,abcoi->abco", x, weights.float()[each])
+    assert_no_worse_than_torch(y, ref, low)
+
+
+def test_sources_of_different_layouts():
+    """Transposed weights run as they are; weights that disagree are first brought to one layout."""
+    x, base, delta = (torch.randn(n, 24, device=DEVICE) for n in (5, 20, 20))
+    coeffs = torch.tensor([0.5], device=DEVICE)
+    ref, low = (x.to(d) @ (base.to(d) + 0.5 * delta.to(d)).T for d in (torch.float64, torch.float32))
+    turned = [w.t().contiguous().t() for w in (base, delta)]
+    for weights in (turned, (turned[0], delta), (base, turned[1])):
+        for algorithm in ALGORITHMS:
+            y = delta_linear(x, weights[0], [weights[1]], coeffs, backend="triton", algorithm=algorithm)
+            assert_no_worse_than_torch(y, ref, low)
+
+
+def test_another_tasks_nan_stays_its_own():
+    x, base = torch.randn(6, 16, device=DEVICE), torch.randn(16, 16, device=DEVICE)
+    diverged = torch.full_like(base, float("nan"))
+    ids = torch.tensor([0, 1, -1, 0, 1, -1], device=DEVICE)
+    for algorithm in ALGORITHMS:
+        coeffs = torch.eye(2, device=DEVICE)
+        y = delta_linear(x, base, [diverged, base], coeffs, tasks=ids, backend="triton", algorithm=algorithm)
+        assert y[ids == 0].isnan().all()
+        assert y[ids != 0].isfinite().all()
+
+
+def test_grouped_gemm_serves_merged_weights():
+    """Rows of closed gates join the base's; both ways of multiplying by a bank of weights agree."""
+    ids = (1, 3, -1, 1, 0, 0, 3, 1)
+    case = Case(HALF, rows=16, shape=(32, 24), num_deltas=4, tasks=ids, num_tasks=4, zeros=(4, 5, 6, 7), bias="base")
+    n = make_inputs(case, DEVICE)
+    bank = torch.empty(5, 24, 32, dtype=HALF, device=DEVICE)
+    assert linear._grouped_mm_fits(n.x, bank)
+    assert not linear._grouped_mm_fits(n.x, bank[:, :, 1:])
+    assert not linear._grouped_mm_fits(n.x.float(), bank.float())
+    assert_close_to_oracle(case, "triton", "merge", DEVICE)
+    index = TaskBatch.from_ids(torch.tensor(ids, device=DEVICE), 4)[:3]
+    joined, _, offsets = linear._joined(
+        linear.Weight.of(n.base, n.deltas, n.coeffs, None), linear.Rows(*index, n.x.shape[0], 2)
+    )
+    assert joined.tolist() == [-1, 3, -1, -1, 0, 0, 3, -1]
+    assert offsets.tolist() == [0, 4, 6, 6, 6, 8]
+
+
+def test_tables_hold_any_value():
+    values = [*range(40), 2**47 - 16, 16, 0, 1]
+    assert _arguments.table(values, torch.device(DEVICE))[: len(values)].tolist() == values
+
+
+def test_an_algorithm_it_does_not_have_is_refused():
+    x = torch.randn(3, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="algorithm must be split or merge, got 'blend'"):
+        linear.linear_fwd(x, x, [], torch.ones(0, device=DEVICE), None, None, None, None, None, 1, "blend")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    (
+        ({"dtype": torch.float64}, "float64"),
+        ({"rows": 2**31}, "31 bits"),
+        ({"shape": (2**31, 8)}, "31 bits"),
+        ({"num_tasks": 70000}, "65535 tasks"),
+    ),
+)
+def test_what_kernels_cannot_take_is_refused_with_its_reason(change, reason):
+    good = dict(op="linear", device="cuda", dtype=torch.float32, shape=(8, 8), rows=8, num_deltas=1, num_tasks=2)
+    assert list(linear.not_supported_reasons(_dispatch.Problem(**good, grad=False))) == []
+    (text,) = linear.not_supported_reasons(_dispatch.Problem(**good | change, grad=False))
+    assert reason in text
