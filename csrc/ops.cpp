@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <atomic>
+#include <algorithm>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -123,16 +125,11 @@ Algorithm read_algorithm(const char* op, const std::string& name) {
 
 /// Items go to whichever thread is free; each item's result is its own, so the order changes nothing.
 template <class Problem>
-void run(const Problem& problem, void (*kernel)(const Problem&, int64_t, void*), int64_t workspace_bytes) {
-  const int64_t items = num_items(problem);
-  if (items == 0) return;
-  std::atomic<int64_t> next{0};
-  const auto worker = [&](int64_t, int64_t) {
-    void* memory = workspace(workspace_bytes);
-    for (int64_t i = next++; i < items; i = next++) kernel(problem, i, memory);
-  };
-  const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
-  if (threads == 1) return worker(0, 1);
+void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*), int64_t workspace_bytes) {
+  int64_t next_item = 0;
+  const auto worker = [&](int64_t, int64_t) { kernel(problem, &next_item, workspace(workspace_bytes)); };
+  const int64_t threads = std::min<int64_t>(num_items(problem), torch::stable::get_num_threads());
+  if (threads <= 1) return worker(0, 1);
   torch::stable::parallel_for(0, threads, 1, worker);
 }
 

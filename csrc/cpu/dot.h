@@ -2,83 +2,100 @@
 //
 //   out[m, n] (+)= Σ_p a_m[p] · (Σ_t coeff_t · W_t[n, p])
 //
-// Packing costs as much as about 25 rows of arithmetic, so below kDotRows the weights are summed in registers and used
-// at once: each weight is read once from memory for all rows, which is the byte limit of the problem.
+// Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
+// used at once: each is read once from memory for all rows, which is the byte limit of the problem. The inputs are
+// interleaved, [depth in vectors, rows], so that one pointer serves all rows.
 #pragma once
 
-#include "blend.h"
+#include "simd.h"
 
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int kDotRows = kRegisters == 32 ? 12 : 8;     // most rows that take this path
-constexpr int kDotTile = kRegisters == 32 ? 12 : 4;     // most rows that keep their sums in registers
+constexpr int kDotRows = kRegisters == 32 ? 12 : 8;  // most rows that take this path
+constexpr int kDotTile = kRegisters == 32 ? 12 : 4;  // most rows that keep their sums in registers
+constexpr int kDotTerms = 2;                         // terms summed in one pass; more take several
 
 /// Weight rows that a tile of m input rows can afford.
 constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
 
-/// kRows rows times kColumns weight rows starting at `row`; kTerms = 0: any number of terms.
-template <class S, int kRows, int kColumns, int kTerms>
-TAPS_INLINE void dot_tile(const Compute<S>* const* a, const Term* terms, int64_t num_terms, int64_t row, int64_t column,
+/// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored.
+template <class S, int kRows, int kTerms>
+TAPS_INLINE void dot_tile(const Compute<S>* a, const Term* terms, int64_t row, int64_t num_columns, int64_t column,
                           int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
-  constexpr int lanes = kLanes<C>;
-  const int64_t count = kTerms ? kTerms : num_terms;
-  Vec<C> sum[kRows][kColumns];
+  constexpr int lanes = kLanes<C>, columns = dot_columns(kRows);
+  const S* w[kTerms][columns];
+  C coeff[kTerms];
+  Vec<C> sum[kRows][columns];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTerms; t++) {
+    coeff[t] = static_cast<C>(terms[t].coeff);
+#pragma GCC unroll 16
+    for (int n = 0; n < columns; n++)
+      w[t][n] = static_cast<const S*>(terms[t].matrix.data) + (row + min(n, num_columns - 1)) * terms[t].matrix.stride + column;
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; m++)
 #pragma GCC unroll 16
-    for (int n = 0; n < kColumns; n++) sum[m][n] = Vec<C>{};
+    for (int n = 0; n < columns; n++) sum[m][n] = Vec<C>{};
 
-  const auto step = [&](int64_t p, int64_t have) __attribute__((always_inline)) {
-    Vec<C> w[kColumns];
+  const auto step = [&](int64_t p, auto read) __attribute__((always_inline)) {
+    Vec<C> weight[columns];
 #pragma GCC unroll 16
-    for (int n = 0; n < kColumns; n++) w[n] = blend<S>(terms, count, row + n, column + p, have);
+    for (int n = 0; n < columns; n++) {
+      weight[n] = coeff[0] * read(w[0][n] + p);
+      if constexpr (kTerms == 2) weight[n] += coeff[1] * read(w[1][n] + p);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
-      const Vec<C> x = have < 0 ? load(a[m] + p) : load_partial(a[m] + p, have);
+      const Vec<C> x = load(a + p * kRows + m * lanes);
 #pragma GCC unroll 16
-      for (int n = 0; n < kColumns; n++) sum[m][n] += x * w[n];
+      for (int n = 0; n < columns; n++) sum[m][n] += x * weight[n];
     }
   };
   int64_t p = 0;
-  for (; p + lanes <= depth; p += lanes) step(p, -1);
-  if (p < depth) step(p, depth - p);
+  for (; p + lanes <= depth; p += lanes) step(p, [](const S* q) __attribute__((always_inline)) { return load(q); });
+  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return load_partial(q, depth - p); });
 
   for (int m = 0; m < kRows; m++)
-    for (int n = 0; n < kColumns; n++) {
-      C* y = out + m * out_stride + n;
-      *y = sum_lanes(sum[m][n]) + (accumulate ? *y : C(0));
-    }
+    for (int n = 0; n < columns; n++)
+      if (n < num_columns) {
+        C* y = out + m * out_stride + n;
+        *y = sum_lanes(sum[m][n]) + (accumulate ? *y : C(0));
+      }
 }
 
-template <class S, int kRows, int kTerms>
-void dot_columns_loop(const Compute<S>* const* a, const Term* terms, int64_t num_terms, int64_t row, int64_t num_columns,
-                      int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
-  constexpr int columns = dot_columns(kRows);
-  int64_t n = 0;
-  for (; n + columns <= num_columns; n += columns)
-    dot_tile<S, kRows, columns, kTerms>(a, terms, num_terms, row + n, column, depth, out + n, out_stride, accumulate);
-  for (; n < num_columns; n++)
-    dot_tile<S, kRows, 1, kTerms>(a, terms, num_terms, row + n, column, depth, out + n, out_stride, accumulate);
-}
-
-/// num_rows <= kDotRows rows times weight rows [row, row + num_columns), depth columns from `column` on.
+/// Interleaves row m < num_rows of a group as dot_rows reads it; `in` holds depth elements.
 template <class S>
-void dot_rows(const Compute<S>* const* a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row,
+void interleave(Compute<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {
+  constexpr int64_t lanes = kLanes<Compute<S>>;
+  int64_t p = 0;
+  for (; p + lanes <= depth; p += lanes) store(group + p * num_rows + m * lanes, load(in + p));
+  if (p < depth) store(group + p * num_rows + m * lanes, load_partial(in + p, depth - p));
+}
+
+/// num_rows inputs, interleaved in groups of `part` <= kDotTile rows, times weight rows [row, row + num_columns), depth
+/// columns from `column` on. Groups beyond the first find the weights in L1.
+template <class S>
+void dot_rows(const Compute<S>* a, int64_t num_rows, int64_t part, const Term* terms, int64_t num_terms, int64_t row,
               int64_t num_columns, int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride,
               bool accumulate) {
-  const int64_t part = even_part(num_rows, kDotTile);
-  for (int64_t m = 0; m < num_rows; m += part) {
-    with_constant<kDotTile>(min(part, num_rows - m), [&](auto rows) {
-      const auto run = [&](auto count) {
-        dot_columns_loop<S, rows.value, count.value>(a + m, terms, num_terms, row, num_columns, column, depth,
-                                                     out + m * out_stride, out_stride, accumulate);
-      };
-      if (num_terms == 1) run(Int<1>{});
-      else if (num_terms == 2) run(Int<2>{});
-      else run(Int<0>{});
-    });
+  const int64_t group_size = part * round_up(depth, kLanes<Compute<S>>), columns = dot_columns(part);
+  for (int64_t t = 0; t < num_terms; t += kDotTerms) {
+    for (int64_t n = 0; n < num_columns; n += columns) {
+      for (int64_t m = 0; m < num_rows; m += part) {
+        with_constant<kDotTile>(min(part, num_rows - m), [&](auto rows) {
+          with_constant<kDotTerms>(num_terms - t, [&](auto count) {
+            constexpr int64_t step = dot_columns(rows.value);  // a smaller last group could take more columns
+            for (int64_t k = 0; k < min(columns, num_columns - n); k += step)
+              dot_tile<S, rows.value, count.value>(a + m / part * group_size, terms + t, row + n + k,
+                                                   min(columns, num_columns - n) - k, column, depth,
+                                                   out + m * out_stride + n + k, out_stride, accumulate || t > 0);
+          });
+        });
+      }
+    }
   }
 }
 

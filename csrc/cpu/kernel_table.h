@@ -8,21 +8,21 @@
 namespace taps_fast::cpu {
 namespace {
 
-void row_product(const RowProduct& problem, int64_t item, void* workspace) {
+void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
   switch (problem.dtype) {
-    case DType::kFloat32: return run_row_product<float>(problem, item, workspace);
-    case DType::kBFloat16: return run_row_product<BFloat16>(problem, item, workspace);
-    case DType::kFloat16: return run_row_product<Float16>(problem, item, workspace);
-    case DType::kFloat64: return run_row_product<double>(problem, item, workspace);
+    case DType::kFloat32: return run_row_product<float>(problem, next_item, workspace);
+    case DType::kBFloat16: return run_row_product<BFloat16>(problem, next_item, workspace);
+    case DType::kFloat16: return run_row_product<Float16>(problem, next_item, workspace);
+    case DType::kFloat64: return run_row_product<double>(problem, next_item, workspace);
   }
 }
 
-void weight_gradient(const WeightGradient& problem, int64_t item, void* workspace) {
+void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
   switch (problem.dtype) {
-    case DType::kFloat32: return run_weight_gradient<float>(problem, item, workspace);
-    case DType::kBFloat16: return run_weight_gradient<BFloat16>(problem, item, workspace);
-    case DType::kFloat16: return run_weight_gradient<Float16>(problem, item, workspace);
-    case DType::kFloat64: return run_weight_gradient<double>(problem, item, workspace);
+    case DType::kFloat32: return run_weight_gradient<float>(problem, next_item, workspace);
+    case DType::kBFloat16: return run_weight_gradient<BFloat16>(problem, next_item, workspace);
+    case DType::kFloat16: return run_weight_gradient<Float16>(problem, next_item, workspace);
+    case DType::kFloat64: return run_weight_gradient<double>(problem, next_item, workspace);
   }
 }
 

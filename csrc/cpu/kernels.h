@@ -13,8 +13,9 @@ struct Kernels {
   int64_t strip_vectors;  // vectors in one packed strip of columns
   int64_t tile_rows;      // rows of one register tile
   int64_t row_buffers;    // input rows a row product holds converted at a time
-  void (*row_product)(const RowProduct&, int64_t item, void* workspace);
-  void (*weight_gradient)(const WeightGradient&, int64_t item, void* workspace);
+  // Run items of the grid until none is left; threads that share the counter share the work.
+  void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
+  void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);
 };
 
 // One definition in each kernels_<isa>.cpp.

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 1 << 20;      // half of L2: the packed panel stays there
 constexpr int64_t kColBlock = 64;
-constexpr int64_t kDepthBlock = 2048;
+constexpr int64_t kDepthBlock = 1024;
 constexpr int64_t kRowBlock = 2048;
 constexpr int64_t kSmallGroup = 4;            // rows; with kManyGroups of them the base's product is shared
 constexpr int64_t kManyGroups = 8;
@@ -118,8 +118,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
 
   Blocking& b = problem.blocking;
   b.col_block = kColBlock;
-  b.depth_block = std::max<int64_t>(1, problem.depth <= 2 * kDepthBlock ? problem.depth : kDepthBlock);
-  if (passes_.size() > 1) b.depth_block = std::min<int64_t>(b.depth_block, 1024);
+  b.depth_block = std::max<int64_t>(1, std::min(problem.depth, kDepthBlock));
   b.row_block = std::min(problem.rows, kRowBlock);
   (void)threads;
   (void)table;

@@ -2,8 +2,9 @@
 //
 // One item = a block of rows times a block of columns. It walks the depth in blocks and, inside a block, the passes
 // (groups of rows that share a sum of terms), so the base's part of the panel is still in L2 when the next task sums
-// its delta onto it. Per pass: pack the panel once, then register tiles; few rows take dot products instead. Sums stay
-// in a float32 tile until the last pass and depth block, when bias is added, the result rounded once and scattered.
+// its delta onto it. Per pass: pack the panel once, then register tiles, which meanwhile fetch the weights of the step
+// after; few rows take dot products instead. Sums stay in a float32 tile until the last pass and depth block, when bias
+// is added, the result rounded once and scattered.
 #pragma once
 
 #include "dot.h"
@@ -14,103 +15,168 @@ namespace taps_fast::cpu {
 namespace {
 
 constexpr int64_t kRowBuffers = max(kTileRows, kDotRows);
+constexpr int64_t kMostFetched = 4;  // segments fetched at a time: see tile_row
 
 template <class S>
-class RowItem {
+class RowWorker {
   using C = Compute<S>;
   static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
 
+  /// One pass in one depth block of one item.
+  struct Step {
+    int64_t item, depth_begin, pass;
+    int64_t row_begin, row_end, col_begin, cols, depth;  // what it covers
+  };
+
  public:
-  RowItem(const RowProduct& problem, int64_t item, void* workspace) : p_(problem) {
-    const int64_t panels = ceil_div(p_.cols, p_.blocking.col_block);
-    row_begin_ = item / panels * p_.blocking.row_block;
-    row_end_ = min(p_.rows, row_begin_ + p_.blocking.row_block);
-    col_begin_ = item % panels * p_.blocking.col_block;
-    cols_ = min(p_.blocking.col_block, p_.cols - col_begin_);
-    tile_stride_ = round_up(p_.blocking.col_block, kLanes<C>);
-    panel_ = static_cast<C*>(workspace);
-    converted_ = panel_ + tile_stride_ * p_.blocking.depth_block;
-    tile_ = converted_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>);
-  }
+  RowWorker(const RowProduct& problem, int64_t* next_item, void* workspace)
+      : p_(problem),
+        next_item_(next_item),
+        items_(num_items(problem)),
+        panels_(ceil_div(p_.cols, p_.blocking.col_block)),
+        tile_stride_(round_up(p_.blocking.col_block, kLanes<C>)),
+        panel_(static_cast<C*>(workspace)),
+        inputs_(panel_ + tile_stride_ * p_.blocking.depth_block),
+        tile_(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>)) {}
 
   void run() {
-    int64_t depth_begin = 0;
-    do {
-      const int64_t depth = min(p_.blocking.depth_block, p_.depth - depth_begin);
-      for (int64_t i = 0; i < p_.num_passes; i++) run_pass(p_.passes[i], depth_begin, depth);
-      depth_begin += depth;
-    } while (depth_begin < p_.depth);
+    Step step{claim(next_item_), 0, -1, 0, 0, 0, 0, 0};
+    for (advance(step); step.item < items_;) {
+      Step next = step;
+      advance(next);
+      run_step(step, next);
+      step = next;
+    }
   }
 
  private:
-  void run_pass(const Pass& pass, int64_t depth_begin, int64_t depth) {
-    const int64_t begin = max(pass.row_begin, row_begin_), end = min(pass.row_end, row_end_);
-    if (begin >= end) return;
-    const Term* terms = p_.terms + pass.term_begin;
-    const int64_t num_terms = pass.term_end - pass.term_begin;
-    const bool accumulate = !(pass.first && depth_begin == 0);
-    const bool finished = pass.last && depth_begin + depth == p_.depth;
-    const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
-    const bool dots = p_.transposed && end - begin <= kDotRows;
-    if (!dots) {
-      if (p_.transposed)
-        pack_transposed<S>(panel_, terms, num_terms, col_begin_, cols_, depth_begin, depth);
-      else
-        pack_straight<S>(panel_, kWidth, terms, num_terms, depth_begin, depth, col_begin_, cols_);
-    }
-    const int64_t part = dots ? end - begin : even_part(end - begin, kTileRows);
-    for (int64_t r = begin; r < end; r += part) {
-      const int64_t n = min(part, end - r);
-      const C* a[kRowBuffers];
-      for (int64_t i = 0; i < n; i++) a[i] = input(r + i, depth_begin, depth, i);
-      C* out = tile_ + (whole ? 0 : kRowBuffers + r - row_begin_) * tile_stride_;
-      if (dots)
-        dot_rows<S>(a, n, terms, num_terms, col_begin_, cols_, depth_begin, depth, out, tile_stride_, accumulate);
-      else
-        tile_row<C>(a, n, 1, panel_, cols_, out, tile_stride_, depth, accumulate);
-      if (finished)
-        for (int64_t i = 0; i < n; i++) finish(r + i, out + i * tile_stride_);
+  /// The next pass with rows in the item, then the next depth block, then the next item.
+  void advance(Step& step) {
+    while (step.item < items_) {
+      const int64_t first_row = step.item / panels_ * p_.blocking.row_block;
+      const int64_t last_row = min(p_.rows, first_row + p_.blocking.row_block);
+      while (++step.pass < p_.num_passes) {
+        const Pass& pass = p_.passes[step.pass];
+        step.row_begin = max(pass.row_begin, first_row);
+        step.row_end = min(pass.row_end, last_row);
+        if (step.row_begin >= step.row_end) continue;
+        step.col_begin = step.item % panels_ * p_.blocking.col_block;
+        step.cols = min(p_.blocking.col_block, p_.cols - step.col_begin);
+        step.depth = min(p_.blocking.depth_block, p_.depth - step.depth_begin);
+        return;
+      }
+      step.pass = -1;
+      step.depth_begin += p_.blocking.depth_block;
+      if (step.depth_begin >= p_.depth) {
+        step.depth_begin = 0;
+        step.item = claim(next_item_);
+      }
     }
   }
 
-  /// Row r's inputs as C: in place, or converted into one of the buffer's slots.
-  const C* input(int64_t r, int64_t depth_begin, int64_t depth, int64_t slot) {
+  bool takes_dots(const Step& s) const { return p_.transposed && s.row_end - s.row_begin <= kDotRows; }
+
+  void run_step(const Step& s, const Step& next) {
+    const Pass& pass = p_.passes[s.pass];
+    const Term* terms = p_.terms + pass.term_begin;
+    const int64_t num_terms = pass.term_end - pass.term_begin, num_rows = s.row_end - s.row_begin;
+    const bool accumulate = !(pass.first && s.depth_begin == 0);
+    const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
+    const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
+    const bool dots = takes_dots(s) && num_terms > 0;
+    const int64_t part = dots ? num_rows : even_part(num_rows, kTileRows);
+    Ahead ahead;
+    int64_t fetch = 0;
+    if (!dots) {
+      if (p_.transposed)
+        pack_transposed<S>(panel_, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
+      else
+        pack_straight<S>(panel_, kWidth, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
+      if (next.item < items_) fetch = look_ahead(ahead, s, next, ceil_div(num_rows, part));
+    }
+    const int64_t first_row = s.item / panels_ * p_.blocking.row_block;
+    for (int64_t r = s.row_begin; r < s.row_end; r += part) {
+      const int64_t n = min(part, s.row_end - r);
+      C* out = tile_ + (whole ? 0 : kRowBuffers + r - first_row) * tile_stride_;
+      if (dots) {
+        const int64_t group = even_part(n, kDotTile);
+        for (int64_t i = 0; i < n; i++)
+          interleave<S>(inputs_ + i / group * group * round_up(s.depth, kLanes<C>), min(group, n - i / group * group),
+                        i % group, input(r + i) + s.depth_begin, s.depth);
+        dot_rows<S>(inputs_, n, group, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth, out,
+                    tile_stride_, accumulate);
+      } else {
+        const C* a[kTileRows];
+        for (int64_t i = 0; i < n; i++) a[i] = as_compute(input(r + i) + s.depth_begin, s.depth, i);
+        tile_row<C>(a, n, 1, panel_, s.cols, out, tile_stride_, s.depth, accumulate, &ahead, fetch);
+      }
+      if (finished)
+        for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
+    }
+  }
+
+  /// Describes the next step's weights; returns how many segments to fetch at a time, so that all arrive in time.
+  int64_t look_ahead(Ahead& ahead, const Step& s, const Step& next, int64_t row_tiles) const {
+    const Pass& pass = p_.passes[next.pass];
+    const int64_t row = p_.transposed ? next.col_begin : next.depth_begin;
+    const int64_t column = p_.transposed ? next.depth_begin : next.col_begin;
+    ahead.rows = p_.transposed ? next.cols : next.depth;
+    ahead.lines = (p_.transposed ? next.depth : next.cols) * int64_t(sizeof(S)) / Ahead::kLine;
+    const bool same_place = s.item == next.item && s.depth_begin == next.depth_begin;
+    const Pass& current = p_.passes[s.pass];
+    for (int64_t t = pass.term_begin; t < pass.term_end && ahead.num_terms < Ahead::kMaxTerms; t++) {
+      const Matrix& m = p_.terms[t].matrix;
+      // In the same place a term that both passes have, the base, is in L2 already.
+      bool here = false;
+      for (int64_t u = current.term_begin; same_place && u < current.term_end; u++)
+        here = here || p_.terms[u].matrix.data == m.data;
+      if (here) continue;
+      ahead.data[ahead.num_terms] = static_cast<const char*>(m.data) + (row * m.stride + column) * int64_t(sizeof(S));
+      ahead.stride[ahead.num_terms++] = m.stride * int64_t(sizeof(S));
+    }
+    if (ahead.num_terms == 0 || ahead.lines == 0) return 0;
+    const int64_t tiles = row_tiles * (s.cols / kWidth);
+    const int64_t room = tiles * ceil_div(s.depth, ahead.lines);
+    return room ? min(ceil_div(ahead.rows * ahead.num_terms, room), kMostFetched) : 0;
+  }
+
+  const S* input(int64_t r) const {
     const int64_t row = p_.row_index ? p_.row_index[r] : r;
-    const S* in = static_cast<const S*>(p_.in.data) + row * p_.in.stride + depth_begin;
+    return static_cast<const S*>(p_.in.data) + row * p_.in.stride;
+  }
+
+  /// A row of inputs in place, or converted into one of the buffers.
+  const C* as_compute(const S* in, int64_t depth, int64_t slot) {
     if constexpr (sizeof(S) == sizeof(C)) {
       return in;
     } else {
-      constexpr int64_t lanes = kLanes<C>;
-      C* out = converted_ + slot * round_up(p_.blocking.depth_block, lanes);
-      int64_t p = 0;
-      for (; p + lanes <= depth; p += lanes) store(out + p, load(in + p));
-      if (p < depth) store(out + p, load_partial(in + p, depth - p));
+      C* out = inputs_ + slot * round_up(p_.blocking.depth_block, kLanes<C>);
+      interleave<S>(out, 1, 0, in, depth);
       return out;
     }
   }
 
-  void finish(int64_t r, const C* sums) {
+  void finish(int64_t r, int64_t col_begin, int64_t cols, const C* sums) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t row = p_.row_index ? p_.row_index[r] : r;
-    S* out = static_cast<S*>(p_.out.data) + row * p_.out.stride + col_begin_;
+    S* out = static_cast<S*>(p_.out.data) + row * p_.out.stride + col_begin;
     const int64_t bias_row = p_.bias_index ? p_.bias_index[r] : 0;
-    const S* bias = p_.bias.data ? static_cast<const S*>(p_.bias.data) + bias_row * p_.bias.stride + col_begin_ : nullptr;
+    const S* bias = p_.bias.data ? static_cast<const S*>(p_.bias.data) + bias_row * p_.bias.stride + col_begin : nullptr;
     int64_t j = 0;
-    for (; j + lanes <= cols_; j += lanes) store(out + j, bias ? load(sums + j) + load(bias + j) : load(sums + j));
-    if (j < cols_) {
-      const int64_t n = cols_ - j;
-      store_partial(out + j, bias ? load(sums + j) + load_partial(bias + j, n) : load(sums + j), n);
-    }
+    for (; j + lanes <= cols; j += lanes) store(out + j, bias ? load(sums + j) + load(bias + j) : load(sums + j));
+    if (j < cols)
+      store_partial(out + j, bias ? load(sums + j) + load_partial(bias + j, cols - j) : load(sums + j), cols - j);
   }
 
   const RowProduct& p_;
-  int64_t row_begin_, row_end_, col_begin_, cols_, tile_stride_;
-  C *panel_, *converted_, *tile_;
+  int64_t* next_item_;
+  const int64_t items_, panels_, tile_stride_;
+  C *panel_, *inputs_, *tile_;
 };
 
 template <class S>
-void run_row_product(const RowProduct& problem, int64_t item, void* workspace) {
-  RowItem<S>(problem, item, workspace).run();
+void run_row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
+  RowWorker<S>(problem, next_item, workspace).run();
 }
 
 }  // namespace

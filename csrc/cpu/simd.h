@@ -245,6 +245,9 @@ TAPS_INLINE void with_constant(int64_t n, const F& f) {
   f(Int<N>{});
 }
 
+/// Takes one item of the grid; threads share the counter. Which thread runs an item changes no result.
+TAPS_INLINE int64_t claim(int64_t* next_item) { return __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED); }
+
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -1,10 +1,11 @@
 // The register tile: kTileRows rows times one packed strip of columns, summed over the panel's depth.
 //
-//   tile[i, j] (+)= Σ_p a_i[p · step] · strip[p · width + j]
+//   out[i, j] (+)= Σ_p a_i[p · step] · strip[p · width + j]
 //
 // Rows of `a` are broadcast from where they lie (one pointer each, so gathered rows cost nothing); the strip is read
 // once a tile. 6 × 4 vectors (AVX-512) or 6 × 2 (AVX2) use all but a few registers as accumulators, which hides the
-// latency of the multiply-adds.
+// latency of the multiply-adds. Meanwhile the load ports are half idle, so the loop can also fetch the weights of the
+// panel that comes next (Ahead): with few rows, packing waits for memory longer than the product takes.
 #pragma once
 
 #include "simd.h"
@@ -12,9 +13,29 @@
 namespace taps_fast::cpu {
 namespace {
 
-template <class C, int kRows, int kVectors>
-TAPS_INLINE void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t out_stride, int64_t depth,
-                      bool accumulate) {
+/// Rows of weights to bring into L2, as segments that each are `lines` cache lines long.
+struct Ahead {
+  static constexpr int kMaxTerms = 4;
+  static constexpr int64_t kLine = 64;
+
+  const char* data[kMaxTerms];  // first segment of each matrix
+  int64_t stride[kMaxTerms];    // bytes between segments
+  int64_t num_terms = 0;
+  int64_t rows = 0, lines = 0;
+  int64_t row = 0, term = 0;  // the next segment
+
+  int64_t segments_left() const { return num_terms ? (rows - row) * num_terms - term : 0; }
+  /// The next segment; the last one again when none is left.
+  const char* take() {
+    const char* segment = data[term] + row * stride[term];
+    if (segments_left() > 1 && ++term == num_terms) term = 0, row++;
+    return segment;
+  }
+};
+
+template <class C, int kRows, int kVectors, int kFetch>
+void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t out_stride, int64_t depth,
+          bool accumulate, Ahead* ahead) {
   constexpr int lanes = kLanes<C>;
   Vec<C> sum[kRows][kVectors];
   const C* a[kRows];
@@ -24,7 +45,7 @@ TAPS_INLINE void tile(const C* const* rows, int64_t step, const C* strip, C* out
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) sum[i][j] = accumulate ? load(out + i * out_stride + j * lanes) : Vec<C>{};
   }
-  for (int64_t p = 0; p < depth; p++) {
+  const auto multiply = [&](int64_t p) __attribute__((always_inline)) {
     Vec<C> b[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) b[j] = load(strip + (p * kVectors + j) * lanes);
@@ -34,6 +55,20 @@ TAPS_INLINE void tile(const C* const* rows, int64_t step, const C* strip, C* out
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; j++) sum[i][j] += x * b[j];
     }
+  };
+  if constexpr (kFetch == 0) {
+    for (int64_t p = 0; p < depth; p++) multiply(p);
+  } else {
+    for (int64_t p = 0; p < depth;) {
+      const char* segment[kFetch];
+#pragma GCC unroll 8
+      for (int s = 0; s < kFetch; s++) segment[s] = ahead->take() - p * Ahead::kLine;
+      for (const int64_t end = min(p + ahead->lines, depth); p < end; p++) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kFetch; s++) __builtin_prefetch(segment[s] + p * Ahead::kLine, 0, 2);
+        multiply(p);
+      }
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; i++)
@@ -41,23 +76,31 @@ TAPS_INLINE void tile(const C* const* rows, int64_t step, const C* strip, C* out
     for (int j = 0; j < kVectors; j++) store(out + i * out_stride + j * lanes, sum[i][j]);
 }
 
-/// num_rows <= kTileRows rows times a whole panel of num_columns columns.
+/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time.
 template <class C>
 void tile_row(const C* const* rows, int64_t num_rows, int64_t step, const C* panel, int64_t num_columns, C* out,
-              int64_t out_stride, int64_t depth, bool accumulate) {
+              int64_t out_stride, int64_t depth, bool accumulate, Ahead* ahead = nullptr, int64_t fetch = 0) {
   constexpr int64_t lanes = kLanes<C>, width = lanes * kStripVectors;
-  for (int64_t j = 0; j < num_columns; j += width) {
-    const int64_t vectors = min(kStripVectors, ceil_div(num_columns - j, lanes));
-    with_constant<kStripVectors>(vectors, [&](auto v) {
-      with_constant<kTileRows>(num_rows, [&](auto r) {
-        const C* strip = panel + j * depth;
-        if (step == 1)
-          tile<C, r.value, v.value>(rows, 1, strip, out + j, out_stride, depth, accumulate);
-        else
-          tile<C, r.value, v.value>(rows, step, strip, out + j, out_stride, depth, accumulate);
-      });
-    });
-  }
+  with_constant<kTileRows>(num_rows, [&](auto r) {
+    for (int64_t j = 0; j < num_columns; j += width) {
+      const C* strip = panel + j * depth;
+      const auto run = [&](auto vectors, auto fetched) {
+        tile<C, r.value, vectors.value, fetched.value>(rows, step, strip, out + j, out_stride, depth, accumulate,
+                                                       ahead);
+      };
+      if (num_columns - j < width) {
+        with_constant<kStripVectors>(ceil_div(num_columns - j, lanes), [&](auto v) { run(v, Int<0>{}); });
+      } else if (fetch == 0 || !ahead->segments_left()) {
+        run(Int<kStripVectors>{}, Int<0>{});
+      } else if (fetch == 1) {
+        run(Int<kStripVectors>{}, Int<1>{});
+      } else if (fetch == 2) {
+        run(Int<kStripVectors>{}, Int<2>{});
+      } else {
+        run(Int<kStripVectors>{}, Int<4>{});
+      }
+    }
+  });
 }
 
 }  // namespace

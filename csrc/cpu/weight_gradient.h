@@ -86,8 +86,10 @@ class GradientItem {
 };
 
 template <class S>
-void run_weight_gradient(const WeightGradient& problem, int64_t item, void* workspace) {
-  GradientItem<S>(problem, item, workspace).run();
+void run_weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
+  const int64_t items = num_items(problem);
+  for (int64_t item = claim(next_item); item < items; item = claim(next_item))
+    GradientItem<S>(problem, item, workspace).run();
 }
 
 }  // namespace
