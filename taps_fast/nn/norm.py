@@ -64,9 +64,7 @@ class TaskLayerNorm(TaskNorm):
         norm: Any = self.base
         wide, out = _precision(x)
         if isinstance(norm, nn.RMSNorm):
-            # The default eps is that of the input's dtype.
-            eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-            y = F.rms_norm(x.to(wide), norm.normalized_shape, None, eps)
+            y = F.rms_norm(x.to(wide), norm.normalized_shape, None, norm.eps)  # its default eps is that of ``wide``
         else:
             y = F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps)
         inner = len(norm.normalized_shape)
