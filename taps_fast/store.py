@@ -92,7 +92,7 @@ def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
     tensors = {n: t.detach().to("cpu", copy=True, memory_format=contiguous) for n, t in tensors.items()}
     document = {"format": FORMAT, "library": f"taps_fast {__version__}", **meta, "tensors": _table(tensors)}
     try:
-        document = json.loads(json.dumps(document, allow_nan=False))  # as it will be read: tuples are lists
+        document = json.loads(json.dumps(document, allow_nan=False))  # as it will be read: keys are strings
     except (TypeError, ValueError) as error:
         raise TaskFolderError(f"save_task: meta must hold JSON values, got one that is not ({error})") from None
     text = json.dumps({**document, "checksum": _checksum_of(document)}, indent=1) + "\n"
@@ -208,17 +208,12 @@ def _some(names: list[str]) -> str:
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """dtype, shape and checksum of each tensor, sorted by name."""
-    names = sorted(tensors)
+    """dtype, shape and checksum of each tensor."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        sums = list(pool.map(lambda name: _sha256(name, tensors[name]), names))
+        sums = list(pool.map(_sha256, tensors, tensors.values()))
     return {
-        name: {
-            "dtype": str(tensors[name].dtype).removeprefix("torch."),
-            "shape": list(tensors[name].shape),
-            "sha256": s,
-        }
-        for name, s in zip(names, sums, strict=True)
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": checksum}
+        for (name, tensor), checksum in zip(tensors.items(), sums, strict=True)
     }
 
 
@@ -227,7 +222,8 @@ def _sha256(name: str, tensor: Tensor) -> str:
         what = "the meta device" if tensor.is_meta else str(tensor.layout)
         raise ValueError(f"fingerprint: tensor {name!r} must be dense and hold data, got one of {what}")
     data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    # Not reshape: one element counts as contiguous with any stride, and is then not viewed as bytes.
+    return hashlib.sha256(data.as_strided((data.numel(),), (1,)).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _checksum_of(document: Mapping[str, Any]) -> str:

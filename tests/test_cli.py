@@ -47,9 +47,10 @@ def refused(capsys, *arguments: str) -> str:
     return line.removeprefix("python -m taps_fast: error: ")
 
 
-def test_version():
-    result = python_m("--version")
-    assert (result.returncode, result.stdout) == (0, f"taps_fast {taps_fast.__version__}\n")
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert (done.value.code, capsys.readouterr().out) == (0, f"taps_fast {taps_fast.__version__}\n")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["inspect", "--help"]])
@@ -88,10 +89,9 @@ def test_info_says_what_is_missing_and_how_to_get_it():
     assert "->  reference split" in result.stdout
 
 
-def test_inspect_needs_no_model(folders):
-    result = python_m("inspect", *folders)
-    assert (result.returncode, result.stderr) == (0, "")
-    cubs, cars, _, *table = result.stdout.splitlines()
+def test_inspect_needs_no_model(folders, capsys):
+    assert main(["inspect", *folders]) == 0
+    cubs, cars, _, *table = capsys.readouterr().out.splitlines()
     assert cubs == (
         f"{folders[0]}: task 'cubs', 3 classes, 2 tensors, 800 B, base {BASE}, "
         f"saved by taps_fast {taps_fast.__version__}"
@@ -132,12 +132,9 @@ def test_inspect_draws(folders, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"drawn to {picture}\n")
 
 
-def test_inspect_of_what_is_not_a_task_folder(tmp_path):
-    result = python_m("inspect", str(tmp_path))
-    assert result.returncode == 2
-    assert result.stderr == (
-        "python -m taps_fast: error: read_task: folder must be a task folder, with a task.json, "
-        f"got a folder without one: {tmp_path}\n"
+def test_inspect_of_what_is_not_a_task_folder(tmp_path, capsys):
+    assert refused(capsys, "inspect", str(tmp_path)) == (
+        f"read_task: folder must be a task folder, with a task.json, got a folder without one: {tmp_path}"
     )
 
 

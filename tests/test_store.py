@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -83,6 +84,10 @@ def test_fingerprint_knows_values_not_layout():
     assert fingerprint({"a": a.transpose(0, 1).contiguous().transpose(0, 1)}) == mine
     assert fingerprint({"a": torch.nn.Parameter(a)}) == mine
     assert fingerprint({"a": torch.zeros(3).expand(2, 3)}) == fingerprint({"a": torch.zeros(2, 3)})
+    assert fingerprint({"a": torch.arange(6)[::2]}) == fingerprint({"a": torch.tensor([0, 2, 4])})
+    z = torch.tensor([1 + 2j])
+    assert fingerprint({"a": z.conj()}) == fingerprint({"a": torch.tensor([1 - 2j])})
+    assert fingerprint({"a": z.conj().imag}) == fingerprint({"a": torch.tensor([-2.0])})
 
 
 def test_fingerprint_follows_its_written_definition():
@@ -130,6 +135,8 @@ def test_round_trip_of_awkward_tensors(tmp_path):
         "same memory": shared,
         "expanded": torch.tensor([1.0, torch.nan]).expand(3, 2),
         "parameter": torch.nn.Parameter(shared.clone()),
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "negative": torch.tensor([1 + 2j]).conj().imag,
         "negative zero": torch.tensor([-0.0, torch.inf]),
     }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -153,6 +160,13 @@ def test_meta_comes_back(folder):
     assert meta["library"].startswith("taps_fast ")
     assert meta["tensors"]["fc2.deltas.cubs"]["dtype"] == "bfloat16"
     assert meta["tensors"]["fc2.deltas.cubs"]["shape"] == [3, 5]
+
+
+def test_meta_comes_back_as_json_has_it(tmp_path):
+    """Tuples as lists and keys as strings, which sort in another order than numbers."""
+    save_task(tmp_path, {}, {**META, "sizes": (1, 2), "by number": {10: "a", 9: "b"}})
+    _, meta = read_task(tmp_path)
+    assert meta["sizes"] == [1, 2] and meta["by number"] == {"10": "a", "9": "b"}
 
 
 def test_folder_is_named_in_any_way(tmp_path, monkeypatch):
@@ -261,6 +275,42 @@ def test_readers_never_see_half_a_save(folder):
         stop.set()
         thread.join()
     assert not errors and reads
+
+
+def test_save_between_the_two_files_of_a_read(folder, monkeypatch):
+    """The reader has seen the old task.json, whose tensors the save removes."""
+
+    def load_after_a_save(path):
+        monkeypatch.setattr(store, "load_file", load_file)
+        save_task(folder, some_tensors(1), {**META, "classes": 4})
+        return load_file(path)
+
+    monkeypatch.setattr(store, "load_file", load_after_a_save)
+    tensors, meta = read_task(folder)
+    assert_same(tensors, some_tensors(1))
+    assert meta["classes"] == 4
+
+
+def test_each_file_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """A power failure must not leave a name whose content was never written."""
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        steps.append("flush folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "flush file")
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        steps.append(f"place {target.suffix}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    save_task(tmp_path, some_tensors(), META)
+    wanted = ["flush file", "place .safetensors", "flush folder", "flush file", "place .json", "flush folder"]
+    assert [step for step in steps if step != "flush folder" or os.name == "posix"] == [
+        step for step in wanted if step != "flush folder" or os.name == "posix"
+    ]
 
 
 def test_saves_at_once_leave_one_whole_task(folder):
