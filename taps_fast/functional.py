@@ -40,7 +40,8 @@ def delta_linear(
         y_r = (base + Σ_k coeffs[k]·deltas[k]) x_r + bias                          without tasks
         y_r = (base_coeffs[t]·base + Σ_k coeffs[t, k]·deltas[k]) x_r + bias[t]     t = the task of row r
 
-    No summed weight is stored. Every gradient is exact, that of a coefficient also where it is 0.
+    No summed weight is stored, except by "merge", in scratch memory. Every gradient is exact, that of a
+    coefficient also where it is 0.
 
     Args:
         x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
@@ -137,7 +138,8 @@ def delta_conv2d(
     Raises:
         ValueError, TypeError, BackendError: as `delta_linear`; RuntimeError where ``F.conv2d`` raises.
 
-    Cost: one vendor convolution for each distinct weight in the batch. Source: TAPS, arXiv 2203.16708, eq. 1–2.
+    Cost: one vendor convolution for each distinct weight in the batch; of a mixed batch on a GPU, where ids are not
+    read back, one of all images for the base and for each delta. Source: TAPS, arXiv 2203.16708, eq. 1–2.
 
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)
