@@ -63,9 +63,9 @@ HOPPER: Table = {
         (ANY, Config(64, 128, 64, 8, 4)),
     ),
     ("dw", 2): ((ANY, Config(64, 128, 128, 8, 4)),),
-    ("split", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
-    ("dx", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
-    ("dw", 4): ((ANY, Config(32, 64, 64, 4, 3)),),
+    ("split", 4): ((16, Config(16, 64, 32, 8, 4)), (ANY, Config(64, 64, 32, 8, 4))),
+    ("dx", 4): ((16, Config(16, 64, 32, 8, 4)), (ANY, Config(64, 64, 32, 8, 4))),
+    ("dw", 4): ((ANY, Config(32, 64, 64, 8, 3)),),
 }
 AMPERE: Table = HOPPER | {
     ("dw", 2): ((ANY, Config(32, 128, 128, 8, 4)),),
@@ -122,7 +122,7 @@ def processors(device: torch.device) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products use tf32 only where torch's own GEMM would."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

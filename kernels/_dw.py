@@ -162,7 +162,7 @@ def dw_task_kernel(
     OUT_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one task's P, used at once; with SPLITS > 1 (one weight only), a range of rows of it, into partial[s].
+    """One tile of one task's P, used at once; with SPLITS > 1 (one weight only) a range of its rows, into partial[s].
 
     Programs of one tile are neighbours, so that its part of the sources is shared by the tasks.
     """
@@ -235,7 +235,8 @@ def dw_splits_kernel(
         product += tl.load(partial_ptr + tl.cast(s, tl.int64) * O * I + offset, mask=real, other=0.0)
     use_product(
         product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, tile * 0, tile < 0,
-        tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, dtype, BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+        tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, dtype,
+        BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
     )  # fmt: skip
 
 

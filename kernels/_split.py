@@ -46,9 +46,9 @@ def split_kernel(
     TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y[r, o] = Σ_s c[t(r), s] · Σ_i x[r, i] · W_s[o, i] + bias[t(r), o] over sources s that some row of the block uses.
+    """y[r, o] = Σ_s c[t(r), s] · Σ_i x[r, i] · W_s[o, i] + bias[t(r), o], over sources s that the block's rows use.
 
-    With SPLITS > 1, program s of them sums its range of i into y[s] (float32, no bias) and `sum_splits_kernel` ends it.
+    With SPLITS > 1, program s of them sums its range of i into y[s] (float32, no bias), for `sum_splits_kernel`.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)

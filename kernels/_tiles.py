@@ -44,7 +44,7 @@ def locate(position, ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED: tl.co
 
 @triton.jit
 def coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED: tl.constexpr):
-    """float32: what multiplies ``source`` for ``task``, both of any shapes that broadcast; task -1 is the base alone."""
+    """float32: what multiplies ``source`` for ``task``, of any shapes that broadcast; task -1 is the base alone."""
     own = task >= 0
     found = tl.load(
         coeffs_ptr + tl.cast(task, tl.int64) * K + (source - 1), mask=own & (source > 0) & (source <= K), other=0.0

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _configs
-from ._arguments import Pointers, pointers, table
+from ._arguments import pointers, table
 from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
 from ._merge import merge_kernel
 from ._split import split_kernel, sum_splits_kernel

@@ -19,19 +19,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from sass_hazards import hazards
+from taps_fast.kernels import _arguments, _configs, linear
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from taps_fast.kernels import _arguments, _configs, linear
 from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
@@ -57,12 +57,13 @@ class Launch:
     def blocks(self) -> str:
         constants = dict(self.constants)
         sizes = "x".join(str(constants[n]) for n in ("BLOCK_M", "BLOCK_O", "BLOCK_I") if n in constants)
+        dtype = str(dict(self.signature).get("x_ptr", "")).strip("*")
+        if constants.get("PRECISION") == "tf32":
+            dtype = "tf32"
         flags = [n.lower() for n in ("MIXED", "WRITES", "WRITE_BASE", "TABLE") if constants.get(n)]
         if constants.get("SPLITS", 1) > 1:
             flags.append("splits")
-        return " ".join(
-            [sizes, f"{self.warps}w{self.stages}s", dict(self.signature).get("x_ptr", "").strip("*"), *flags]
-        )
+        return " ".join([sizes, f"{self.warps}w{self.stages}s", dtype, *flags])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,29 +92,35 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
 
     kernels = {name: value for name, value in vars(linear).items() if name.endswith("_kernel")}
     writer = _arguments.write_kernel
-    chip_of, processors = _configs.capability, _configs.processors
+    chip_of, processors, precision = _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision
     try:
         _configs.capability = lambda device: chip
         _configs.processors = lambda device: PROCESSORS
         _arguments.write_kernel = Recorder(writer)
         for name, kernel in kernels.items():
             setattr(linear, name, Recorder(kernel))
-        for call in _calls():
-            call()
+        _exercise()
     finally:
-        _configs.capability, _configs.processors = chip_of, processors
+        _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision = (
+            chip_of,
+            processors,
+            precision,
+        )
         _arguments.write_kernel = writer
         for name, kernel in kernels.items():
             setattr(linear, name, kernel)
     return list(found)
 
 
-def _calls() -> Iterator[Any]:
-    """The shapes are small or thin: what is compiled depends on rows, on divisibility and on too few tiles or enough."""
+def _exercise() -> None:
+    """Shapes are small or thin: what is compiled depends on rows, divisibility, and whether tiles are too few."""
     index = TaskBatch.from_ids(torch.zeros(16, dtype=torch.int64), 3)[:3]
-    half = ((torch.bfloat16, rows, wide) for rows in (16, 32, 64, 256) for wide in (False, True))
-    single = ((torch.float32, rows, wide) for rows in (16, 64) for wide in (False, True))
-    for dtype, rows, wide in [*half, *single]:
+    for dtype, precision, rows, wide in (
+        *((torch.bfloat16, "ieee", rows, True) for rows in (16, 32, 64, 256)),
+        (torch.bfloat16, "ieee", 256, False),
+        *((torch.float32, precision, rows, True) for precision in ("ieee", "tf32") for rows in (16, 64)),
+    ):
+        torch.backends.cuda.matmul.fp32_precision = precision
         O, I = (64 * 2 * PROCESSORS * 2, 64) if wide else (512, 512)
         base = torch.empty(O, I, dtype=dtype)
         x, dy = torch.empty(rows, I, dtype=dtype), torch.empty(rows, O, dtype=dtype)
@@ -121,22 +128,22 @@ def _calls() -> Iterator[Any]:
         deltas = [base, base, base]
         one, each = torch.ones(3), torch.ones(3, 3)
         none = (None, None, None)
-        yield lambda: linear.linear_fwd(x, base, deltas, one, None, bias[0], *none, 1, "split")
-        yield lambda: linear.linear_fwd(x, base, deltas, each, None, bias, *index, rows // 16, "split")
+        linear.linear_fwd(x, base, deltas, one, None, bias[0], *none, 1, "split")
+        linear.linear_fwd(x, base, deltas, each, None, bias, *index, rows // 16, "split")
         # Transposed, the many features are the ones produced.
         turned = [d.t().contiguous() for d in deltas]
-        yield lambda: linear.linear_dx(x, turned[0], turned, one, None, *none, 1, "split")
-        yield lambda: linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
+        linear.linear_dx(x, turned[0], turned, one, None, *none, 1, "split")
+        linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
         if rows == 64:
             diagonal = [0, 4, 8]
-            yield lambda: linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False)
-            yield lambda: linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [], True, True)
-            yield lambda: linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, diagonal, [0, 1, 2], True, False)
-            yield lambda: linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True)
+            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False)
+            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [], True, True)
+            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, diagonal, [0, 1, 2], True, False)
+            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True)
             many = [base] * (_arguments.ARGUMENTS + 1)
-            yield lambda: linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
-            yield lambda: linear.merged(linear.Weight.of(base, deltas, one, None), linear.Rows(*none, rows, 1))
-            yield lambda: linear.merged(linear.Weight.of(base, deltas, each, one), linear.Rows(*index, rows, 1))
+            linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
+            linear.merged(linear.Weight.of(base, deltas, one, None), linear.Rows(*none, rows, 1))
+            linear.merged(linear.Weight.of(base, deltas, each, one), linear.Rows(*index, rows, 1))
 
 
 def _launch(kernel: Any, chip: tuple[int, int], args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:

@@ -17,9 +17,7 @@ _BRANCH = re.compile(r"BRA\S*\s+(?:.*\s)?`?\(?(?:\.L_\S+|(0x[0-9a-f]+))")
 _WGMMA = re.compile(r"[HQI]GMMA\S*\s+R(\d+),\s*(?:R(\d+)|gdesc\S+)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 _WRITE = re.compile(r"([A-Z0-9_.]+)\s+(?:U?P\w+,\s*)*R(\d+)\b")
-_WRITES_NO_REGISTER = re.compile(
-    r"(ST|LDGSTS|BRA|BAR|RED|ATOMS|I?SETP|FSETP|ISETP|WARP|SYNCS|UTMA|R2UR|DEPBAR|EXIT|PLOP3)"
-)
+_WRITES_NO_REGISTER = re.compile(r"(ST|LDGSTS|BRA|BAR|RED|ATOMS|[IF]SETP|WARP|SYNCS|UTMA|R2UR|DEPBAR|EXIT|PLOP3)")
 
 
 class Instruction(NamedTuple):

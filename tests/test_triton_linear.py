@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from taps_fast.kernels import _arguments, _configs, linear
 from triton_shim import DEVICE, INTERPRETED
 
 from taps_fast import _autograd, _dispatch
 from taps_fast.functional import delta_linear
-from taps_fast.kernels import _arguments, _configs, linear
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import (
     Case,

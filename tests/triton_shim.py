@@ -1,9 +1,9 @@
 """Triton kernels on the CPU: switches the interpreter on, and corrects what it computes wrongly.
 
-Import before anything imports triton, as `conftest.py` does. With a CUDA device it does nothing. In Triton 3.6 to 3.9 the
-interpreter keeps bfloat16 as raw uint16: its casts truncate and `tl.dot` multiplies the bit patterns, without a word.
-Here casts round to nearest even and products are computed in float32. Other arithmetic on bfloat16 is refused, since
-it would be garbage; kernels convert first anyway.
+Import before anything imports triton, as `conftest.py` does. With a CUDA device it does nothing. In Triton 3.6 to
+3.9 the interpreter keeps bfloat16 as raw uint16: its casts truncate and `tl.dot` multiplies the bit patterns, without
+a word. Here casts round to nearest even and products are computed in float32. Other arithmetic on bfloat16 is
+refused, since it would be garbage; kernels convert first anyway.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ INTERPRETED = DEVICE == "cpu"
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import numpy as np
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
