@@ -77,8 +77,7 @@ def convert(
     options: dict[str, Any],
 ) -> tuple[nn.Module, Conversion]:
     """An adapted copy of ``model``, whose parameters are frozen but in the same storage, and what was done."""
-    paths = dict(model.named_modules())
-    _check(model, paths, head, norms)
+    paths = _check(model, head, norms)
     plan = _Plan(
         context=context,
         head=head,
@@ -89,10 +88,10 @@ def convert(
         memo=_frozen(model),
         refusals=_refusals(model),
     )
-    decided = ""  # a module that was decided with all that is inside
+    settled: list[str] = []  # the last module that was decided with all that is inside
     for path, module in paths.items():
-        if not (decided and path.startswith(decided + ".")):
-            decided = path if plan.decide(path, module) else ""
+        if not any(path.startswith(outer and outer + ".") for outer in settled) and plan.decide(path, module):
+            settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     plan.found.restored = list(_disable_fast_paths(adapted))
     return adapted, plan.found
@@ -192,9 +191,11 @@ class _Plan:
         return True
 
 
-def _check(model: nn.Module, paths: dict[str, nn.Module], head: str | None, norms: str) -> None:
+def _check(model: nn.Module, head: str | None, norms: str) -> dict[str, nn.Module]:
+    """The modules of ``model`` by path, if it can be adapted at all."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"TapsModel: model must be an nn.Module, got {type(model).__name__}")
+    paths = dict(model.named_modules())
     if hasattr(model, "_orig_mod") and "_orig_mod" in model._modules:
         raise ValueError("TapsModel: model must be the module before torch.compile, got a compiled one")
     for path, module in paths.items():
@@ -210,6 +211,7 @@ def _check(model: nn.Module, paths: dict[str, nn.Module], head: str | None, norm
         )
     if norms not in ("task", "shared"):
         raise ValueError(f"TapsModel: norms must be 'task' or 'shared', got {norms!r}")
+    return paths
 
 
 def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> list[str | type[nn.Module]]:
