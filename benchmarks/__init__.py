@@ -1,0 +1,1 @@
+"""Benchmarks of taps_fast: see README.md in this folder."""
