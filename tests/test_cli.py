@@ -53,7 +53,7 @@ def test_version(capsys):
     assert (done.value.code, capsys.readouterr().out) == (0, f"taps_fast {taps_fast.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["inspect", "--help"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as done:
         main(arguments)
