@@ -65,10 +65,12 @@ def conv2d_fwd(
         wide = x.to(coeffs.dtype)
         scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
         y = _times(F.conv2d(wide, base.to(wide.dtype), None, *conv), scale)
+        layout = _layout(y)
         for k, (column, chosen) in columns.items():
             part = _times(F.conv2d(_pick(wide, chosen), deltas[k].to(wide.dtype), None, *conv), _pick(column, chosen))
             y = y + part if chosen is None else y.index_add(0, chosen, part)
         y = (y if shared is None else y + shared.to(y.dtype)[:, None, None]).to(x.dtype)
+        y = y.contiguous(memory_format=layout)
     if bias is not None and bias.dim() == 2:
         y = y + bias[_task_of_image(coeffs, ids, inner, x)][:, :, None, None]
     return y
@@ -105,10 +107,11 @@ def conv2d_dx(
     wide = dy.to(coeffs.dtype)
     scale, columns = _per_image(coeffs, base_coeffs, index, inner, dy)
     dx = back(_times(wide, scale), base.to(wide.dtype))
+    layout = _layout(dx)
     for k, (column, chosen) in columns.items():
         part = back(_times(_pick(wide, chosen), _pick(column, chosen)), deltas[k].to(wide.dtype))
         dx = dx + part if chosen is None else dx.index_add(0, chosen, part)
-    return dx.to(dy.dtype)
+    return dx.to(dy.dtype).contiguous(memory_format=layout)
 
 
 def conv2d_dw(
@@ -225,12 +228,16 @@ def _scatter(groups: list[Group], outputs: list[Tensor], images: int) -> Tensor:
     first = outputs[0]
     if groups[0].images is None:
         return first
-    channels_last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty((images, *first.shape[1:]), dtype=first.dtype, device=first.device, memory_format=layout)
+    shape, layout = (images, *first.shape[1:]), _layout(first)
+    y = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     for group, output in zip(groups, outputs, strict=True):
         y[group.images] = output
     return y
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _per_image(

@@ -70,7 +70,7 @@ def delta_linear(
         BackendError: the explicit backend or algorithm cannot run this problem; the text says why.
 
     Cost: 2·M·I·O flops (blend) or up to 2·M·I·O for each open delta more (split); base and each open delta are
-    read once. Source: TAPS, arXiv 2203.16708, eq. 1–2; the general sum covers AdaMerging and its kin.
+    read once. Source: TAPS, arXiv 2203.16708; the general sum covers AdaMerging and its kin.
 
     >>> base, delta = torch.randn(8, 4), torch.randn(8, 4)
     >>> x = torch.randn(3, 4)
@@ -139,7 +139,7 @@ def delta_conv2d(
         ValueError, TypeError, BackendError: as `delta_linear`; RuntimeError where ``F.conv2d`` raises.
 
     Cost: one vendor convolution for each distinct weight in the batch; of a mixed batch on a GPU, where ids are not
-    read back, one of all images for the base and for each delta. Source: TAPS, arXiv 2203.16708, eq. 1–2.
+    read back, one of all images for the base and for each delta. Source: TAPS, arXiv 2203.16708.
 
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)

@@ -111,13 +111,19 @@ def test_conv2d_takes_what_f_conv2d_takes(kwargs: dict[str, Any], batched: bool)
     torch.testing.assert_close(y, F.conv2d(x, base + delta, bias, **kwargs))
 
 
-def test_channels_last_is_kept() -> None:
-    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("backend, algorithm", CONV2D)
+@pytest.mark.parametrize("bias", [None, "shared", "task"])
+def test_channels_last_is_kept(backend: str, algorithm: str, bias: str | None) -> None:
+    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     base, delta = (torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
     for tasks in (None, [0, -1, 0, -1]):
         coeffs = torch.ones(1) if tasks is None else torch.ones(1, 1)
-        y = delta_conv2d(x, base, [delta], coeffs, tasks=tasks)
+        shape = (1, 16) if bias == "task" and tasks else (16,)
+        b = None if bias is None else torch.randn(shape)
+        y = delta_conv2d(x, base, [delta], coeffs, b, tasks=tasks, backend=backend, algorithm=algorithm)
         assert y.is_contiguous(memory_format=torch.channels_last)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_deltas_in_one_tensor() -> None:
