@@ -44,6 +44,9 @@ TAPS_INLINE void dot_tile(const Compute<S>* a, const Term* terms, int64_t row, i
     Vec<C> weight[columns];
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
+        __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 2);
       weight[n] = coeff[0] * read(w[0][n] + p);
       if constexpr (kTerms == 2) weight[n] += coeff[1] * read(w[1][n] + p);
     }

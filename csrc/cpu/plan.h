@@ -56,10 +56,12 @@ class RowPlan {
 
  private:
   void add_group(int64_t row_begin, int64_t row_end, const std::vector<Term>& terms, bool first, bool last);
+  void choose_blocks(int threads, const Kernels& table);
 
   std::vector<int64_t> rows_, bias_rows_;
   std::vector<Term> terms_;
   std::vector<Pass> passes_;
+  bool keeps_sums_ = false;  // a row's sums outlive a register tile
 };
 
 /// What linear_dw is asked for.

@@ -11,12 +11,15 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 20;      // half of L2: the packed panel stays there
-constexpr int64_t kColBlock = 64;
-constexpr int64_t kDepthBlock = 1024;
-constexpr int64_t kRowBlock = 2048;
-constexpr int64_t kSmallGroup = 4;            // rows; with kManyGroups of them the base's product is shared
-constexpr int64_t kManyGroups = 8;
+// A panel takes 256 KiB of L2 (2 MiB here, 1 MiB on older cores), which leaves room for the next panel's weights, fetched
+// meanwhile (two terms: 512 KiB), and for the rows' sums. Forward reads weights along its depth, dx along its columns.
+constexpr int64_t kForwardCols = 64, kForwardDepth = 1024;
+constexpr int64_t kBackwardCols = 128, kBackwardDepth = 512;
+constexpr int64_t kSumsBytes = 1 << 20;   // float32 sums that one item keeps between depth blocks and passes
+constexpr int64_t kMostRows = 4096;       // rows of one item
+constexpr int64_t kFewestRows = 192;      // splitting rows packs a panel again: worth about 25 rows
+constexpr int64_t kItemsPerThread = 2;
+constexpr int64_t kSmallGroup = 4;        // rows; up to here the base's product is shared with other groups
 
 /// One group of the batch: its rows and the terms of its weight.
 struct Member {
@@ -56,13 +59,11 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     members.push_back({0, weight.base_coeff(0), open_terms(weight, 0), problem.rows});
   }
 
-  const auto small = [](const Member& m) { return m.rows <= kSmallGroup; };
   const auto open = [](const Member& m) { return !m.deltas.empty(); };
-  const int64_t small_groups =
-      std::count_if(members.begin(), members.end(), [&](const Member& m) { return open(m) && small(m); });
-  const bool share_small = groups.offsets && small_groups >= kManyGroups;
+  const auto cheap_to_share = [&](const Member& m) { return !open(m) || m.rows <= kSmallGroup; };
+  const bool share = std::count_if(members.begin(), members.end(), cheap_to_share) > 1;
   const auto shares_base = [&](const Member& m) {
-    return !open(m) || algorithm == Algorithm::kSplit || (share_small && small(m));
+    return !open(m) || algorithm == Algorithm::kSplit || (share && cheap_to_share(m));
   };
   // Sharers first, by base coefficient; among equals closed before open, so that a run's closed rows lie together.
   std::stable_sort(members.begin(), members.end(), [&](const Member& a, const Member& b) {
@@ -116,12 +117,29 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   problem.passes = passes_.data();
   problem.num_passes = passes_.size();
 
+  choose_blocks(threads, table);
+}
+
+void RowPlan::choose_blocks(int threads, const Kernels& table) {
   Blocking& b = problem.blocking;
-  b.col_block = kColBlock;
-  b.depth_block = std::max<int64_t>(1, std::min(problem.depth, kDepthBlock));
-  b.row_block = std::min(problem.rows, kRowBlock);
-  (void)threads;
-  (void)table;
+  const int64_t lanes = table.vector_bytes / compute_size(problem.dtype);
+  b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
+  // Fewer columns an item, then fewer rows, until no thread waits for another.
+  const auto busy = [&] {
+    const int64_t items = num_items(problem), rounds = ceil_div(items, threads);
+    return items >= kItemsPerThread * threads || items * 10 >= rounds * threads * 9;
+  };
+  b.row_block = std::min(problem.rows, kMostRows);
+  b.col_block = problem.transposed ? kForwardCols : kBackwardCols;
+  while (b.col_block > lanes && !busy()) b.col_block /= 2;
+  if (!busy() && problem.rows >= 2 * kFewestRows) {
+    b.col_block = problem.transposed ? kForwardCols : kBackwardCols;
+    while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
+  }
+  keeps_sums_ = problem.depth > b.depth_block ||
+                std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return !p.first || !p.last; });
+  if (keeps_sums_)
+    b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
 }
 
 int64_t RowPlan::workspace_bytes(const Kernels& table) const {
@@ -129,7 +147,7 @@ int64_t RowPlan::workspace_bytes(const Kernels& table) const {
   const Blocking& b = problem.blocking;
   const int64_t buffer_rows = table.row_buffers, stride = round_up(b.col_block, lanes);
   return size * (stride * b.depth_block + buffer_rows * round_up(b.depth_block, lanes) +
-                 (buffer_rows + b.row_block) * stride);
+                 (buffer_rows + (keeps_sums_ ? b.row_block : 0)) * stride);
 }
 
 }  // namespace taps_fast::cpu

@@ -3,10 +3,11 @@
 // One item = a block of rows times a block of columns. It walks the depth in blocks and, inside a block, the passes
 // (groups of rows that share a sum of terms), so the base's part of the panel is still in L2 when the next task sums
 // its delta onto it. Per pass: pack the panel once, then register tiles, which meanwhile fetch the weights of the step
-// after; few rows take dot products instead. Sums stay in a float32 tile until the last pass and depth block, when bias
+// after; few rows skip the panel (dot.h forward, axpy.h for dx). Sums stay in a float32 tile until the last pass and depth block, when bias
 // is added, the result rounded once and scattered.
 #pragma once
 
+#include "axpy.h"
 #include "dot.h"
 #include "pack.h"
 #include "tile.h"
@@ -74,8 +75,6 @@ class RowWorker {
     }
   }
 
-  bool takes_dots(const Step& s) const { return p_.transposed && s.row_end - s.row_begin <= kDotRows; }
-
   void run_step(const Step& s, const Step& next) {
     const Pass& pass = p_.passes[s.pass];
     const Term* terms = p_.terms + pass.term_begin;
@@ -83,11 +82,11 @@ class RowWorker {
     const bool accumulate = !(pass.first && s.depth_begin == 0);
     const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
-    const bool dots = takes_dots(s) && num_terms > 0;
-    const int64_t part = dots ? num_rows : even_part(num_rows, kTileRows);
+    const bool few = num_rows <= kDotRows && s.depth > 0;
+    const int64_t part = few ? num_rows : even_part(num_rows, kTileRows);
     Ahead ahead;
     int64_t fetch = 0;
-    if (!dots) {
+    if (!few && num_terms > 0) {
       if (p_.transposed)
         pack_transposed<S>(panel_, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
       else
@@ -98,13 +97,11 @@ class RowWorker {
     for (int64_t r = s.row_begin; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
       C* out = tile_ + (whole ? 0 : kRowBuffers + r - first_row) * tile_stride_;
-      if (dots) {
-        const int64_t group = even_part(n, kDotTile);
-        for (int64_t i = 0; i < n; i++)
-          interleave<S>(inputs_ + i / group * group * round_up(s.depth, kLanes<C>), min(group, n - i / group * group),
-                        i % group, input(r + i) + s.depth_begin, s.depth);
-        dot_rows<S>(inputs_, n, group, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth, out,
-                    tile_stride_, accumulate);
+      if (num_terms == 0) {
+        for (int64_t i = 0; i < n && !accumulate; i++)
+          for (int64_t j = 0; j < tile_stride_; j++) out[i * tile_stride_ + j] = 0;
+      } else if (few) {
+        few_rows(s, terms, num_terms, out, accumulate);
       } else {
         const C* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = as_compute(input(r + i) + s.depth_begin, s.depth, i);
@@ -113,6 +110,24 @@ class RowWorker {
       if (finished)
         for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
     }
+  }
+
+  void few_rows(const Step& s, const Term* terms, int64_t num_terms, C* out, bool accumulate) {
+    const int64_t num_rows = s.row_end - s.row_begin;
+    if (!p_.transposed) {
+      const S* a[kDotRows];
+      for (int64_t i = 0; i < num_rows; i++) a[i] = input(s.row_begin + i) + s.depth_begin;
+      return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out,
+                          tile_stride_, accumulate);
+    }
+    const int64_t part = even_part(num_rows, kDotTile), size = part * round_up(s.depth, kLanes<C>);
+    for (int64_t i = 0; i < num_rows; i++) {
+      const int64_t group = i / part;
+      interleave<S>(inputs_ + group * size, min(part, num_rows - group * part), i % part,
+                    input(s.row_begin + i) + s.depth_begin, s.depth);
+    }
+    dot_rows<S>(inputs_, num_rows, part, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth, out,
+                tile_stride_, accumulate);
   }
 
   /// Describes the next step's weights; returns how many segments to fetch at a time, so that all arrive in time.

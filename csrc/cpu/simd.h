@@ -99,6 +99,17 @@ TAPS_INLINE FloatVec load(const Float16* p) {
 #endif
 }
 
+TAPS_INLINE float to_compute(float x) { return x; }
+TAPS_INLINE double to_compute(double x) { return x; }
+template <class S>
+TAPS_INLINE float to_compute(S x) {
+  HalfVec bits{};
+  bits[0] = x.bits;
+  S lanes[kVectorBytes / 4];
+  __builtin_memcpy(lanes, &bits, sizeof bits);
+  return load(lanes)[0];
+}
+
 TAPS_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
 TAPS_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
 TAPS_INLINE void store(BFloat16* p, FloatVec v) {

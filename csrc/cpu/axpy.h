@@ -1,0 +1,77 @@
+// Few rows of dx: out[m, :] += Σ_p a_m[p] · (Σ_t coeff_t · W_t[p, :]), along the weights' rows and without a panel.
+//
+// kAxpyDepth weight rows at a time are summed in registers and spread over all outputs, which stay in L1; the weights
+// stream past once. Any number of rows runs the same code.
+#pragma once
+
+#include "simd.h"
+
+namespace taps_fast::cpu {
+namespace {
+
+constexpr int kAxpyDepth = 4;
+
+/// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs.
+template <class S, int kDepth, int kTerms>
+void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t row, int64_t column,
+               int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
+  using C = Compute<S>;
+  constexpr int64_t lanes = kLanes<C>;
+  const S* w[kTerms][kDepth];
+  int64_t ahead[kTerms];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTerms; t++) {
+    ahead[t] = kDepth * terms[t].matrix.stride;
+#pragma GCC unroll 8
+    for (int p = 0; p < kDepth; p++)
+      w[t][p] = static_cast<const S*>(terms[t].matrix.data) + (row + p) * terms[t].matrix.stride + column;
+  }
+  const auto columns = [&](int64_t j, auto read) __attribute__((always_inline)) {
+    Vec<C> weight[kDepth];
+#pragma GCC unroll 8
+    for (int p = 0; p < kDepth; p++) {
+      weight[p] = Vec<C>{};
+#pragma GCC unroll 8
+      for (int t = 0; t < kTerms; t++) {
+        __builtin_prefetch(w[t][p] + ahead[t] + j, 0, 2);
+        weight[p] += static_cast<C>(terms[t].coeff) * read(w[t][p] + j);
+      }
+    }
+    for (int64_t m = 0; m < num_rows; m++) {
+      C* y = out + m * out_stride + j;
+      Vec<C> sum = accumulate ? load(y) : Vec<C>{};
+#pragma GCC unroll 8
+      for (int p = 0; p < kDepth; p++) sum += to_compute(a[m][p]) * weight[p];
+      store(y, sum);
+    }
+  };
+  int64_t j = 0;
+  for (; j + lanes <= num_columns; j += lanes)
+    columns(j, [](const S* q) __attribute__((always_inline)) { return load(q); });
+  if (j < num_columns)
+    columns(j, [&](const S* q) __attribute__((always_inline)) { return load_partial(q, num_columns - j); });
+}
+
+/// num_rows rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth). a[m] is advanced.
+template <class S>
+void axpy_rows(const S** a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
+               int64_t column, int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
+  for (int64_t p = 0; p < depth;) {
+    const int64_t step = depth - p < kAxpyDepth ? 1 : kAxpyDepth;
+    for (int64_t t = 0; t < num_terms; t += 2) {
+      with_constant<2>(num_terms - t, [&](auto count) {
+        const bool add = accumulate || p > 0 || t > 0;
+        if (step == kAxpyDepth)
+          axpy_step<S, kAxpyDepth, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride,
+                                                add);
+        else
+          axpy_step<S, 1, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
+      });
+    }
+    for (int64_t m = 0; m < num_rows; m++) a[m] += step;
+    p += step;
+  }
+}
+
+}  // namespace
+}  // namespace taps_fast::cpu
