@@ -181,5 +181,4 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for module, training in modes.items():
                 module.training = training
             for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # writing would invalidate graphs that saved it
-                    buffer.copy_(before)
+                buffer.data.copy_(before)  # through .data, so that graphs which have saved the buffer stay valid

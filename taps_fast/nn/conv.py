@@ -33,7 +33,7 @@ class FastTapsConv2d(TapsLayer):
         ValueError: a task name that cannot be a parameter's name, or an unknown gate.
 
     Cost: `delta_conv2d`'s; images behind closed gates share the base convolution.
-    Source: TAPS, arXiv 2203.16708, eq. 1-2.
+    Source: TAPS, arXiv 2203.16708.
 
     >>> layer = FastTapsConv2d(3, 8, 3, padding="same", tasks=["cubs"])
     >>> layer(torch.randn(2, 3, 5, 5)).shape

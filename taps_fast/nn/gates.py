@@ -35,7 +35,7 @@ def straight_through(scores: Tensor, threshold: float) -> Tensor:
     Returns:
         Gates, shape and dtype of ``scores``. A closed gate still gets its gradient, so it can open again.
 
-    Source: TAPS, arXiv 2203.16708, eq. 2 and its straight-through estimator.
+    Source: TAPS, arXiv 2203.16708.
 
     >>> scores = torch.tensor([0.05, 0.1], requires_grad=True)
     >>> straight_through(scores, 0.1).tolist()
@@ -53,6 +53,6 @@ def coefficients(scores: Tensor, threshold: float, gate: str) -> Tensor:
 def penalty(scores: Sequence[Tensor], lam: float) -> Tensor:
     """λ/L·Σ|s| over the scores of L adapted layers: what pushes gates to close.
 
-    Source: TAPS, arXiv 2203.16708, eq. 3.
+    Source: TAPS, arXiv 2203.16708.
     """
     return torch.stack(list(scores)).abs().sum() * (lam / len(scores))

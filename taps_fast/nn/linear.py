@@ -32,7 +32,7 @@ class FastTapsLinear(TapsLayer):
         ValueError: a task name that cannot be a parameter's name, or an unknown gate.
 
     Cost: `delta_linear`'s; a closed gate's rows share the base product in inference.
-    Source: TAPS, arXiv 2203.16708, eq. 1-2.
+    Source: TAPS, arXiv 2203.16708.
 
     >>> layer = FastTapsLinear(4, 8, tasks=["cubs", "cars"])
     >>> layer(torch.randn(3, 4), tasks=["cars", "base", "cubs"]).shape

@@ -187,11 +187,12 @@ class TaskBatchNorm(TaskNorm):
             ]
         )
         weight = torch.where(present, momentum, 0.0)[:, None]
+        # Through .data, as in torch's own norm: a graph that has saved the buffers stays valid.
         with torch.no_grad():
             for name, new in (("running_mean", mean), ("running_var", variance)):
                 old = torch.stack([getattr(norms[g], name) for g in groups])
                 moved = torch.lerp(old.to(new.dtype), torch.stack([new[g] for g in groups]), weight).to(old.dtype)
-                torch._foreach_copy_([getattr(norms[g], name) for g in groups], list(moved.unbind()))
+                torch._foreach_copy_([getattr(norms[g], name).data for g in groups], list(moved.unbind()))
             torch._foreach_copy_(seen, list(batches.unbind()))
 
     def _running(self, name: str, norms: list[Any], own: Sequence[bool], found: Tensor) -> Tensor:
