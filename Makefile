@@ -49,19 +49,19 @@ lint: install $(VENV)/.taps_fast_dev
 
 # The CPU kernels' tests, on kernels that check every address and every undefined operation.
 asan: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-asan: install
+asan: $(VENV)/.taps_fast_test
 	CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	  $(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  PYTHONPATH=build/asan/lib $(VENV)/bin/pytest -p no:cacheprovider $(or $(ARGS),tests/test_cpu_kernels.py)
+	  PYTHONPATH=build/asan/lib $(VENV)/bin/pytest $(or $(ARGS),tests/test_ops.py $(wildcard tests/test_cpu*.py))
 
 # The Triton tests under each supported Triton, which is put in front of the environment's own.
 test-triton: install $(TRITONS:%=test-triton-%)
 
 test-triton-%:
 	$(PIP) install -q --no-deps --target build/triton-$* --upgrade triton==$*
-	PYTHONPATH=build/triton-$* $(PY) -m pytest $(or $(ARGS),tests/triton)
+	PYTHONPATH=build/triton-$* $(PY) -m pytest $(or $(ARGS),$(wildcard tests/test_triton*.py))
 
 clean:
 	rm -rf build *.egg-info taps_fast/*.so taps_fast/*_error.txt $(VENV)/.taps_fast_*

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -132,7 +133,7 @@ class BuildExt(build_ext):
         except Exception as error:
             if MODE == "require" and not isinstance(error, Unavailable):
                 raise RuntimeError(f"{ext.name} cannot be built: {error}") from error
-            self.errors[ext.name] = f"{type(error).__name__}: {error}"
+            self.errors[ext.name] = shorten(f"{type(error).__name__}: {error}", 400)
             print(f"taps_fast: {ext.name} is not built: {error}", file=sys.stderr)
             ext.optional = True  # nothing to copy into the source tree
 
@@ -191,7 +192,7 @@ class BuildExt(build_ext):
                 print(" ".join(command), result.stdout, sep="\n", end="", flush=True)
                 if result.returncode:
                     reasons = [line for line in result.stdout.splitlines() if "error" in line]
-                    raise RuntimeError(" ".join([command[0], "failed:", *reasons[:1]]))
+                    raise RuntimeError(": ".join([f"{command[0]} failed", *reasons[:1]]))
 
 
 def fresh(target: Path) -> bool:
