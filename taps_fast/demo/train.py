@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..model import TapsModel
 from .data import Split, Task
@@ -26,10 +27,13 @@ BATCH = 32
 STEPS = 12
 """Of an epoch, whatever the task: a small task is seen more often, so that every task gets the same budget."""
 LR = 2.5e-3
-SCORE_LR = 0.01
-"""Adam moves a score by up to this much a step: with the penalty alone, from 0.15 to the threshold in a few steps."""
+HEAD_LR = 1e-2  # where nothing else moves
 WARMUP = 0.1
 """The part of the steps in which the learning rate rises and scores pay no penalty."""
+SCORE_LR = 0.8
+"""Of plain SGD, which keeps the size of a score's gradient: layers that help hold out against the penalty."""
+SETTLED = 0.5
+"""The part of the steps after which scores rest, so that weights and norms train on for the gates that stayed open."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def head_only(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> nn
     """A new head on the frozen network, whose norms stay in eval mode."""
     model = _with_head(base, task, plan).requires_grad_(False).eval()
     head = model.get_submodule(HEAD).requires_grad_(True)
-    _fit(model, [{"params": list(head.parameters())}], task, plan, progress)
+    _fit(model, [{"params": list(head.parameters()), "lr": HEAD_LR}], task, plan, progress)
     return model
 
 
@@ -84,8 +88,10 @@ def taps(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> TapsMod
     torch.manual_seed(plan.seed)
     model.add_task(task.name, classes=task.classes)
     weights, scores = model.task_parameters(task.name)
-    scores["lr"] = SCORE_LR
-    _fit(model, [weights, scores], task, plan, progress, penalty=lambda: model.penalty(task.name, plan.lam))
+    rest = SETTLED * plan.epochs * STEPS
+    optimizer = torch.optim.SGD(scores["params"], lr=SCORE_LR)
+    schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / rest))
+    _fit(model, [weights], task, plan, progress, (schedule, lambda: model.penalty(task.name, plan.lam)))
     return model
 
 
@@ -103,24 +109,30 @@ def _fit(
     task: Task,
     plan: Plan,
     progress: Progress,
-    penalty: Callable[[], Tensor] | None = None,
+    scores: tuple[LRScheduler, Callable[[], Tensor]] | None = None,
 ) -> None:
-    """AdamW under one cycle of the learning rate; ``progress`` gets each epoch's mean loss, without the penalty."""
+    """AdamW under one cycle of the learning rate; ``scores``: how they are trained besides, and their penalty.
+
+    ``progress`` gets each epoch's mean loss, without the penalty.
+    """
     total = plan.epochs * STEPS
-    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total + 1, pct_start=WARMUP)
+    adam = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
+    peaks = [group["lr"] for group in adam.param_groups]
+    schedules: list[LRScheduler] = [OneCycleLR(adam, peaks, total_steps=total + 1, pct_start=WARMUP)]
+    if scores is not None:
+        schedules.append(scores[0])
     images, labels = task.train.images.to(plan.device), task.train.labels.to(plan.device)
     losses: list[Tensor] = []
     for step, rows in enumerate(_batches(len(labels), total, plan.seed)):
         loss = F.cross_entropy(model(images[rows]), labels[rows])
         losses.append(loss.detach())
-        if penalty is not None and step >= WARMUP * total:
-            loss = loss + penalty()
-        optimizer.zero_grad()
+        if scores is not None and step >= WARMUP * total:
+            loss = loss + scores[1]()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        for schedule in schedules:
+            schedule.optimizer.step()
+            schedule.optimizer.zero_grad()
+            schedule.step()
         if len(losses) == STEPS:
             progress(f"{torch.stack(losses).mean():.2f}")
             losses.clear()
