@@ -57,10 +57,12 @@ asan: $(VENV)/.taps_fast_test
 	  PYTHONPATH=build/asan/lib $(VENV)/bin/pytest $(or $(ARGS),tests/test_ops.py $(wildcard tests/test_cpu*.py))
 
 # The Triton tests under each supported Triton, which is put in front of the environment's own.
-test-triton: install $(TRITONS:%=test-triton-%)
+test-triton: $(TRITONS:%=test-triton-%)
 
-test-triton-%:
-	$(PIP) install -q --no-deps --target build/triton-$* --upgrade triton==$*
+build/triton-%: | $(PY)
+	$(PIP) install -q --no-deps --target $@ triton==$*
+
+test-triton-%: install build/triton-%
 	PYTHONPATH=build/triton-$* $(PY) -m pytest $(or $(ARGS),$(wildcard tests/test_triton*.py))
 
 clean:
