@@ -70,3 +70,4 @@ clean:
 
 .PHONY: install test demo bench lint asan test-triton clean
 .DELETE_ON_ERROR:
+.PRECIOUS: build/triton-% $(VENV)/.taps_fast_%
