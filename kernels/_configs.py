@@ -63,15 +63,19 @@ HOPPER: Table = {
         (ANY, Config(64, 128, 64, 8, 4)),
     ),
     ("dw", 2): ((ANY, Config(64, 128, 128, 8, 4)),),
-    ("split", 4): ((16, Config(16, 64, 32, 8, 4)), (ANY, Config(64, 64, 32, 8, 4))),
-    ("dx", 4): ((16, Config(16, 64, 32, 8, 4)), (ANY, Config(64, 64, 32, 8, 4))),
+    ("split", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
+    ("dx", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
     ("dw", 4): ((ANY, Config(32, 64, 64, 8, 3)),),
 }
 AMPERE: Table = HOPPER | {
     ("dw", 2): ((ANY, Config(32, 128, 128, 8, 4)),),
 }
+BLACKWELL: Table = HOPPER | {
+    ("split", 2): (*HOPPER["split", 2][:2], (ANY, Config(64, 64, 128, 8, 4))),
+    ("dx", 2): ((16, Config(16, 64, 128, 8, 4)), *HOPPER["dx", 2][1:]),
+}
 ELSEWHERE: Table = AMPERE
-TABLE: dict[Capability, Table] = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): HOPPER}
+TABLE: dict[Capability, Table] = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL}
 
 
 @functools.lru_cache(maxsize=1024)

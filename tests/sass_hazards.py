@@ -1,4 +1,4 @@
-"""Finds registers that machine code overwrites while an asynchronous wgmma may still read them.
+"""Reads machine code: spills inside loops, and registers overwritten while an asynchronous wgmma may read them.
 
 A wgmma whose left operand lives in registers reads them after the instruction has issued, until a wait retires its
 group. Several compilers of recent years reuse those registers too early; neither they nor the hardware report it.
@@ -33,7 +33,7 @@ class Hazard(NamedTuple):
 
 
 def hazards(sass: str) -> list[Hazard]:
-    code = [Instruction(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    code = _parsed(sass)
     found: dict[tuple[int, int], Hazard] = {}
     open_group: list[tuple[Instruction, set[int]]] = []
     groups: list[list[tuple[Instruction, set[int]]]] = []
@@ -56,24 +56,43 @@ def hazards(sass: str) -> list[Hazard]:
     return list(found.values())
 
 
-def _walk(code: list[Instruction]) -> Iterator[Instruction]:
-    """Program order, each innermost loop that holds a wgmma twice."""
+def innermost_loops(code: list[Instruction], holding: re.Pattern[str]) -> list[tuple[int, int]]:
+    """(first, last) instruction of each loop that holds such an instruction and no smaller loop that does."""
     place = {instruction.address: n for n, instruction in enumerate(code)}
     loops = []
     for last, instruction in enumerate(code):
         branch = _BRANCH.match(instruction.text)
         first = place.get(int(branch.group(1), 16)) if branch and branch.group(1) else None
-        if first is not None and first <= last and any(_WGMMA.match(i.text) for i in code[first : last + 1]):
+        if first is not None and first <= last and any(holding.match(i.text) for i in code[first : last + 1]):
             loops.append((first, last))
-    innermost = {
-        last: first
+    return [
+        (first, last)
         for first, last in loops
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
-    }
+    ]
+
+
+def spills_in_loops(sass: str, product: str) -> int:
+    """Instructions that move spilled registers inside the innermost loops that multiply.
+
+    A compiler may spill a few registers outside them to fit one more block on a processor; inside, it costs.
+    """
+    code = _parsed(sass)
+    loops = innermost_loops(code, re.compile(product))
+    return sum(bool(re.match(r"(LDL|STL)\b", i.text)) for first, last in loops for i in code[first : last + 1])
+
+
+def _parsed(sass: str) -> list[Instruction]:
+    return [Instruction(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+
+
+def _walk(code: list[Instruction]) -> Iterator[Instruction]:
+    """Program order, each innermost loop that holds a wgmma twice."""
+    again = {last: first for first, last in innermost_loops(code, _WGMMA)}
     for n, instruction in enumerate(code):
         yield instruction
-        if n in innermost:
-            yield from code[innermost[n] : n + 1]
+        if n in again:
+            yield from code[again[n] : n + 1]
 
 
 def _written(text: str) -> set[int]:

@@ -1,0 +1,80 @@
+"""Every kernel compiles for chips this machine need not have, into code that passes the gates of `aot.py`.
+
+One chip and the kernels that multiply run here; `make test-triton` compiles everything for every chip.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import aot
+import pytest
+
+SCRIPT = Path(aot.__file__)
+GOOD = aot.Facts(
+    registers=128, spills=0, spills_in_loops=0, shared=81920, products=8, async_copies=40, warnings=(), hazards=0
+)
+LAUNCH = aot.Launch(
+    "split_kernel", (9, 0), (("x_ptr", "*bf16"),), (), (("PRECISION", "ieee"), ("BLOCK_M", 16)), warps=4, stages=4
+)
+
+
+def compile_for(*arguments: str) -> list[str]:
+    """`aot.py` in a process of its own, since this one interprets kernels; its table's lines."""
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    plain["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), plain.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+
+
+def test_mixed_batches_compile_for_hopper():
+    lines = compile_for("--chips", "9.0", "--only", "bf16 mixed", "--kernels", "split_kernel", "dw_task_kernel")
+    assert sum("split_kernel" in line for line in lines) >= 8
+    assert sum("dw_task_kernel" in line for line in lines) >= 2
+
+
+def test_a_config_that_nobody_compiles_is_found():
+    """Without launches every config of the table is unseen; the script itself refuses to run with one."""
+    (first, *_) = shipped = [config for _, _, config in aot._configs.shipped((9, 0))]
+    assert aot.unseen((9, 0), []) == shipped
+    blocks = {"BLOCK_M": first.block_m, "BLOCK_O": first.block_o, "BLOCK_I": first.block_i}
+    launch = replace(LAUNCH, constants=tuple(blocks.items()), warps=first.warps)
+    assert first not in aot.unseen((9, 0), [launch])
+
+
+def test_good_code_passes():
+    assert aot.failures(LAUNCH, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("fact", "reason"),
+    (
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"registers": 255, "shared": 300000}, "shared memory"),
+        ({"products": 0}, "tensor-core"),
+        ({"async_copies": 0}, "not pipelined"),
+        ({"warnings": ("C7515",)}, "C7515"),
+        ({"hazards": 1}, "wgmma may still read"),
+    ),
+    ids=str,
+)
+def test_each_gate_can_fail(fact, reason):
+    (found,) = aot.failures(LAUNCH, replace(GOOD, **fact))
+    assert reason in found
+
+
+def test_single_precision_may_spill_outside_loops():
+    launch = replace(LAUNCH, signature=(("x_ptr", "*fp32"),))
+    assert aot.failures(launch, replace(GOOD, products=0, spills=24)) == []
+    (found,) = aot.failures(launch, replace(GOOD, products=0, spills=24, spills_in_loops=2))
+    assert "2 instructions in loops" in found
+
+
+def test_more_registers_than_the_chip_has_fail():
+    (found,) = aot.failures(replace(LAUNCH, warps=16), replace(GOOD, registers=160))
+    assert "160 registers x 16 warps" in found
