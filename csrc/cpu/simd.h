@@ -178,7 +178,7 @@ TAPS_INLINE double sum_lanes(DoubleVec v) { return horizontal_sum(v); }
 template <class V>
 TAPS_INLINE void transpose(V* r) {
   constexpr int n = sizeof(V) / sizeof(r[0][0]);
-  V t[n];
+  V t[n] = {};
   for (int i = 0; i < n; i++)
     for (int j = 0; j < n; j++) t[i][j] = r[j][i];
   for (int i = 0; i < n; i++) r[i] = t[i];

@@ -22,14 +22,13 @@ struct Ahead {
   int64_t stride[kMaxTerms];    // bytes between segments
   int64_t num_terms = 0;
   int64_t rows = 0, lines = 0;
-  int64_t row = 0, term = 0;  // the next segment
+  int64_t taken = 0;
 
-  int64_t segments_left() const { return num_terms ? (rows - row) * num_terms - term : 0; }
+  bool done() const { return taken >= rows * num_terms; }
   /// The next segment; the last one again when none is left.
   const char* take() {
-    const char* segment = data[term] + row * stride[term];
-    if (segments_left() > 1 && ++term == num_terms) term = 0, row++;
-    return segment;
+    const int64_t i = done() ? taken - 1 : taken++;
+    return data[i % num_terms] + i / num_terms * stride[i % num_terms];
   }
 };
 
@@ -90,7 +89,7 @@ void tile_row(const C* const* rows, int64_t num_rows, int64_t step, const C* pan
       };
       if (num_columns - j < width) {
         with_constant<kStripVectors>(ceil_div(num_columns - j, lanes), [&](auto v) { run(v, Int<0>{}); });
-      } else if (fetch == 0 || !ahead->segments_left()) {
+      } else if (fetch == 0 || ahead->done()) {
         run(Int<kStripVectors>{}, Int<0>{});
       } else if (fetch == 1) {
         run(Int<kStripVectors>{}, Int<1>{});
