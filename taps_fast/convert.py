@@ -21,6 +21,7 @@ from .nn.context import nearest
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask
+from .nn.wrapped import UNUSED
 
 _SHARED = "shared and frozen"
 
@@ -147,6 +148,8 @@ class _Plan:
             return self._report(path, module, "converted", "a gated delta a task")
         # A subclass may have a forward of its own, and hooks belong to the module: wrapping keeps both.
         wrapped = WrappedLayer(copy.deepcopy(module, self.memo), self.context, **self.options)
+        if wrapped.why == UNUSED:
+            return self._report(path, module, "refused", f"{UNUSED}: {_SHARED}")
         wrapped.path = path
         self.memo[id(module)] = self.found.layers[path] = wrapped
         return self._report(path, module, "converted", wrapped.how)
@@ -201,7 +204,7 @@ def _check(model: nn.Module, head: str | None, norms: str) -> dict[str, nn.Modul
     for path, module in paths.items():
         if isinstance(module, (TapsLayer, PerTask)):
             raise ValueError(f"TapsModel: model must not be adapted already, got a {type(module).__name__} at {path!r}")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise ValueError(
                 f"TapsModel: model must be initialised, got a lazy {type(module).__name__} at {path!r}: run it once"
             )

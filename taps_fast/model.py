@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import _folder, store
 from ._probe import batch_of, probe
@@ -116,7 +117,7 @@ class TapsModel(nn.Module):
                 said, a layer whose batch axis is not known (see `probe`).
         """
         # Ids go to the device once here, not once a layer.
-        device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        device = next((t.device for t in (*args, *kwargs.values(), *self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, device)
         if selection.batch is not None and not self.probed and not torch.compiler.is_compiling():
             probe(self, args, kwargs, batch_of(args, kwargs, selection.batch.size))
@@ -140,7 +141,7 @@ class TapsModel(nn.Module):
         Raises:
             ValueError: inputs whose batch axis cannot be told, or that the model cannot take with one sample.
         """
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if first is None:
             raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
         probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
@@ -236,7 +237,7 @@ class TapsModel(nn.Module):
     def penalty(self, task: str | Sequence[str], lam: float = 0.1) -> Tensor:
         """λ/L·Σ|s| over the L adapted layers, summed over the tasks named: add it to the loss.
 
-        Source: TAPS, arXiv 2203.16708, eq. 3.
+        Source: TAPS, arXiv 2203.16708.
         """
         names = [task] if isinstance(task, str) else list(task)
         layers = list(self.conversion.layers.values())

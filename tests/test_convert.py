@@ -278,6 +278,21 @@ def test_transformer_encoder_does_not_take_its_fast_path(batch_first):
     assert merged.use_nested_tensor == net.use_nested_tensor
 
 
+def test_an_encoder_and_decoder():
+    """Cross-attention, sequence first, and a causal mask."""
+    torch.manual_seed(0)
+    net = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0).double().eval()
+    model = perturb(TapsModel(net, ["cubs", "cars"]))
+    assert len(model.conversion.attentions) == 3 and not model.conversion.of("refused")
+    source, target = torch.randn(6, 3, 8).double(), torch.randn(5, 3, 8).double()
+    mask = net.generate_square_subsequent_mask(5, dtype=torch.float64)
+    torch.testing.assert_close(model(source, target, tgt_mask=mask, tasks="base"), net(source, target, tgt_mask=mask))
+    y = model(source, target, tgt_mask=mask, tgt_is_causal=True, tasks=["cars", None, "cubs"])
+    for i, task in enumerate(["cars", "base", "cubs"]):
+        alone = model.merge(task)(source[:, i : i + 1], target[:, i : i + 1], tgt_mask=mask)
+        torch.testing.assert_close(y[:, i : i + 1], alone)
+
+
 def test_reading_a_layers_weight_is_right_for_one_task_and_an_error_in_a_mixed_batch():
     class Reads(nn.Module):
         def __init__(self):

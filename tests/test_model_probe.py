@@ -231,6 +231,25 @@ def test_token_ids_and_keyword_inputs():
         )
 
 
+def test_inputs_in_containers():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            return self.layer(batch["x"]) + batch["more"][0]
+
+    model = adapt(Takes())
+    rows = [*ROWS, "cubs"]
+    batch = {"x": torch.randn(5, 7, 4).double(), "more": [torch.randn(5, 1, 1).double()], "name": "text"}
+    model.probe(batch)
+    y = model(batch, tasks=rows)
+    for i, task in enumerate(rows):
+        alone = {"x": batch["x"][i : i + 1], "more": [batch["more"][0][i : i + 1]], "name": "text"}
+        torch.testing.assert_close(y[i : i + 1], model.merge(task or "base")(alone))
+
+
 def test_the_probe_leaves_everything_as_it_was():
     class Counts(nn.Module):
         def __init__(self):

@@ -146,6 +146,31 @@ def test_a_task_in_eval_mode_keeps_its_statistics_in_a_training_batch():
         torch.testing.assert_close(norm.tasks[task].running_var, alone[task].running_var)
 
 
+def test_tasks_with_settings_of_their_own():
+    torch.manual_seed(0)
+    norm = make(nn.BatchNorm2d(4)).train()
+    for task, momentum, eps in (("cubs", None, 1e-2), ("dogs", 0.7, 1.0)):
+        norm.tasks[task].momentum, norm.tasks[task].eps = momentum, eps
+    alone = {task: copy.deepcopy(norm.tasks[task]) for task in ("cubs", "dogs")}
+    for _ in range(2):
+        x = torch.randn(8, 4, 3, 2, dtype=torch.float64)
+        y = mixed(norm, x)
+        for t, task in ((0, "cubs"), (2, "dogs")):
+            torch.testing.assert_close(y[rows_of(x, t)], alone[task](x[rows_of(x, t)]))
+            torch.testing.assert_close(norm.tasks[task].running_var, alone[task].running_var)
+
+
+@pytest.mark.parametrize("name", ["ln", "gn"])
+def test_one_eps_for_normalising_once(name):
+    build, shape = NORMS[name]
+    norm = make(build())
+    norm.tasks["dogs"].eps = 2.0
+    x = torch.randn(shape, dtype=torch.float64)
+    y = mixed(norm, x)
+    for t, task in ((0, "cubs"), (2, "dogs")):
+        torch.testing.assert_close(y[rows_of(x, t)], norm.tasks[task](x[rows_of(x, t)]))
+
+
 def test_one_value_a_channel_is_an_error_as_in_torch():
     norm = make(nn.BatchNorm1d(4)).train()
     with pytest.raises(ValueError, match=r"net.norm: a task must have more than 1 value per channel.*'cars'"):

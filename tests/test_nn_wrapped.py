@@ -121,6 +121,17 @@ def test_closed_gates_get_their_score_gradient(name):
     assert layer.scores["cubs"].grad != 0 and bool((layer.deltas["cubs"].grad == 0).all())
 
 
+def test_state_dicts_of_the_original_load():
+    _, conversion = adapt(PadConv2d(4, 6, 3))
+    (layer,) = conversion.layers.values()
+    original = PadConv2d(4, 6, 3).double()
+    deltas = layer.deltas["cubs"].clone()
+    layer.load_state_dict(original.state_dict())
+    assert torch.equal(layer.base, original.weight) and torch.equal(layer.base_bias, original.bias)
+    assert torch.equal(layer.deltas["cubs"], deltas)
+    layer.load_state_dict(layer.state_dict())
+
+
 def test_an_option_passes_through():
     model, _ = adapt(ShiftedLinear(4, 6))
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -143,6 +154,37 @@ def test_a_trial_that_cannot_run_means_task_by_task():
 
     _, conversion = adapt(Odd(4, 6))
     assert "a trial forward raised AssertionError" in conversion.rows[0].reason
+
+
+def test_a_layer_that_leaves_what_its_trial_did_is_an_error():
+    class Trains(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * 2 if self.training else self.weight)
+
+    class Caches(nn.Linear):
+        cached = None
+
+        def forward(self, x):
+            return F.linear(x, self.weight) if self.cached is None else x @ self.cached
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    model, _ = adapt(nn.Sequential(Trains(4, 6, bias=False)).eval())
+    torch.testing.assert_close(model(x, tasks="cubs"), model.merge("cubs")(x))
+    with pytest.raises(RuntimeError, match="0: Trains must use its weight as in its trial.*got it used in mul"):
+        model.train()(x, tasks="cubs")
+    model, conversion = adapt(nn.Sequential(Caches(4, 6)).eval())
+    conversion.layers["0"].module.cached = torch.ones(4, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="got it used in nothing"):
+        model(x, tasks="cubs")
+
+
+def test_a_layer_that_does_not_use_its_weight_is_refused():
+    class Ignores(nn.Linear):
+        def forward(self, x):
+            return x
+
+    _, conversion = adapt(nn.Sequential(Ignores(4, 4)))
+    assert conversion.rows[0].verdict == "refused" and "does not use its weight" in conversion.rows[0].reason
 
 
 def test_threads_with_different_tasks():

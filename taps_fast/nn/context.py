@@ -209,11 +209,18 @@ def task_by_task(
     spread = layout.spread(batch, x.shape[axis], owner)
     repeats = x.shape[axis] // max(spread.size, 1)
     edges = spread.offsets.tolist()
+
+    def named(task: int, rows: Tensor) -> Tensor:
+        y = run(task, rows)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{owner}: must return one tensor in a mixed batch, got {type(y).__name__}")
+        return y
+
     present = [g for g in range(len(edges) - 1) if edges[g] < edges[g + 1]]
     if len(present) <= 1:
-        return run(present[0] - 1 if present else BASE, x)
+        return named(present[0] - 1 if present else BASE, x)
     rows = (spread.order[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
-    parts = [run(g - 1, x.index_select(axis, rows[edges[g] * repeats : edges[g + 1] * repeats])) for g in present]
+    parts = [named(g - 1, x.index_select(axis, rows[edges[g] * repeats : edges[g + 1] * repeats])) for g in present]
     return torch.cat(parts, axis).index_select(axis, rows.argsort())
 
 

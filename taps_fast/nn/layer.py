@@ -49,6 +49,8 @@ class TapsLayer(Located, nn.Module):
 
     base: Tensor
     base_bias: Tensor | None
+    _stored = {"weight": "base", "bias": "base_bias"}
+    """Where the parameters of the ordinary layer are kept."""
     macs: int | None = None
     """Multiply-adds of the base for one sample, as seen by the probe."""
 
@@ -126,7 +128,8 @@ class TapsLayer(Located, nn.Module):
         if not tasks:
             return torch.zeros(0, dtype=wide, device=self.base.device)
         # Compared as float32 in every model: in float64 the threshold would be another number.
-        scores = torch.stack([self.scores[task] for task in tasks])
+        first = self.scores[tasks[0]]
+        scores = first[None] if len(tasks) == 1 else torch.stack([self.scores[task] for task in tasks])
         return gates.coefficients(scores, self.threshold, self.gate).to(wide)
 
     def _single(self, task: str | None) -> Gated:
@@ -147,13 +150,13 @@ class TapsLayer(Located, nn.Module):
         if not mine:
             return self._single(None)
         coeffs = self._coefficients(mine)
-        rows = dict(zip(mine, torch.diag(coeffs).unbind(), strict=True))
-        table = torch.stack([rows.get(task, coeffs.new_zeros(len(mine))) for task in tasks])
+        table = torch.diag(coeffs)
         bias = self.base_bias
         if bias is not None:
             deltas = torch.stack([self.bias_deltas[task] for task in mine])
-            own = dict(zip(mine, (bias + coeffs[:, None] * deltas).to(bias.dtype).unbind(), strict=True))
-            bias = torch.stack([*(own.get(task, bias) for task in tasks), bias])
+            biases = (bias + coeffs[:, None] * deltas).to(bias.dtype)
+            bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
+        table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(tasks.index(task), k) for k, task in enumerate(mine)]
         return Gated([self.deltas[task] for task in mine], table, bias, batch, pairs)
 
@@ -178,12 +181,20 @@ class TapsLayer(Located, nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's."""
         if prefix + "weight" in state_dict:
-            state_dict[prefix + "base"] = state_dict.pop(prefix + "weight")
-            if prefix + "bias" in state_dict:
-                state_dict[prefix + "base_bias"] = state_dict.pop(prefix + "bias")
+            for ordinary, own in self._stored.items():
+                if prefix + ordinary in state_dict:
+                    state_dict[prefix + own] = state_dict.pop(prefix + ordinary)
             for name, value in self.named_parameters():
                 state_dict.setdefault(prefix + name, value.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rows(table: Tensor, mine: list[str], tasks: list[str], other: Tensor) -> Tensor:
+    """A row for each of ``tasks`` from a table that has one for each of ``mine``; ``other`` for the rest."""
+    if mine == tasks:
+        return table
+    rows = dict(zip(mine, table.unbind(), strict=True))
+    return torch.stack([rows.get(task, other) for task in tasks])
 
 
 def fill(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:

@@ -52,6 +52,9 @@ class TaskNorm(PerTask):
             )
         return super().mixed(x, batch, layout, *args, **kwargs)
 
+    def _eps_differ(self) -> bool:
+        return len({module.eps for module in self.modules_in_order}) > 1
+
     def _table(self, name: str) -> Tensor:
         """[T + 1, …]: one parameter or buffer of the base and of each task."""
         return torch.stack([getattr(module, name) for module in self.modules_in_order])
@@ -62,6 +65,8 @@ class TaskLayerNorm(TaskNorm):
 
     def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
+        if self._eps_differ():
+            return super().mixed(x, batch, layout, *args, **kwargs)
         wide, out = _precision(x)
         if isinstance(norm, nn.RMSNorm):
             y = F.rms_norm(x.to(wide), norm.normalized_shape, None, norm.eps)  # its default eps is that of ``wide``
@@ -92,6 +97,8 @@ class TaskGroupNorm(TaskNorm):
     def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
         _check_first(self, layout)
+        if self._eps_differ():
+            return super().mixed(x, batch, layout, *args, **kwargs)
         wide, out = _precision(x)
         y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
         if norm.affine:
@@ -158,17 +165,15 @@ class TaskBatchNorm(TaskNorm):
 
     def _check_counts(self, count: Tensor, own: Sequence[bool]) -> None:
         """As nn.BatchNorm: training needs more than one value a channel. On a device it is asserted there."""
-        flags = torch.tensor(own, device=count.device)
-        single = flags & (count == 1)
-        if count.device.type == "cpu" and not torch.compiler.is_compiling():
-            if single.any():
-                group = int(single.nonzero()[0])
-                raise ValueError(
-                    f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
-                    f"(task {(['base', *self.context.tasks])[group]!r})"
-                )
-        else:
+        single = torch.stack([n == 1 for n, mine in zip(count.unbind(), own, strict=True) if mine])
+        if count.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
+        elif single.any():
+            names = [name for name, mine in zip(["base", *self.context.tasks], own, strict=True) if mine]
+            raise ValueError(
+                f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
+                f"(task {names[int(single.nonzero()[0])]!r})"
+            )
 
     def _track(self, norms: list[Any], own: Sequence[bool], count: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics of the tasks present, each as nn.BatchNorm would alone."""
@@ -178,13 +183,11 @@ class TaskBatchNorm(TaskNorm):
         present = torch.stack([count[g] > 0 for g in groups])
         seen = [norms[g].num_batches_tracked for g in groups]
         batches = torch.stack(seen) + present
+        # Filled on the device: a tensor made from Python numbers would be a copy from the host.
+        cumulative = 1.0 / batches.clamp(min=1).to(mean.dtype)
+        given = [norms[g].momentum for g in groups]
         momentum = torch.stack(
-            [
-                batches.new_tensor(norms[g].momentum, dtype=mean.dtype)
-                if norms[g].momentum is not None
-                else 1.0 / batches[i].clamp(min=1).to(mean.dtype)
-                for i, g in enumerate(groups)
-            ]
+            [c if m is None else torch.full_like(c, m) for c, m in zip(cumulative, given, strict=True)]
         )
         weight = torch.where(present, momentum, 0.0)[:, None]
         # Through .data, as in torch's own norm: a graph that has saved the buffers stays valid.
@@ -220,7 +223,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _column(norms: list[Any], name: str, like: Tensor) -> Tensor | float:
     """One number a group, or the number they all have."""
     values = [getattr(norm, name) for norm in norms]
-    return values[0] if len(set(values)) == 1 else like.new_tensor(values)[:, None]
+    return values[0] if len(set(values)) == 1 else torch.stack([like.new_full((1,), value) for value in values])
 
 
 def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:

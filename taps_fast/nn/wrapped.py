@@ -75,13 +75,15 @@ class WrappedLayer(TapsLayer):
         module: the original, with frozen parameters; its weight stays its own and is ``base`` here.
     """
 
+    _stored = {"weight": "module.weight", "bias": "module.bias"}
+
     def __init__(self, module: nn.Linear | nn.Conv2d, context: TaskContext | None = None, **options: Any) -> None:
         super().__init__()
         settings = {"threshold": 0.1, "initial_score": 0.15, "gate": "ste", **options}
         self._start(context, **settings)
         self.module = module
         self.images_first = isinstance(module, nn.Conv2d)
-        self.fused, self.why = _can_fuse(module)
+        self.fused, self.why = trial(module)
         self.train(module.training)
 
     @property
@@ -101,8 +103,14 @@ class WrappedLayer(TapsLayer):
             def replacement(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
                 return self._fused(inner, x.shape, gated, with_bias, conv)
 
-            with _Intercept(self.module, replacement):
-                y: Tensor = self.module(x, *args, **kwargs)
+            intercept = _Intercept(self.module, replacement)
+            try:
+                with intercept:
+                    y: Tensor = self.module(x, *args, **kwargs)
+            except _OtherUse as use:
+                raise RuntimeError(self._changed(f"in {use}")) from None
+            if intercept.calls == 0:
+                raise RuntimeError(self._changed("in nothing"))
             return y
         if selection.batch is None or not gated.deltas:
             return self._materialised(selection.task, x, *args, **kwargs)
@@ -144,6 +152,12 @@ class WrappedLayer(TapsLayer):
         y = twin(*args, **kwargs)
         return y
 
+    def _changed(self, now: str) -> str:
+        return (
+            f"{self.path}: {type(self.module).__name__} must use its weight as in its trial, in one convolution or "
+            f"linear, got it used {now} (exclude it from the conversion)"
+        )
+
     def merged(self, task: str | None) -> nn.Module:
         weight, bias = self.effective(task)
         plain = copy.deepcopy(self.module)
@@ -159,9 +173,12 @@ class WrappedLayer(TapsLayer):
         return f"fused={self.fused}, tasks={list(self.scores)}"
 
 
-def _can_fuse(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
-    """Whether a trial forward hands the weight, unchanged, to exactly one call; and if not, why."""
-    trial = copy.deepcopy(module).eval()
+UNUSED = "its forward does not use its weight"
+
+
+def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
+    """Whether a forward on made-up input hands the weight, unchanged, to exactly one call; and if not, why."""
+    twin = copy.deepcopy(module).eval()
     if isinstance(module, nn.Conv2d):
         extent = [
             d * (k - 1) + 1 + s for d, k, s in zip(module.dilation, module.kernel_size, module.stride, strict=True)
@@ -171,19 +188,21 @@ def _can_fuse(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
         x = module.weight.new_zeros(1, module.in_features)
 
     def original(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
-        bias = trial.bias if with_bias else None
-        if isinstance(trial, nn.Conv2d):
-            return F.conv2d(inner, trial.weight, bias, *conv)
-        return F.linear(inner, trial.weight, bias)
+        bias = twin.bias if with_bias else None
+        if isinstance(twin, nn.Conv2d):
+            return F.conv2d(inner, twin.weight, bias, *conv)
+        return F.linear(inner, twin.weight, bias)
 
-    intercept = _Intercept(trial, original)
+    intercept = _Intercept(twin, original)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), intercept:
-            trial(x)
+            twin(x)
     except _OtherUse as use:
         return False, f"its weight goes through {use}"
     except Exception as error:  # whatever a user's forward raises on a made-up input
         return False, f"a trial forward raised {type(error).__name__}"
-    if intercept.calls != 1:
+    if intercept.calls == 0:
+        return False, UNUSED
+    if intercept.calls > 1:
         return False, f"its weight is used by {intercept.calls} calls"
     return True, ""
