@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .limits import Limits, bound
 from .models import NetworkProblem
 from .providers import Provider, Ready, choice, find
 from .results import Record
-from .workloads import LAYERS, Workload
+from .workloads import LAYERS, SUITES, Workload, workloads
 
 Problem = LayerProblem | NetworkProblem
 
@@ -35,6 +35,14 @@ def ready(provider: Provider, p: Problem) -> Ready:
     """The provider on a problem. Its calls record for autograd in training alone."""
     built = _quietly(provider.build, p.train)(p)
     return Ready(_quietly(built.run, p.train), built.weights, _quietly(built.check, p.train))
+
+
+def every(*ops: str) -> Iterator[tuple[str, tuple[Workload, Provider]]]:
+    """All that runs on a CPU, by name: what pytest-benchmark is given."""
+    for workload in workloads(list(SUITES)):
+        for provider in find():
+            if workload.op in ops and provider.fits(workload) and provider.absent(workload, "cpu") is None:
+                yield f"{workload.name}-{provider.name}", (workload, provider)
 
 
 def rotated(workload: Workload, p: Problem, device: str) -> list[Problem]:

@@ -385,9 +385,11 @@ def _scattermoe(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
 def _base(p: LayerProblem) -> Ready:
     """The plain layer, one weight for all rows: what a layer without tasks costs."""
     weight = p.base.detach().clone().requires_grad_(p.train)
-    forward = functools.partial(p.product, p.x, weight)
-    run = functools.partial(p.differentiate, forward, weight) if p.train else forward
-    return Ready(run, [weight], lambda: None)
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(p.product(p.x, weight), (p.x, weight), p.dy)
+
+    return Ready(train if p.train else functools.partial(p.product, p.x, weight), [weight], lambda: None)
 
 
 provider("base", "floor", ("linear", "conv2d"))(_base)

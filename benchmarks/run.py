@@ -45,15 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except UnknownName as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return run(parser.parse_args(argv))
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """0: all that was measured is right; 1: some result was wrong or one of ours failed."""
+    """0: all that was measured is right; 1: some result was wrong or one of ours failed; 2: there is no such thing."""
+    try:
+        return _run(chosen)
+    except UnknownName as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(chosen: argparse.Namespace) -> int:
     if chosen.list:
         print("\n".join(_listing()))
         return 0
@@ -113,8 +117,10 @@ def table(workload: Workload, records: Sequence[Record]) -> Iterator[str]:
             line += f"  {r['peak_bytes'] / 2**20:.0f} MiB"
         yield line
     for r in records:
-        if r["status"] != "ok":
-            yield f"  {r['provider'] + ' (graph)' * r['graph']:<32} {r['status']}: {r['reason']}"
+        if r["status"] in ("failed", "wrong"):
+            yield f"  {r['provider'] + ' (graph)' * r['graph']:<32} {r['status'].upper()}: {r['reason']}"
+    if away := [r["provider"] for r in records if r["status"] == "absent"]:
+        yield f"  absent (reasons are in the results): {', '.join(away)}"
 
 
 def _listing() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m taps_fast info | demo | inspect``."""
+"""The command line: ``python -m taps_fast info | demo | inspect | bench``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import safetensors
 import torch
@@ -50,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("--plot", metavar="FILE", help="also draw the table, e.g. sharing.png (needs matplotlib)")
     inspect.set_defaults(run=_inspect)
 
-    chosen = parser.parse_args(arguments)
+    bench = commands.add_parser("bench", help="time it beside what PyTorch offers; needs a checkout")
     try:
+        if arguments[:1] == ["bench"]:
+            module = _benchmarks()
+            module.add_arguments(bench)
+            bench.set_defaults(run=module.run)
+        chosen = parser.parse_args(arguments)
         return chosen.run(chosen) or 0
     except (store.TaskFolderError, UserError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -63,6 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class UserError(Exception):
     """Something the person at the command line can put right; shown without a traceback."""
+
+
+def _benchmarks() -> ModuleType:
+    """The checkout's ``benchmarks.run``: the one this package lies in, or the one of the current folder."""
+    for checkout in (Path(__file__).parents[1], Path.cwd()):
+        if (checkout / "benchmarks" / "run.py").is_file():
+            sys.path.insert(0, str(checkout))
+            return importlib.import_module("benchmarks.run")
+    raise UserError(
+        "bench: the benchmarks are in the source checkout, not in the package; get it (git clone), "
+        "and there run make bench, or this command"
+    )
 
 
 def _info(_: argparse.Namespace) -> None:
