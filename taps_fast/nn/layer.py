@@ -146,7 +146,8 @@ class TapsLayer(Located, nn.Module):
     def _mixed(self, batch: TaskBatch) -> Gated:
         """A row of coefficients for each task of the context: its gate at its own delta, 0 elsewhere."""
         tasks = self.context.tasks
-        mine = [task for task in tasks if task in self.deltas]
+        places = [t for t, task in enumerate(tasks) if task in self.deltas]
+        mine = [tasks[t] for t in places]
         if not mine:
             return self._single(None)
         coeffs = self._coefficients(mine)
@@ -157,7 +158,7 @@ class TapsLayer(Located, nn.Module):
             biases = (bias + coeffs[:, None] * deltas).to(bias.dtype)
             bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
         table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
-        pairs = [(tasks.index(task), k) for k, task in enumerate(mine)]
+        pairs = [(t, k) for k, t in enumerate(places)]
         return Gated([self.deltas[task] for task in mine], table, bias, batch, pairs)
 
     def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
