@@ -39,10 +39,10 @@ void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t r
     }
     for (int64_t m = 0; m < num_rows; m++) {
       C* y = out + m * out_stride + j;
-      Vec<C> sum = accumulate ? load(y) : Vec<C>{};
+      Vec<C> sum = to_compute(a[m][0]) * weight[0];
 #pragma GCC unroll 8
-      for (int p = 0; p < kDepth; p++) sum += to_compute(a[m][p]) * weight[p];
-      store(y, sum);
+      for (int p = 1; p < kDepth; p++) sum += to_compute(a[m][p]) * weight[p];
+      store(y, accumulate ? load(y) + sum : sum);
     }
   };
   int64_t j = 0;

@@ -9,11 +9,12 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own intrinsics, wherever they are inlined
+// GCC sees uninitialized values in its own intrinsics, and where it takes vectors apart.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 

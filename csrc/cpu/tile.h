@@ -42,7 +42,7 @@ void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t ou
   for (int i = 0; i < kRows; i++) {
     a[i] = rows[i];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; j++) sum[i][j] = accumulate ? load(out + i * out_stride + j * lanes) : Vec<C>{};
+    for (int j = 0; j < kVectors; j++) sum[i][j] = Vec<C>{};
   }
   const auto multiply = [&](int64_t p) __attribute__((always_inline)) {
     Vec<C> b[kVectors];
@@ -72,7 +72,11 @@ void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t ou
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; j++) store(out + i * out_stride + j * lanes, sum[i][j]);
+    for (int j = 0; j < kVectors; j++) {
+      // Sums of blocks are added up here rather than carried through the loop: shorter chains round less.
+      C* y = out + i * out_stride + j * lanes;
+      store(y, accumulate ? load(y) + sum[i][j] : sum[i][j]);
+    }
 }
 
 /// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time.

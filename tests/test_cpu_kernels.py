@@ -1,0 +1,242 @@
+"""The CPU kernels: every shape, type and instruction set against the oracle; special values; determinism.
+
+What the public function computes on each backend is test_functional.py's business. Here are the paths that only these
+kernels have: dot products and panels on either side of their thresholds, blocked depth, shared base products, strips
+narrower than a vector, several jobs for one gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from taps_fast import _ext
+from taps_fast.tasks import TaskBatch
+from taps_fast.testing import Case, assert_close_to_oracle, linear_cases
+
+OPS = torch.ops.taps_fast
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NO_GROUPS = (None, None, None, 1)
+
+
+def instruction_sets() -> list[str]:
+    """Those this machine runs, worst first, so that the last is the default."""
+    every = ["generic", "avx2", "avx512"]
+    return every[: every.index(OPS.cpu_isa()) + 1]
+
+
+def test_extension_is_loaded() -> None:
+    assert _ext.CPU_LOADED, _ext.CPU_ERROR
+
+
+def kernel_cases() -> Iterator[Case]:
+    """Both sides of each threshold of the plans, at sizes that no vector length divides."""
+    for dtype in FLOATS:
+        for rows in (1, 2, 4, 5, 6, 8, 9, 12, 13, 14, 31, 67):  # dot products, then tiles with every remainder
+            yield Case(dtype, rows=rows, shape=(71, 53), num_deltas=1)
+        for shape in ((1, 1), (3, 2), (1, 97), (97, 1), (16, 16), (64, 128), (65, 127), (193, 15)):
+            yield Case(dtype, rows=3, shape=shape, num_deltas=2)
+            yield Case(dtype, rows=19, shape=shape, num_deltas=2)
+        for rows in (5, 29):  # several depth blocks, of forward and of dx
+            yield Case(dtype, rows=rows, shape=(37, 2311), num_deltas=1, bias=None)
+            yield Case(dtype, rows=rows, shape=(1301, 41), num_deltas=3, bias=None)
+        yield Case(dtype, rows=531, shape=(67, 35), num_deltas=1)  # several row blocks of dw
+        # Many one-row groups share the base's product; large ones have panels of their own; others are closed.
+        ids = tuple((7 * i) % 13 - 1 for i in range(26)) + (3,) * 20 + (5,) * 15
+        closed = tuple(12 * t + k for t in (4, 5, 7) for k in range(12))
+        for baked in ((), (0, 3, 5)):
+            yield Case(dtype, rows=len(ids), shape=(45, 37), num_deltas=12, tasks=ids, num_tasks=12, zeros=closed,
+                       baked=baked, bias="base")  # fmt: skip
+        yield Case(dtype, rows=2 * len(ids), shape=(45, 1037), num_deltas=1, tasks=ids, num_tasks=13, bias="task")
+
+
+@pytest.mark.parametrize("algorithm", ["blend", "split"])
+@pytest.mark.parametrize("case", list(kernel_cases()), ids=str)
+def test_kernels_against_oracle(case: Case, algorithm: str) -> None:
+    assert_close_to_oracle(case, "cpu", algorithm)
+
+
+SHORT = """
+import sys
+from taps_fast.testing import assert_close_to_oracle, linear_cases
+import torch, test_cpu_kernels as t
+assert torch.ops.taps_fast.cpu_isa() == sys.argv[1]
+cases = list(t.kernel_cases())[::3] + list(linear_cases(t.FLOATS))[::2]
+for case in cases:
+    for algorithm in ("blend", "split"):
+        try:
+            assert_close_to_oracle(case, "cpu", algorithm)
+        except AssertionError as error:
+            raise AssertionError(f"{case} {algorithm}") from error
+t.check_rounding()
+print(len(cases), "cases")
+"""
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_each_instruction_set(isa: str) -> None:
+    """A third of the cases in a process that is told to use this set; a set this CPU lacks is refused by name."""
+    result = run_python(SHORT, isa, TAPS_FAST_CPU_ISA=isa)
+    if isa in instruction_sets():
+        assert result.returncode == 0, result.stderr
+    else:
+        assert "one this CPU has" in result.stderr
+
+
+def run_python(code: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    env = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.run([sys.executable, "-c", code, *argv], env=env, capture_output=True, text=True, timeout=600)
+
+
+def forward(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, algorithm: str = "blend") -> Tensor:
+    return OPS.linear_fwd(x, base, deltas, coeffs, None, None, *NO_GROUPS, algorithm)
+
+
+def check_rounding() -> None:
+    """Results are rounded to nearest even, as torch does, for normal, subnormal, huge and special values."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    one = torch.ones(1)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = every.view(dtype).unsqueeze(1)  # all 65536 of them, as a [65536, 1] input and as a weight
+        eye = torch.ones(1, 1, dtype=dtype)
+        for got in (forward(values, eye, [], one[:0]), forward(eye, values, [], one[:0]).t()):
+            assert torch.equal(got.nan_to_num(7.0), values.nan_to_num(7.0)) and torch.equal(got.isnan(), values.isnan())
+        # Halfway between neighbours and just beside it, by adding a delta scaled to half a unit in the last place.
+        for scale in (0.5, 0.49, 0.51):
+            low, high = every[:-1].view(dtype), every[1:].view(dtype)
+            both = torch.stack([low, high], 1)
+            weight = torch.tensor([[1 - scale, scale]]).to(torch.float32)
+            want = (both.float() * weight).sum(1, keepdim=True).to(dtype)
+            deltas = [torch.tensor([[1.0, 0.0]]).to(dtype), torch.tensor([[0.0, 1.0]]).to(dtype)]
+            got = forward(both, torch.zeros(1, 2, dtype=dtype), deltas, weight[0].contiguous())
+            finite = want.isfinite() & both.isfinite().all(1, keepdim=True)
+            assert torch.equal(got[finite], want[finite])
+
+
+def test_rounding() -> None:
+    check_rounding()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_special_values_stay_where_they_belong(dtype: torch.dtype, rows: int) -> None:
+    """A NaN in a row or a weight reaches that row or column alone; a closed delta's reaches nothing."""
+    x, base, delta = torch.randn(rows, 40).to(dtype), torch.randn(21, 40).to(dtype), torch.randn(21, 40).to(dtype)
+    coeffs = torch.ones(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x[1, 39], base[20, 5] = float("nan"), float("inf")
+    y = forward(x, base, [delta], coeffs)
+    assert y[1].isnan().all() and y[[0, 2], :20].isfinite().all() and not y[[0, 2], 20].isfinite().any()
+    closed = forward(x, base, [torch.full_like(delta, float("nan"))], torch.zeros_like(coeffs))
+    assert torch.equal(closed.nan_to_num(7.0), forward(x, base, [], coeffs[:0]).nan_to_num(7.0))
+
+
+def mixed_arguments(rows: int = 300, out: int = 200, into: int = 150, tasks: int = 9) -> tuple[Tensor, tuple]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, tasks, (rows,), generator=g)
+    x, base = torch.randn(rows, into, generator=g), torch.randn(out, into, generator=g)
+    deltas = [torch.randn(out, into, generator=g) for _ in range(tasks)]
+    coeffs = torch.diag(torch.rand(tasks, generator=g) + 0.1)
+    coeffs[::3] = 0
+    batch = TaskBatch.from_ids(ids, tasks)
+    return x, (base, deltas, coeffs, None, batch)
+
+
+def every_result(x: Tensor, arguments: tuple) -> list[Tensor]:
+    base, deltas, coeffs, base_coeffs, batch = arguments
+    weight, dy = (base, deltas, coeffs, base_coeffs), torch.ones(len(x), len(base)).cumsum(0)
+    found = [OPS.linear_fwd(x, *weight, None, *batch.tensors, 1, name) for name in ("blend", "split")]
+    found += [OPS.linear_dx(dy, *weight, *batch.tensors, 1, name) for name in ("blend", "split")]
+    dcoeffs, ddeltas, dbase = OPS.linear_dw(dy, x, *weight, *batch.tensors, 1, [], [0, 1, 5], True, True)
+    return [*found, dcoeffs, *ddeltas, dbase]
+
+
+def test_same_bits_again_and_right_at_any_thread_count() -> None:
+    x, arguments = mixed_arguments()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = every_result(x, arguments)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            first = every_result(x, arguments)
+            for _ in range(5):
+                for got, want in zip(every_result(x, arguments), first, strict=True):
+                    assert torch.equal(got, want)
+            for got, want in zip(first, single, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_what_was_asked_for_is_computed() -> None:
+    x, (base, deltas, coeffs, _, batch) = mixed_arguments(rows=40)
+    num_deltas = len(deltas)
+    dy = torch.randn(40, len(base))
+    arguments = (dy, x, base, deltas, coeffs, None, *batch.tensors, 1)
+    full, every, dbase = OPS.linear_dw(*arguments, [], list(range(num_deltas)), True, True)
+    pairs = [1 * num_deltas + 1, 2 * num_deltas + 5]
+    some, (fifth,), none = OPS.linear_dw(*arguments, pairs, [5], True, False)
+    kept = torch.zeros(coeffs.numel(), dtype=torch.bool)
+    kept[pairs] = True
+    assert torch.equal(some.view(-1)[kept], full.view(-1)[kept]) and not some.view(-1)[~kept].any()
+    assert torch.equal(fifth, every[5]) and none.numel() == 0
+    nothing, no_deltas, again = OPS.linear_dw(*arguments, [], [], False, True)
+    assert nothing.numel() == 0 and no_deltas == [] and torch.equal(again, dbase)
+    assert not every[0].any(), "a delta that every present task has closed has gradient 0"
+
+
+def test_cost_does_not_grow_with_tasks_that_are_absent() -> None:
+    """1024 tasks, two of them present: the other deltas are never read (they hold NaN)."""
+    x, base = torch.randn(6, 33), torch.randn(20, 33)
+    poison = torch.full_like(base, float("nan"))
+    deltas = [poison] * 1024
+    deltas[700] = torch.randn_like(base)
+    coeffs = torch.zeros(1024, 1024)
+    coeffs.fill_diagonal_(1.0)[3, 3] = 0.0
+    batch = TaskBatch.from_ids([700, 3, -1, 700, 3, -1], 1024)
+    y = OPS.linear_fwd(x, base, deltas, coeffs, None, None, *batch.tensors, 1, "blend")
+    want = x @ base.t()
+    want[[0, 3]] = x[[0, 3]] @ (base + deltas[700]).t()
+    torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(algorithm="merge"), "algorithm must be blend or split on CPU, got 'merge'"),
+        (dict(base=torch.randn(5, 4)), r"x must have shape \[2, 4\], got \[2, 3\]"),
+        (dict(deltas=[torch.randn(5, 2)]), r"deltas must have shape \[5, 3\], got \[5, 2\]"),
+        (dict(coeffs=torch.ones(2)), r"coeffs must have 1 elements, got \[2\]"),
+        (dict(bias=torch.randn(4)), r"bias must have 5 elements, got \[4\]"),
+        (dict(coeffs=torch.ones(1, dtype=torch.float64)), "coeffs must have scalar type 6, got 7"),
+        (dict(x=torch.ones(2, 3, dtype=torch.int64)), "x must be float32, bfloat16, float16 or float64"),
+    ],
+)
+def test_internal_checks_name_both_values(change: dict, text: str) -> None:
+    x, base, coeffs = torch.randn(2, 3), torch.randn(5, 3), torch.ones(1)
+    given = dict(x=x, base=base, deltas=[base], coeffs=coeffs, bias=None, algorithm="blend") | change
+    with pytest.raises(RuntimeError, match=f"linear_fwd: {text}"):
+        OPS.linear_fwd(given["x"], given["base"], given["deltas"], given["coeffs"], None, given["bias"], *NO_GROUPS,
+                       given["algorithm"])  # fmt: skip
+
+
+def test_rows_with_strides_are_read_in_place() -> None:
+    """A column slice and an expanded row need no copy, and nothing beyond their columns is read."""
+    wide = torch.full((30, 64), float("nan"))
+    wide[:, 10:47] = torch.randn(30, 37)
+    x, base = wide[:20, 10:47], torch.randn(37, 9).t()
+    torch.testing.assert_close(forward(x, base, [base], torch.ones(1)), x @ (2 * base).t())
+    row = torch.randn(1, 37).expand(20, 37)
+    torch.testing.assert_close(forward(row, base, [base], torch.ones(1)), row @ (2 * base).t())
+
+
+@pytest.mark.parametrize("case", list(linear_cases([torch.float32])), ids=str)
+def test_design_axes(case: Case) -> None:
+    assert_close_to_oracle(case, "cpu", "split")
