@@ -134,7 +134,9 @@ class _Plan:
 
     def _decide_layer(self, path: str, module: nn.Linear | nn.Conv2d | nn.MultiheadAttention) -> bool:
         reason = self.refusals.get(id(module))
-        if _matches(path, module, self.exclude):
+        # An attention is adapted as a whole, so what excludes its out_proj excludes it.
+        inside = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        if any(_matches(*place, self.exclude) for place in [(path, module), *inside]):
             return self._report(path, module, "skipped", f"excluded: {_SHARED}")
         if self.include is not None and not _matches(path, module, self.include):
             return self._report(path, module, "skipped", f"not included: {_SHARED}")

@@ -74,6 +74,9 @@ def test_include_and_exclude():
     assert list(model.conversion.layers) == ["patch"] and list(model.conversion.norms) == []
     assert "excluded" in reason(model, "block.norm1") and type(model.model.block.qkv) is nn.Linear
     assert not list(TapsModel(net, exclude=nn.LayerNorm).conversion.norms)
+    attention = nn.TransformerEncoderLayer(8, 2, 16)
+    assert list(TapsModel(attention, exclude="self_attn.out_proj").conversion.layers) == ["linear1", "linear2"]
+    assert list(TapsModel(attention, include="self_attn").conversion.attentions) == ["self_attn"]
     for option in ("include", "exclude"):
         with pytest.raises(
             ValueError, match=rf"{option} must match a module, got 'block.qvk' \(did you mean 'block.qkv'"

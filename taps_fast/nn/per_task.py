@@ -83,7 +83,7 @@ class PerTask(Located, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not hasattr(self._modules.get("base"), name):
+            if not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
             selection = self.selected()
             if selection.batch is None:
