@@ -110,7 +110,9 @@ class TapsModel(nn.Module):
                 Default: the task of `set_task`, else the only one, else (no task at all) the base.
 
         Returns:
-            What the model returns. In a mixed batch outputs of narrower heads are padded with -inf.
+            What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
+            included. Tasks that the batch lacks get no gradient where names or ids are on the host, and zeros for
+            ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
             ValueError: an unknown task, ids out of range or that do not divide the batch, several tasks and none
@@ -119,8 +121,8 @@ class TapsModel(nn.Module):
         # Ids go to the device once here, not once a layer.
         device = next((t.device for t in (*args, *kwargs.values(), *self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, device)
-        if selection.batch is not None and not self.probed and not torch.compiler.is_compiling():
-            probe(self, args, kwargs, batch_of(args, kwargs, selection.batch.size))
+        if selection.mix is not None and not self.probed and not torch.compiler.is_compiling():
+            probe(self, args, kwargs, batch_of(args, kwargs, selection.mix.batch.size))
         previous = self.context.enter(selection)
         try:
             return self.model(*args, **kwargs)

@@ -105,6 +105,30 @@ def test_mixed_gradients_and_statistics_are_the_separate_models(name, training):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_tasks_that_a_batch_lacks_get_no_gradient(name):
+    """As in separate runs, where ids are on the host: an optimizer leaves them alone."""
+    model = three_tasks(NETS[name]()).train()
+    model(images(4), tasks=["dogs", "cars", "dogs", "cars"]).nan_to_num(neginf=0).sum().backward()
+    for parameter_name, p in model.named_parameters():
+        if p.requires_grad:
+            assert (p.grad is None) == (".cubs" in parameter_name), parameter_name
+    assert all(
+        norm.tasks["cubs"].num_batches_tracked == 0
+        for norm in model.conversion.norms.values()
+        if hasattr(norm.base, "num_batches_tracked")
+    )
+
+
+@torch.no_grad()
+def test_batches_that_are_all_base_or_all_one_task():
+    model, x = three_tasks(ConvNet()), images(4)
+    for task in (None, "cars"):
+        assert_rows_as_separate(model, x, [task] * 4)
+    bare = TapsModel(ConvNet().double().eval(), head="fc")
+    torch.testing.assert_close(bare(x, tasks=[-1] * 4), bare(x))
+
+
 def test_one_task_trains_alone():
     model = three_tasks(ConvNet()).train()
     before = copy.deepcopy(model.state_dict())

@@ -123,6 +123,8 @@ def test_the_comparison_is_greater_or_equal_in_every_dtype():
 def test_ways_to_say_tasks_agree():
     layer, x = linear(), torch.randn(5, 5, dtype=torch.float64)
     want = layer(x, tasks=IDS)
+    for ids in ([1, -1, 1, 1, 1], [-1] * 5):  # with and without the tasks that have no rows
+        torch.testing.assert_close(layer(x, tasks=TaskBatch.from_ids(ids, 2)), layer(x, tasks=ids))
     names = ["cars", None, "cubs", "cars", "cars"]
     for tasks in (
         torch.tensor(IDS, dtype=torch.int32),

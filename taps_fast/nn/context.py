@@ -18,12 +18,20 @@ BASE_NAME = "base"
 TaskNames = str | Sequence[str | int | None] | Tensor | TaskBatch
 
 
+class Mix(NamedTuple):
+    """A batch of several tasks."""
+
+    batch: TaskBatch
+    tasks: tuple[str, ...]
+    """The names that the ids of ``batch`` mean. Where ids are on the host, these are the tasks present alone."""
+
+
 class Selection(NamedTuple):
     """The tasks of one forward: one for the whole batch, or one a sample."""
 
     task: str | None = None
-    """The task of every sample; None is the base. Means nothing where ``batch`` is given."""
-    batch: TaskBatch | None = None
+    """The task of every sample; None is the base. Means nothing where ``mix`` is given."""
+    mix: Mix | None = None
 
 
 class TaskContext:
@@ -77,10 +85,21 @@ class TaskContext:
                 raise ValueError(
                     f"{self.owner}: tasks must be a TaskBatch of {len(self.tasks)} tasks, got one of {tasks.num_tasks}"
                 )
-            return Selection(batch=tasks if device is None else tasks.to(device))
+            return Selection(mix=Mix(tasks if device is None else tasks.to(device), tuple(self.tasks)))
         if not isinstance(tasks, Tensor):
             tasks = torch.tensor([self._id(task) for task in tasks], dtype=torch.int64)
-        return Selection(batch=TaskBatch.from_ids(tasks, len(self.tasks), device=device))
+        if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
+            return Selection(mix=self._present(TaskBatch.from_ids(tasks, len(self.tasks)), device))
+        return Selection(mix=Mix(TaskBatch.from_ids(tasks, len(self.tasks), device=device), tuple(self.tasks)))
+
+    def _present(self, batch: TaskBatch, device: torch.device | None) -> Mix:
+        """The same samples with ids that count the tasks present: absent ones cost nothing and get no gradient."""
+        present = [t for t in sorted(set(batch.ids.tolist())) if t != BASE]
+        if len(present) < batch.num_tasks:
+            renumbered = torch.searchsorted(torch.tensor(present, dtype=torch.int64), batch.ids)
+            ids = torch.where(batch.ids == BASE, BASE, renumbered)
+            batch = TaskBatch.from_ids(ids, len(present))
+        return Mix(batch if device is None else batch.to(device), tuple(self.tasks[t] for t in present))
 
     def _id(self, task: str | int | None) -> int:
         if task is None or task == BASE_NAME:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import delta_linear
 from ..tasks import TaskBatch
-from .context import Layout
+from .context import Layout, Mix, TaskContext
 from .per_task import PerTask
 
 
@@ -54,27 +54,41 @@ class TaskHead(PerTask):
     its whole weight and the base coefficient is 0. Other heads run task by task.
     """
 
+    def __init__(self, base: nn.Module, context: TaskContext, path: str) -> None:
+        super().__init__(base, context, path)
+        self.widest = width_of(base) or 0
+
+    def add_task(self, task: str, module: nn.Module | None = None) -> None:
+        super().add_task(task, module)
+        self._measure()
+
+    def remove_task(self, task: str) -> None:
+        super().remove_task(task)
+        self._measure()
+
+    def _measure(self) -> None:
+        # All heads count, also those of tasks that a batch lacks: its output's width must not depend on the mix.
+        self.widest = max(width_of(head) or 0 for head in (self.base, *self.tasks.values()))
+
     @property
     def widths(self) -> dict[str, int | None]:
         """The number of outputs of each task's head."""
         return {task: width_of(self.tasks[task]) for task in self.tasks}
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
-        heads = self.modules_in_order
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        heads = self.in_order(mix.tasks)
         if all(_is_plain_linear(head) for head in heads):
-            return self._bank(x, batch, layout, heads)
-        return super().mixed(x, batch, layout, *args, **kwargs)
+            return self._bank(x, mix.batch, layout, heads)
+        return super().mixed(x, mix, layout, *args, **kwargs)
 
     def finish(self, y: Tensor) -> Tensor:
-        heads = self.modules_in_order
-        widths = [width_of(head) for head in heads]
-        axis = 1 if isinstance(heads[0], nn.Conv2d) else y.dim() - 1
-        widest = max(y.shape[axis] if width is None else width for width in widths)
-        return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, widest - y.shape[axis]), value=-torch.inf)
+        axis = 1 if isinstance(self.base, nn.Conv2d) else y.dim() - 1
+        missing = max(self.widest - y.shape[axis], 0)
+        return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing), value=-torch.inf)
 
     def _bank(self, x: Tensor, batch: TaskBatch, layout: Layout, heads: list[Any]) -> Tensor:
         widths = [head.out_features for head in heads]
-        widest, count = max(widths), len(heads) - 1
+        widest, count = self.widest, len(heads) - 1
         spread = layout.spread(batch, x.shape[layout.axis], self.path)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         one_hot = torch.eye(count, dtype=wide, device=x.device)
@@ -84,12 +98,11 @@ class TaskHead(PerTask):
             like = next(head.weight for head, w in zip(heads, widths, strict=True) if w == width)
             # Rows of other widths, and of the base where its width is another, must add nothing here.
             base = heads[0].weight if widths[0] == width else like.new_zeros(1, 1).expand(width, like.shape[1])
-            coeffs = one_hot[:, members] if len(members) == count else _columns(one_hot, members)
             y = delta_linear(
                 x,
                 base,
                 [heads[t + 1].weight for t in members],
-                coeffs,
+                _columns(one_hot, members),
                 _bias_table(heads, widths, width, like),
                 tasks=spread,
                 base_coeffs=one_hot.new_zeros(count),
@@ -110,6 +123,8 @@ class TaskHead(PerTask):
 
 
 def _columns(table: Tensor, members: list[int]) -> Tensor:
+    if len(members) == len(table):
+        return table
     if not members:
         return table.new_zeros(table.shape[0], 0)
     return torch.stack([table[:, t] for t in members], 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..tasks import TaskBatch
 from . import gates
-from .context import Layout, Located, Selection, TaskContext
+from .context import Layout, Located, Mix, Selection, TaskContext
 
 
 class Gated(NamedTuple):
@@ -105,7 +105,7 @@ class TapsLayer(Located, nn.Module):
 
     def _one_task(self, read: str) -> str | None:
         selection = self.selected()
-        if selection.batch is not None:
+        if selection.mix is not None:
             raise RuntimeError(
                 f"{self.path}: {read} must be read with one task active, got a mixed batch, whose samples differ in it "
                 "(call the layer instead, or exclude it from the conversion)"
@@ -121,7 +121,7 @@ class TapsLayer(Located, nn.Module):
 
     def gated(self, selection: Selection) -> Gated:
         """Deltas, coefficients and bias for one forward."""
-        return self._single(selection.task) if selection.batch is None else self._mixed(selection.batch)
+        return self._single(selection.task) if selection.mix is None else self._mixed(selection.mix)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -143,9 +143,9 @@ class TapsLayer(Located, nn.Module):
             bias = (bias + coeffs * self.bias_deltas[task]).to(bias.dtype)
         return Gated([self.deltas[task]], coeffs, bias)
 
-    def _mixed(self, batch: TaskBatch) -> Gated:
-        """A row of coefficients for each task of the context: its gate at its own delta, 0 elsewhere."""
-        tasks = self.context.tasks
+    def _mixed(self, mix: Mix) -> Gated:
+        """A row of coefficients for each task of the mix: its gate at its own delta, 0 elsewhere."""
+        batch, tasks = mix
         places = [t for t, task in enumerate(tasks) if task in self.deltas]
         mine = [tasks[t] for t in places]
         if not mine:
@@ -190,9 +190,9 @@ class TapsLayer(Located, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _rows(table: Tensor, mine: list[str], tasks: list[str], other: Tensor) -> Tensor:
+def _rows(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
     """A row for each of ``tasks`` from a table that has one for each of ``mine``; ``other`` for the rest."""
-    if mine == tasks:
+    if len(mine) == len(tasks):
         return table
     rows = dict(zip(mine, table.unbind(), strict=True))
     return torch.stack([rows.get(task, other) for task in tasks])

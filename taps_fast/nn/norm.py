@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..tasks import TaskBatch
-from .context import Layout
+from .context import Layout, Mix
 from .per_task import PerTask
 
 
@@ -44,29 +43,29 @@ class TaskNorm(PerTask):
             )
         return super().untold(x, *args, **kwargs)
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and isinstance(self.base, nn.SyncBatchNorm):
             raise RuntimeError(
                 f"{self.path}: SyncBatchNorm must train with one task a forward, got a mixed batch, in which processes "
                 "could disagree about the tasks present"
             )
-        return super().mixed(x, batch, layout, *args, **kwargs)
+        return super().mixed(x, mix, layout, *args, **kwargs)
 
-    def _eps_differ(self) -> bool:
-        return len({module.eps for module in self.modules_in_order}) > 1
+    def _eps_differ(self, mix: Mix) -> bool:
+        return len({module.eps for module in self.in_order(mix.tasks)}) > 1
 
-    def _table(self, name: str) -> Tensor:
+    def _table(self, name: str, mix: Mix) -> Tensor:
         """[T + 1, …]: one parameter or buffer of the base and of each task."""
-        return torch.stack([getattr(module, name) for module in self.modules_in_order])
+        return torch.stack([getattr(module, name) for module in self.in_order(mix.tasks)])
 
 
 class TaskLayerNorm(TaskNorm):
     """Layer and RMS norms: normalised once, then each sample's own scale and shift."""
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
-        if self._eps_differ():
-            return super().mixed(x, batch, layout, *args, **kwargs)
+        if self._eps_differ(mix):
+            return super().mixed(x, mix, layout, *args, **kwargs)
         wide, out = _precision(x)
         if isinstance(norm, nn.RMSNorm):
             y = F.rms_norm(x.to(wide), norm.normalized_shape, None, norm.eps)  # its default eps is that of ``wide``
@@ -79,9 +78,9 @@ class TaskLayerNorm(TaskNorm):
                 f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
             )
         if norm.weight is not None:
-            y = y * layout.gather(self._table("weight"), batch, y, self.path)
+            y = y * layout.gather(self._table("weight", mix), mix.batch, y, self.path)
             if getattr(norm, "bias", None) is not None:
-                y = y + layout.gather(self._table("bias"), batch, y, self.path)
+                y = y + layout.gather(self._table("bias", mix), mix.batch, y, self.path)
         return y.to(out)
 
     @property
@@ -94,16 +93,16 @@ class TaskGroupNorm(TaskNorm):
 
     images_first = True
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
         _check_first(self, layout)
-        if self._eps_differ():
-            return super().mixed(x, batch, layout, *args, **kwargs)
+        if self._eps_differ(mix):
+            return super().mixed(x, mix, layout, *args, **kwargs)
         wide, out = _precision(x)
         y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
         if norm.affine:
-            row = layout.per_entry(batch, x.shape[0], self.path)
-            y = _affine(y, self._table("weight")[row], self._table("bias")[row])
+            row = layout.per_entry(mix.batch, x.shape[0], self.path)
+            y = _affine(y, self._table("weight", mix)[row], self._table("bias", mix)[row])
         return y.to(out)
 
     @property
@@ -121,35 +120,35 @@ class TaskBatchNorm(TaskNorm):
         super().__init__(*args)
         self.images_first = isinstance(self.base, nn.BatchNorm2d)
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         _check_first(self, layout)
-        norms: list[Any] = self.modules_in_order
+        norms = self.in_order(mix.tasks)
         norms[0]._check_input_dim(x)
         own = [norm.training or norm.running_mean is None for norm in norms]
-        row = layout.per_entry(batch, x.shape[0], self.path)
+        row = layout.per_entry(mix.batch, x.shape[0], self.path)
         wide = torch.promote_types(x.dtype, torch.float32)
         if any(own):
-            mean, variance = self._batch_statistics(x.to(wide), row, own)
+            mean, variance = self._batch_statistics(x.to(wide), row, mix, own)
             running = [
                 self._running("running_mean", norms, own, mean),
                 self._running("running_var", norms, own, variance),
             ]
             mean, variance = running
         else:
-            mean, variance = self._table("running_mean").to(wide), self._table("running_var").to(wide)
+            mean, variance = self._table("running_mean", mix).to(wide), self._table("running_var", mix).to(wide)
         scale = torch.rsqrt(variance + _column(norms, "eps", mean))
         shift = -mean * scale
         if norms[0].affine:
-            weight, bias = self._table("weight"), self._table("bias")
+            weight, bias = self._table("weight", mix), self._table("bias", mix)
             scale, shift = scale * weight, shift * weight + bias
         return _affine(x.to(wide), scale[row], shift[row]).to(x.dtype)
 
-    def _batch_statistics(self, x: Tensor, row: Tensor, own: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def _batch_statistics(self, x: Tensor, row: Tensor, mix: Mix, own: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance [T + 1, C] of each group's rows; groups that train update what they track.
 
         Sums are products with the one-hot membership of rows, so their order is fixed on every device.
         """
-        norms: list[Any] = self.modules_in_order
+        norms = self.in_order(mix.tasks)
         member = (row[None, :] == torch.arange(len(norms), device=x.device)[:, None]).to(x.dtype)  # [T + 1, N]
         flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]  # [N, C, pixels]
         pixels = flat.shape[2]
@@ -159,17 +158,17 @@ class TaskBatchNorm(TaskNorm):
             mean = member @ flat.sum(2) / least
             centered = flat - mean[row][:, :, None]
             variance = member @ centered.square().sum(2) / least
-        self._check_counts(count, own)
+        self._check_counts(count, mix, own)
         self._track(norms, own, count, mean.detach(), (variance * least / (least - 1).clamp(min=1)).detach())
         return mean, variance
 
-    def _check_counts(self, count: Tensor, own: Sequence[bool]) -> None:
+    def _check_counts(self, count: Tensor, mix: Mix, own: Sequence[bool]) -> None:
         """As nn.BatchNorm: training needs more than one value a channel. On a device it is asserted there."""
         single = torch.stack([n == 1 for n, mine in zip(count.unbind(), own, strict=True) if mine])
         if count.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
         elif single.any():
-            names = [name for name, mine in zip(["base", *self.context.tasks], own, strict=True) if mine]
+            names = [name for name, mine in zip(["base", *mix.tasks], own, strict=True) if mine]
             raise ValueError(
                 f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
                 f"(task {names[int(single.nonzero()[0])]!r})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..tasks import TaskBatch
-from .context import Layout, Located, TaskContext, task_by_task
+from .context import Layout, Located, Mix, TaskContext, task_by_task
 
 
 class PerTask(Located, nn.Module):
@@ -44,22 +44,22 @@ class PerTask(Located, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         selection = self.selected()
-        if selection.batch is None:
+        if selection.mix is None:
             return self.of(selection.task)(x, *args, **kwargs)
         if not len(self.tasks):
             return self.untold(x, *args, **kwargs)
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise TypeError(f"{self.path}: a module of each task must take one tensor in a mixed batch, got several")
-        return self.mixed(x, selection.batch, self.layout(x, selection.batch), *args, **kwargs)
+        return self.mixed(x, selection.mix, self.layout(x, selection.mix.batch), *args, **kwargs)
 
-    def mixed(self, x: Tensor, batch: TaskBatch, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         """One forward for a batch of several tasks; here: task by task."""
 
         def run(task: int, rows: Tensor) -> Tensor:
-            module = self.of(None if task < 0 else self.context.tasks[task])
+            module = self.of(None if task < 0 else mix.tasks[task])
             return self.finish(module(rows, *args, **kwargs))
 
-        return task_by_task(x, batch, layout, self.path, run)
+        return task_by_task(x, mix.batch, layout, self.path, run)
 
     def untold(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A mixed batch where no task has a module of its own."""
@@ -69,10 +69,9 @@ class PerTask(Located, nn.Module):
         """What makes the outputs of different tasks fit into one tensor."""
         return y
 
-    @property
-    def modules_in_order(self) -> list[nn.Module]:
-        """The base, then each task's module in the order of ids."""
-        return [self.base, *(self.tasks[task] for task in self.context.tasks)]
+    def in_order(self, tasks: Sequence[str]) -> list[Any]:
+        """The base, then the modules of ``tasks``: what row ``id + 1`` of a table belongs to."""
+        return [self.base, *(self.tasks[task] for task in tasks)]
 
     @property
     def how(self) -> str:
@@ -86,9 +85,9 @@ class PerTask(Located, nn.Module):
             if not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
             selection = self.selected()
-            if selection.batch is None:
+            if selection.mix is None:
                 return getattr(self.of(selection.task), name)
-            values = {id(v): v for v in (getattr(m, name) for m in self.modules_in_order)}
+            values = {id(v): v for v in (getattr(m, name) for m in self.in_order(selection.mix.tasks))}
             value = getattr(self.base, name)
             if isinstance(value, (Tensor, nn.Module)) or any(v != value for v in values.values()):
                 raise RuntimeError(

@@ -112,15 +112,16 @@ class WrappedLayer(TapsLayer):
             if intercept.calls == 0:
                 raise RuntimeError(self._changed("in nothing"))
             return y
-        if selection.batch is None or not gated.deltas:
+        if selection.mix is None or not gated.deltas:
             return self._materialised(selection.task, x, *args, **kwargs)
-        layout = self.layout(x, selection.batch)
+        batch, tasks = selection.mix
+        layout = self.layout(x, batch)
 
         def run(task: int, rows: Tensor) -> Tensor:
-            name = None if task < 0 else self.context.tasks[task]
+            name = None if task < 0 else tasks[task]
             return self._materialised(name, rows, *args, **kwargs)
 
-        return task_by_task(x, selection.batch, layout, self.path, run)
+        return task_by_task(x, batch, layout, self.path, run)
 
     def _fused(self, x: Tensor, outer: torch.Size, gated: Gated, with_bias: bool, conv: tuple[Any, ...]) -> Tensor:
         bias = gated.bias if with_bias else None
