@@ -56,7 +56,8 @@ asan: $(VENV)/.taps_fast_test
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/asan/lib $(VENV)/bin/pytest $(or $(ARGS),tests/test_ops.py $(wildcard tests/test_cpu*.py))
 
-# The Triton tests under each supported Triton, which is put in front of the environment's own.
+# The Triton tests and every kernel compiled for every chip, under each supported Triton, which is put in front of the
+# environment's own. Compiling takes minutes.
 test-triton: $(TRITONS:%=test-triton-%)
 
 build/triton-%: | $(PY)
@@ -64,6 +65,7 @@ build/triton-%: | $(PY)
 
 test-triton-%: install build/triton-%
 	PYTHONPATH=build/triton-$* $(PY) -m pytest $(or $(ARGS),$(wildcard tests/test_triton*.py))
+	PYTHONPATH=build/triton-$*:. $(PY) tests/aot.py
 
 clean:
 	rm -rf build *.egg-info taps_fast/*.so taps_fast/*_error.txt $(VENV)/.taps_fast_*

@@ -69,6 +69,7 @@ HOPPER: Table = {
 }
 AMPERE: Table = HOPPER | {
     ("dw", 2): ((ANY, Config(32, 128, 128, 8, 4)),),
+    ("dw", 4): ((ANY, Config(16, 64, 64, 8, 3)),),
 }
 BLACKWELL: Table = HOPPER | {
     ("split", 2): (*HOPPER["split", 2][:2], (ANY, Config(64, 64, 128, 8, 4))),

@@ -112,7 +112,7 @@ def use_product(
             source = p - before + 1
         if DOTS:
             w = tl.load(pick(sources, source, dtype, TABLE) + in_w, mask=real & ~empty, other=0.0).to(tl.float32)
-            tl.store(slots_ptr + tl.cast(p, tl.int64) * tiles + tile, tl.sum(tl.sum(product * w, axis=1), axis=0))
+            tl.store(slots_ptr + tl.cast(p, tl.int64) * tiles + tile, tl.sum(product * w))
         if WRITES:
             into = pick(outputs, source, dtype, OUT_TABLE)
             if into.to(tl.int64) != 0:

@@ -9,14 +9,16 @@ from triton_shim import DEVICE, INTERPRETED
 
 from taps_fast.tasks import TaskBatch
 
-FAR = 2**31 + 2**12
-"""Elements between neighbouring rows, or columns."""
-ROOM = 3 * FAR
+ROOM = 2**32 + 2**16
+"""Elements. Every stride is less than 2**31, so that it is the product with an index that does not fit."""
+SHAPES = {0: (4, 4), 1: (2, 132)}
+STRIDES = {0: (2**30, 1), 1: (1, 2**24 + 2**18)}
+"""By the axis that is far. Columns are many, so that the loop over them takes a second step."""
 
 
 @pytest.fixture
 def far_tensor(tmp_path):
-    """Makes tensors whose second row or column lies beyond 2**31 elements: in a sparse file, or on a device."""
+    """Makes tensors that end beyond 2**31 elements: in a sparse file, or on a device."""
     if INTERPRETED:
         room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=ROOM, dtype=torch.float16)
     else:
@@ -25,10 +27,8 @@ def far_tensor(tmp_path):
 
     def make(values: torch.Tensor, far_axis: int) -> torch.Tensor:
         nonlocal used
-        stride = [1, 1]
-        stride[far_axis] = FAR
-        tensor = room[used:].as_strided(values.shape, stride)
-        used += 64
+        tensor = room[used:].as_strided(values.shape, STRIDES[far_axis])
+        used += 256
         return tensor.copy_(values)
 
     return make
@@ -41,7 +41,8 @@ def test_every_operand_may_be_far(far_tensor, far_axis):
     def draw(*size):
         return torch.randn(size, generator=g).half().to(DEVICE)
 
-    x, dy, base, delta = draw(2, 2), draw(2, 2), draw(2, 2), draw(2, 2)
+    rows, features = SHAPES[far_axis]
+    x, dy, base, delta = (draw(n, features) for n in (rows, rows, features, features))
     near = dict(x=x, dy=dy, base=base, delta=delta)
     far = {name: far_tensor(t, far_axis) for name, t in near.items()}
     index = TaskBatch.from_ids(torch.tensor([1, 0], device=DEVICE), 2)[:3]
@@ -60,14 +61,14 @@ def test_every_operand_may_be_far(far_tensor, far_axis):
 
 
 def test_results_may_be_far(far_tensor, monkeypatch):
-    """y and dx are written row by row: their rows are put beyond 2**31 elements."""
-    x, base = torch.randn(3, 16, device=DEVICE).half(), torch.randn(16, 16, device=DEVICE).half()
+    """y and dx are written row by row: the last row is put beyond 2**31 elements."""
+    x, base = torch.randn(4, 16, device=DEVICE).half(), torch.randn(16, 16, device=DEVICE).half()
     none = torch.empty(0, device=DEVICE)
     near = linear.linear_fwd(x, base, [], none, None, None, None, None, None, 1, "split")
-    far = far_tensor(torch.zeros(3, 16, device=DEVICE), 0)
+    far = far_tensor(torch.zeros(4, 16, device=DEVICE), 0)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *size, **how: far if size == (3, 16) else new_empty(self, *size, **how)
+        torch.Tensor, "new_empty", lambda self, *size, **how: far if size == (4, 16) else new_empty(self, *size, **how)
     )
     got = linear.linear_fwd(x, base, [], none, None, None, None, None, None, 1, "split")
     assert got is far
