@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from taps_fast import testing
 
 from .models import Materialised, NetworkProblem, learned
 from .providers import Ready, installed, provider
+from .results import CHECKOUT
 from .workloads import Workload
 
 
@@ -132,9 +136,21 @@ def _base(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]
     return lambda: plain(p.images), [plain]
 
 
+@contextlib.contextmanager
+def _outside_the_checkout() -> Iterator[None]:
+    """Imports as in any other folder: transformers looks for a package named kernels, and this checkout has one."""
+    path = sys.path[:]
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != CHECKOUT]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
 def _peft(p: NetworkProblem) -> Ready:
     """PEFT's mixed batch: LoRA of as many parameters as the open deltas; norms and head are shared by all tasks."""
-    from peft import LoraConfig, get_peft_model
+    with _outside_the_checkout():
+        from peft import LoraConfig, get_peft_model
 
     layers = p.model.conversion.layers
     plain, adapted = copy.deepcopy(p.base), None
@@ -178,8 +194,8 @@ provider("peft-lora", "other", ("network",), phase="forward", only=_has_gates, a
 def _step(
     forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, weights: Sequence[Tensor]
 ) -> Callable[[], None]:
-    """One training step with momentum; the rate is so small that rounds stay alike."""
-    optimizer = torch.optim.SGD(weights, lr=1e-9, momentum=0.9)
+    """One training step with momentum; the rate is 0, so that every round does the same arithmetic."""
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
