@@ -35,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "head-only training and full fine-tuning with the same budget. Then loads all task folders into one model and "
         "runs one mixed batch. Everything it needs came with pip; nothing is downloaded."
     )
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="of: %(choices)s"
-    )
-    parser.add_argument(
-        "--epochs", type=_positive, default=5, help=f"of {train.STEPS * train.BATCH} images, for every task"
-    )
-    parser.add_argument("--lam", type=float, default=0.5, help="λ of the penalty on scores: more closes more layers")
-    parser.add_argument("--seed", type=int, default=3, help="of the splits, new heads and order of images")
-    parser.add_argument("--image-size", type=_positive, default=64, help="pixels a side that the network sees")
-    parser.add_argument("--device", type=_device, default="cpu", help="such as cpu or cuda")
-    parser.add_argument("--out", type=Path, default=Path("taps_demo"), help="where task folders and the picture go")
+    names = list(TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names, metavar="TASK", help="%(choices)s (all)")
+    images = f"of {train.STEPS * train.BATCH} images, for every task"
+    for option, kind, default, help in (
+        ("--epochs", _positive, 5, images),
+        ("--lam", float, 0.5, "λ of the penalty on scores: more closes more layers"),
+        ("--seed", int, 3, "of the splits, new heads and order of images"),
+        ("--image-size", _positive, 64, "pixels a side that the network sees"),
+        ("--device", _device, "cpu", "such as cpu or cuda"),
+        ("--out", Path, Path("taps_demo"), "where task folders and the picture go"),
+    ):
+        name = option.lstrip("-")[0].upper()
+        parser.add_argument(option, type=kind, default=default, metavar=name, help=f"{help} (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
