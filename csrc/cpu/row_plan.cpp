@@ -11,10 +11,11 @@
 namespace taps_fast::cpu {
 namespace {
 
-// A panel takes 256 KiB of L2 (2 MiB here, 1 MiB on older cores), which leaves room for the next panel's weights, fetched
-// meanwhile (two terms: 512 KiB), and for the rows' sums. Forward reads weights along its depth, dx along its columns.
-constexpr int64_t kForwardCols = 64, kForwardDepth = 1024;
-constexpr int64_t kBackwardCols = 128, kBackwardDepth = 512;
+// A panel takes 256 KiB of L2 (float32; 512 KiB for two-byte types, whose rows are converted once a panel), which leaves
+// room for the weights of the next one, fetched meanwhile (two terms: 512 KiB), and for the rows' sums. Forward reads
+// weights along its depth, dx along its columns.
+constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
+constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
 constexpr int64_t kSumsBytes = 1 << 20;   // float32 sums that one item keeps between depth blocks and passes
 constexpr int64_t kMostRows = 4096;       // rows of one item
 constexpr int64_t kFewestRows = 192;      // splitting rows packs a panel again: worth about 25 rows
@@ -123,6 +124,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
 void RowPlan::choose_blocks(int threads, const Kernels& table) {
   Blocking& b = problem.blocking;
   const int64_t lanes = table.vector_bytes / compute_size(problem.dtype);
+  const int64_t most_cols = (problem.transposed ? kForwardColBytes : kBackwardColBytes) / element_size(problem.dtype);
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
   // Fewer columns an item, then fewer rows, until no thread waits for another.
   const auto busy = [&] {
@@ -130,10 +132,10 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     return items >= kItemsPerThread * threads || items * 10 >= rounds * threads * 9;
   };
   b.row_block = std::min(problem.rows, kMostRows);
-  b.col_block = problem.transposed ? kForwardCols : kBackwardCols;
+  b.col_block = most_cols;
   while (b.col_block > lanes && !busy()) b.col_block /= 2;
   if (!busy() && problem.rows >= 2 * kFewestRows) {
-    b.col_block = problem.transposed ? kForwardCols : kBackwardCols;
+    b.col_block = most_cols;
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
   keeps_sums_ = problem.depth > b.depth_block ||
