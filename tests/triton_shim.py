@@ -19,6 +19,7 @@ if INTERPRETED:
 
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 
@@ -73,6 +74,14 @@ def install() -> None:
         value = arg.data[0] if arg.data.ndim else arg.data
         return TensorHandle(np.full(ret_ty.shape, value, dtype=arg.data.dtype), arg.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        # Triton 3.6 makes a loop bound an integer in a way that numpy 2.4 no longer allows.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
     builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast
     builder.create_fp_to_fp, builder.binary_op, builder.create_dot = convert, binary, dot
     builder.create_splat = splat
