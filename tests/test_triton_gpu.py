@@ -1,0 +1,105 @@
+"""What only a CUDA device can show: graphs replay with other data, nothing waits for the host, tf32 is obeyed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from taps_fast.kernels import _configs, linear
+
+from taps_fast.functional import delta_linear
+from taps_fast.tasks import TaskBatch
+from taps_fast.testing import assert_no_worse_than_torch
+
+pytestmark = pytest.mark.gpu
+TASKS = 4
+PAIRS = [(t, t) for t in range(TASKS)]
+
+
+class Layer:
+    """A mixed-batch layer whose forward and backward run on tensors that stay where they are."""
+
+    def __init__(self, algorithm: str, rows: int = 96, size: int = 256, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.algorithm = algorithm
+        self.x = torch.randn(rows, size, device="cuda", dtype=dtype).requires_grad_()
+        weights = torch.randn(1 + TASKS, size, size, device="cuda", dtype=dtype) * size**-0.5
+        self.base, *self.deltas = (w.clone().requires_grad_() for w in weights)
+        self.coeffs = torch.eye(TASKS, device="cuda").requires_grad_()
+        self.ids = torch.zeros(rows // 2, dtype=torch.int64, device="cuda")
+        self.dy = torch.randn(rows, size, device="cuda", dtype=dtype)
+        self.inputs = [self.x, self.base, self.coeffs, *self.deltas]
+
+    def change(self, seed: int) -> None:
+        g = torch.Generator("cuda").manual_seed(seed)
+        with torch.no_grad():
+            self.ids.random_(-1, TASKS, generator=g)
+            self.coeffs.copy_(torch.diag(torch.randint(0, 2, (TASKS,), generator=g, device="cuda").float()))
+
+    def __call__(self) -> list[torch.Tensor]:
+        y = delta_linear(
+            self.x, self.base, self.deltas, self.coeffs,
+            tasks=TaskBatch.from_ids(self.ids, TASKS), pairs=PAIRS, backend="triton", algorithm=self.algorithm,
+        )  # fmt: skip
+        return [y, *torch.autograd.grad(y, self.inputs, self.dy)]
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_a_graph_replays_with_other_ids_and_gates(algorithm):
+    torch.use_deterministic_algorithms(False)
+    layer = Layer(algorithm)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    for seed in range(4):
+        layer.change(seed)
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        for got, expected in zip(replayed, layer(), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_nothing_waits_for_the_host(algorithm):
+    torch.use_deterministic_algorithms(False)
+    layer = Layer(algorithm)
+    layer()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_float32_is_exact_unless_torch_allows_tf32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    x, base = torch.randn(64, 512, device="cuda"), torch.randn(512, 512, device="cuda")
+    coeffs = torch.empty(0, device="cuda")
+    ref = x.double() @ base.double().T
+    try:
+        for allowed in ("ieee", "tf32"):
+            matmul.fp32_precision = allowed
+            assert _configs.precision(torch.float32) == allowed
+            y = delta_linear(x, base, [], coeffs, backend="triton", algorithm="split")
+            assert_no_worse_than_torch(y, ref, x @ base.T)
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("rows", (1, 16, 33, 64, 129, 1000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_real_sizes(rows, dtype):
+    """Every config of the table, with reductions in parts and pipelines full."""
+    x = torch.randn(rows, 1024, device="cuda", dtype=dtype)
+    base, delta = torch.randn(2, 768, 1024, device="cuda", dtype=dtype) * 1024**-0.5
+    coeffs = torch.tensor([0.5], device="cuda")
+    for algorithm in linear.ALGORITHMS:
+        y = delta_linear(x, base, [delta], coeffs, backend="triton", algorithm=algorithm)
+        ref = x.double() @ (base.double() + 0.5 * delta.double()).T
+        assert_no_worse_than_torch(y, ref, x @ (base + 0.5 * delta).T)
