@@ -163,7 +163,7 @@ def mixed(args: argparse.Namespace, dtype: torch.dtype) -> None:
         w, *deltas = weight_sets(o, i, tasks, dtype, False)[0]
         is_open = [t % 2 == 0 for t in range(tasks)]
         coeffs = torch.diag(torch.tensor([0.7 * on for on in is_open]))
-        merged_weights = [torch.add(w, d, alpha=0.7) if on else w for d, on in zip(deltas, is_open)]
+        merged_weights = [torch.add(w, d, alpha=0.7) if on else w for d, on in zip(deltas, is_open, strict=True)]
         buffer = torch.empty_like(w)
 
         def ours(_: int) -> Tensor:
@@ -233,7 +233,7 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
             xd = F.linear(x, d)
             return dx, (xd * dy).sum(), (dy.t() @ x).mul_(0.7)
 
-        for got, want in zip(ours(0), materialise(0)):
+        for got, want in zip(ours(0), materialise(0), strict=True):
             if want.dim():
                 check(cell, got, want)
         table.add(cell, measure(dict(ours=ours, materialise=materialise, two=two), args.seconds))

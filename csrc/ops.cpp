@@ -60,8 +60,8 @@ class Inputs {
   Inputs(const char* op, const Tensor& like) : op_(op), like_(like) {}
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, op_, ": ", name, " must have shape [", rows, ", ", cols,
-          "], got ", shape_of(t));
+    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, op_, ": ", name, " must have shape [", rows, ", ",
+          cols, "], got ", shape_of(t));
     check(t.scalar_type() == like_.scalar_type(), op_, ": ", name, " must have scalar type ", int(like_.scalar_type()),
           ", got ", int(t.scalar_type()));
     if (t.stride(1) == 1 || cols <= 1) return {t.const_data_ptr(), t.stride(0)};
@@ -97,7 +97,8 @@ Groups read_groups(const char* op, Inputs& inputs, int64_t rows, const Tensor& c
   groups.order = static_cast<const int64_t*>(inputs.vector("order", *order, groups.batch, ScalarType::Long));
   groups.offsets = static_cast<const int64_t*>(inputs.vector("offsets", *offsets, groups.tasks + 2, ScalarType::Long));
   check(inner >= 1 && (groups.batch ? rows % (inner * groups.batch) == 0 : rows == 0), op,
-        ": rows must be a multiple of inner times the batch, got ", rows, " (inner ", inner, ", batch ", groups.batch, ")");
+        ": rows must be a multiple of inner times the batch, got ", rows, " (inner ", inner, ", batch ", groups.batch,
+        ")");
   check(groups.offsets[0] == 0 && groups.offsets[groups.tasks + 1] == groups.batch, op,
         ": offsets must span the batch of ", groups.batch, ", got ", groups.offsets[0], " to ",
         groups.offsets[groups.tasks + 1]);
@@ -109,7 +110,8 @@ Weight read_weight(const char* op, Inputs& inputs, const Tensor& base, const std
   check(base.dim() == 2, op, ": base must have shape [O, I], got ", shape_of(base));
   Weight weight;
   weight.base = inputs.matrix("base", base, base.size(0), base.size(1));
-  for (const Tensor& delta : deltas) weight.deltas.push_back(inputs.matrix("deltas", delta, base.size(0), base.size(1)));
+  for (const Tensor& delta : deltas)
+    weight.deltas.push_back(inputs.matrix("deltas", delta, base.size(0), base.size(1)));
   weight.wide = base.scalar_type() == ScalarType::Double;
   const ScalarType dtype = weight.wide ? ScalarType::Double : ScalarType::Float;
   weight.coeffs = inputs.vector("coeffs", coeffs, tasks * deltas.size(), dtype);
@@ -182,11 +184,13 @@ Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>
                      inner, algorithm);
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(
-    const Tensor& dy, const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
-    const OptionalTensor& base_coeffs, const OptionalTensor& ids, const OptionalTensor& order,
-    const OptionalTensor& offsets, int64_t inner, const std::vector<int64_t>& pairs,
-    const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs, bool need_dbase) {
+std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, const Tensor& x, const Tensor& base,
+                                                          const std::vector<Tensor>& deltas, const Tensor& coeffs,
+                                                          const OptionalTensor& base_coeffs, const OptionalTensor& ids,
+                                                          const OptionalTensor& order, const OptionalTensor& offsets,
+                                                          int64_t inner, const std::vector<int64_t>& pairs,
+                                                          const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs,
+                                                          bool need_dbase) {
   const char* op = "linear_dw";
   Inputs inputs(op, x);
   check(x.dim() == 2 && base.dim() == 2, op, ": x and base must have 2 dimensions, got ", shape_of(x), " and ",
@@ -212,9 +216,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(
     ddeltas.push_back(torch::stable::new_empty(x, {out_features, in_features}));
     wanted.ddeltas.push_back({ddeltas.back().mutable_data_ptr(), in_features});
   }
-  Tensor dbase = need_dbase ? torch::stable::new_empty(x, {out_features, in_features}) : torch::stable::new_empty(x, {0});
+  Tensor dbase =
+      need_dbase ? torch::stable::new_empty(x, {out_features, in_features}) : torch::stable::new_empty(x, {0});
   if (need_dbase) wanted.dbase.data = dbase.mutable_data_ptr();
-  Tensor dcoeffs = need_dcoeffs ? torch::stable::new_zeros(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
+  Tensor dcoeffs =
+      need_dcoeffs ? torch::stable::new_zeros(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
   if (out_features > 0 && in_features > 0) {
     plan.finish(weight, groups, wanted, rows, torch::stable::get_num_threads(), kernels());
     run(p, kernels().weight_gradient, plan.workspace_bytes(kernels()));

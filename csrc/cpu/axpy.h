@@ -13,8 +13,8 @@ constexpr int kAxpyDepth = 4;
 
 /// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs.
 template <class S, int kDepth, int kTerms>
-void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t row, int64_t column,
-               int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
+void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t row, int64_t column, int64_t num_columns,
+               Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
   const S* w[kTerms][kDepth];
@@ -64,8 +64,7 @@ void axpy_rows(const S** a, int64_t num_rows, const Term* terms, int64_t num_ter
         if (step == kAxpyDepth)
           axpy_step<S, kAxpyDepth, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride,
                                                 add);
-        else
-          axpy_step<S, 1, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
+        else axpy_step<S, 1, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
       });
     }
     for (int64_t m = 0; m < num_rows; m++) a[m] += step;

@@ -25,8 +25,8 @@ const Kernels& choose() {
         kernels_avx512());
 #endif
   if (!best)
-    throw std::runtime_error("taps_fast: TAPS_FAST_CPU_ISA must be generic, avx2 or avx512, and one this CPU has, got '" +
-                             wanted + "'");
+    throw std::runtime_error(
+        "taps_fast: TAPS_FAST_CPU_ISA must be generic, avx2 or avx512, and one this CPU has, got '" + wanted + "'");
   return *best;
 }
 

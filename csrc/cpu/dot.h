@@ -33,7 +33,8 @@ TAPS_INLINE void dot_tile(const Compute<S>* a, const Term* terms, int64_t row, i
     coeff[t] = static_cast<C>(terms[t].coeff);
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++)
-      w[t][n] = static_cast<const S*>(terms[t].matrix.data) + (row + min(n, num_columns - 1)) * terms[t].matrix.stride + column;
+      w[t][n] = static_cast<const S*>(terms[t].matrix.data) + (row + min(n, num_columns - 1)) * terms[t].matrix.stride +
+                column;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; m++)

@@ -124,10 +124,8 @@ void GradientPlan::reduce(void* dcoeffs, bool wide) const {
   for (size_t slot = 0; slot < positions_.size(); slot++) {
     double sum = 0;
     for (int64_t i = 0; i < tiles; i++) sum += partials_[slot * tiles + i];
-    if (wide)
-      static_cast<double*>(dcoeffs)[positions_[slot]] = sum;
-    else
-      static_cast<float*>(dcoeffs)[positions_[slot]] = static_cast<float>(sum);
+    if (wide) static_cast<double*>(dcoeffs)[positions_[slot]] = sum;
+    else static_cast<float*>(dcoeffs)[positions_[slot]] = static_cast<float>(sum);
   }
 }
 

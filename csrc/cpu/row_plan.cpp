@@ -11,16 +11,16 @@
 namespace taps_fast::cpu {
 namespace {
 
-// A panel takes 256 KiB of L2 (float32; 512 KiB for two-byte types, whose rows are converted once a panel), which leaves
-// room for the weights of the next one, fetched meanwhile (two terms: 512 KiB), and for the rows' sums. Forward reads
-// weights along its depth, dx along its columns.
+// A panel takes 256 KiB of L2 (float32; 512 KiB for two-byte types, whose rows are converted once a panel), which
+// leaves room for the weights of the next one, fetched meanwhile (two terms: 512 KiB), and for the rows' sums. Forward
+// reads weights along its depth, dx along its columns.
 constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
 constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
-constexpr int64_t kSumsBytes = 1 << 20;   // float32 sums that one item keeps between depth blocks and passes
-constexpr int64_t kMostRows = 4096;       // rows of one item
-constexpr int64_t kFewestRows = 192;      // splitting rows packs a panel again: worth about 25 rows
+constexpr int64_t kSumsBytes = 1 << 20;  // float32 sums that one item keeps between depth blocks and passes
+constexpr int64_t kMostRows = 4096;  // rows of one item
+constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
 constexpr int64_t kItemsPerThread = 2;
-constexpr int64_t kSmallGroup = 4;        // rows; up to here the base's product is shared with other groups
+constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
 
 /// One group of the batch: its rows and the terms of its weight.
 struct Member {
@@ -84,7 +84,8 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     }
     size_t end = i;
     int64_t rows = 0, closed = 0;
-    for (; end < members.size() && shares_base(members[end]) && members[end].base_coeff == members[i].base_coeff; end++) {
+    for (; end < members.size() && shares_base(members[end]) && members[end].base_coeff == members[i].base_coeff;
+         end++) {
       rows += members[end].rows;
       if (!open(members[end])) closed += members[end].rows;
     }
@@ -140,8 +141,7 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
   }
   keeps_sums_ = problem.depth > b.depth_block ||
                 std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return !p.first || !p.last; });
-  if (keeps_sums_)
-    b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
+  if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
 }
 
 int64_t RowPlan::workspace_bytes(const Kernels& table) const {

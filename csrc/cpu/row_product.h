@@ -3,8 +3,8 @@
 // One item = a block of rows times a block of columns. It walks the depth in blocks and, inside a block, the passes
 // (groups of rows that share a sum of terms), so the base's part of the panel is still in L2 when the next task sums
 // its delta onto it. Per pass: pack the panel once, then register tiles, which meanwhile fetch the weights of the step
-// after; few rows skip the panel (dot.h forward, axpy.h for dx). Sums stay in a float32 tile until the last pass and depth block, when bias
-// is added, the result rounded once and scattered.
+// after; few rows skip the panel (dot.h forward, axpy.h for dx). Sums stay in a float32 tile until the last pass and
+// depth block, when bias is added, the result rounded once and scattered.
 #pragma once
 
 #include "axpy.h"
@@ -87,10 +87,8 @@ class RowWorker {
     Ahead ahead;
     int64_t fetch = 0;
     if (!few && num_terms > 0) {
-      if (p_.transposed)
-        pack_transposed<S>(panel_, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
-      else
-        pack_straight<S>(panel_, kWidth, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
+      if (p_.transposed) pack_transposed<S>(panel_, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
+      else pack_straight<S>(panel_, kWidth, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
       if (next.item < items_) fetch = look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
     const int64_t first_row = s.item / panels_ * p_.blocking.row_block;
@@ -117,8 +115,8 @@ class RowWorker {
     if (!p_.transposed) {
       const S* a[kDotRows];
       for (int64_t i = 0; i < num_rows; i++) a[i] = input(s.row_begin + i) + s.depth_begin;
-      return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out,
-                          tile_stride_, accumulate);
+      return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
+                          accumulate);
     }
     const int64_t part = even_part(num_rows, kDotTile), size = part * round_up(s.depth, kLanes<C>);
     for (int64_t i = 0; i < num_rows; i++) {
@@ -176,7 +174,8 @@ class RowWorker {
     const int64_t row = p_.row_index ? p_.row_index[r] : r;
     S* out = static_cast<S*>(p_.out.data) + row * p_.out.stride + col_begin;
     const int64_t bias_row = p_.bias_index ? p_.bias_index[r] : 0;
-    const S* bias = p_.bias.data ? static_cast<const S*>(p_.bias.data) + bias_row * p_.bias.stride + col_begin : nullptr;
+    const S* bias =
+        p_.bias.data ? static_cast<const S*>(p_.bias.data) + bias_row * p_.bias.stride + col_begin : nullptr;
     int64_t j = 0;
     for (; j + lanes <= cols; j += lanes) store(out + j, bias ? load(sums + j) + load(bias + j) : load(sums + j));
     if (j < cols)

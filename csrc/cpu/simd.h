@@ -197,7 +197,8 @@ TAPS_INLINE void transpose(FloatVec* rows) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 2], c = (__m512d)t[4 * i + 1], d = (__m512d)t[4 * i + 3];
+    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 2], c = (__m512d)t[4 * i + 1],
+                  d = (__m512d)t[4 * i + 3];
     r[4 * i] = (__m512)_mm512_unpacklo_pd(a, b);
     r[4 * i + 1] = (__m512)_mm512_unpackhi_pd(a, b);
     r[4 * i + 2] = (__m512)_mm512_unpacklo_pd(c, d);

@@ -1,8 +1,8 @@
 // dw: the tiles of P = Σ_r scale_r · dy_rᵀ x_r, used while they are in cache and stored only where a gradient is them.
 //
 // One item = one job's tile of P. Rows are packed in blocks (dy becomes the broadcast side, x the strips, both gathered
-// and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas and
-// scaled into the targets straight from L1. Dots end in float64 partials, one a tile, which the plan sums in order.
+// and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas
+// and scaled into the targets straight from L1. Dots end in float64 partials, one a tile, which the plan sums in order.
 #pragma once
 
 #include "pack.h"
