@@ -1,4 +1,4 @@
-"""pytest-benchmark over single layers.
+"""pytest-benchmark over single layers, on the CPU.
 
     pytest benchmarks/bench_layers.py -k 'vit_s.proj' --benchmark-autosave      and later --benchmark-compare
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import pytest
 
-from .cells import every, problem, ready
+from .cells import every, mode, problem
 
 
 @pytest.mark.parametrize(("workload", "provider"), [pytest.param(*c, id=n) for n, c in every("linear", "conv2d")])
 def test_layer(benchmark, workload, provider):
-    made = ready(provider, problem(workload, "cpu"))
-    made.check()
+    p = problem(workload, "cpu")
     benchmark.group = workload.name
-    benchmark(made.run)
+    with mode(p):
+        made = provider.build(p)
+        made.check()
+        benchmark(made.run)

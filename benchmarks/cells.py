@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -11,7 +11,7 @@ from . import serving, timing  # noqa: F401  (serving registers the networks' pr
 from .layers import LayerProblem
 from .limits import Limits, bound
 from .models import NetworkProblem
-from .providers import Provider, Ready, choice, find
+from .providers import Provider, choice, find
 from .results import Record
 from .workloads import LAYERS, SUITES, Workload, workloads
 
@@ -23,18 +23,9 @@ def problem(workload: Workload, device: str) -> Problem:
     return NetworkProblem(workload, device) if workload.op == "network" else LayerProblem(workload, device)
 
 
-def _quietly(call: Callable[..., object], train: bool) -> Callable[..., Any]:
-    def run(*args: object) -> object:
-        with torch.set_grad_enabled(train):
-            return call(*args)
-
-    return run
-
-
-def ready(provider: Provider, p: Problem) -> Ready:
-    """The provider on a problem. Its calls record for autograd in training alone."""
-    built = _quietly(provider.build, p.train)(p)
-    return Ready(_quietly(built.run, p.train), built.weights, _quietly(built.check, p.train))
+def mode(p: Problem) -> contextlib.AbstractContextManager[None]:
+    """What a problem's calls run in: they record for autograd in training alone."""
+    return torch.set_grad_enabled(p.train)
 
 
 def every(*ops: str) -> Iterator[tuple[str, tuple[Workload, Provider]]]:
@@ -55,9 +46,16 @@ def alone(workload: Workload, provider: str, device: str) -> timing.Call:
     """The call of one provider, holding nothing that others need."""
     p = problem(workload, device)
     (only,) = [q for q in find([provider]) if q.fits(workload)]
-    built = ready(only, p)
+    train = p.train
+    with mode(p):
+        built = only.build(p)
     p.keep(built.weights)
-    return built.run
+
+    def call() -> None:
+        with torch.set_grad_enabled(train):
+            built.run()
+
+    return call
 
 
 def run(
@@ -77,6 +75,20 @@ def run(
         memory: whether workloads that ask for it get their peak memory measured.
     """
     p = problem(workload, device)
+    with mode(p):
+        return _run(workload, p, providers, device, limits, environment, seconds, memory)
+
+
+def _run(
+    workload: Workload,
+    p: Problem,
+    providers: Iterable[Provider],
+    device: str,
+    limits: Limits,
+    environment: Record,
+    seconds: float,
+    memory: bool,
+) -> list[Record]:
     sets = rotated(workload, p, device)
     records, calls = [], {}
     for provider in providers:
@@ -89,7 +101,7 @@ def run(
             records.append(record | {"status": "absent", "reason": reason})
             continue
         try:
-            built = [ready(provider, q) for q in sets]
+            built = [provider.build(q) for q in sets]
             built[0].run()
             built[0].check()
         except AssertionError as error:

@@ -118,7 +118,7 @@ def serve(device: str, threads: int) -> None:
     from .providers import find
 
     timing.pin(threads)
-    asked, built = None, None
+    asked, built, p = None, None, None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {"error": None, "times": []}
@@ -128,12 +128,14 @@ def serve(device: str, threads: int) -> None:
                 (workload,) = workloads([request["workload"]])
                 p = cells.problem(workload, device)
                 (provider,) = [q for q in find([request["provider"]]) if q.fits(workload)]
-                built = [cells.ready(provider, q) for q in cells.rotated(workload, p, device)]
-                built[0].check()
+                with cells.mode(p):
+                    built = [provider.build(q) for q in cells.rotated(workload, p, device)]
+                    built[0].check()
                 asked = request["workload"], request["provider"]
             if request["seconds"]:
                 calls = [b.run for b in built or ()]
-                answer["times"] = timing.rounds_of({"it": calls}, request["seconds"], device)["it"]
+                with cells.mode(p):
+                    answer["times"] = timing.rounds_of({"it": calls}, request["seconds"], device)["it"]
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         if device != "cpu":

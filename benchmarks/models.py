@@ -79,6 +79,11 @@ class NetworkProblem:
         return self.model.merge(f"task{task}").to(dtype or self.dtype)
 
     @functools.cached_property
+    def copies(self) -> list[nn.Module]:
+        """Every task's merged network."""
+        return [self.merged(t) for t in range(self.workload.tasks or 0)]
+
+    @functools.cached_property
     def _judged(self) -> tuple[list[int], Results, Results, dict[str, float]]:
         """The samples judged, the truth in float64, PyTorch's own answer, and the scales of sums that cancel."""
         if self.train:
@@ -135,6 +140,7 @@ class NetworkProblem:
     def keep(self, weights: Sequence[Tensor]) -> None:
         """Forgets the networks that a provider has made others of; what it runs, it holds itself."""
         self.base = self.model = None
+        self.__dict__.pop("copies", None)
 
 
 class Materialised:

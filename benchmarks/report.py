@@ -239,7 +239,7 @@ TABLES: dict[str, Callable[[list[Record]], list[str]]] = {
     "learn": learn,
     "scaling": scaling,
     "absent": absent,
-    **{name: layers(name) for name in ("linear", "rows", "mixes", "decode", "conv2d", "train", "merging", "norms")},
+    **{name: layers(name) for name in SUITES if name not in ("serve", "learn", "scaling", "quick")},
 }
 
 

@@ -67,28 +67,27 @@ def _ours_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn
 @network("merged-copies", "merged", "forward")
 def _copies(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """One merged network a task, called in turn: what users do."""
-    networks = [p.merged(t) for t in range(p.workload.tasks)]
+    networks = p.copies
     return lambda: _in_turn(p, lambda task, images: networks[task](images)), networks
 
 
 @network("merged-copies-compiled", "merged", "forward", quick=False)
 def _copies_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """The same, compiled once for all: the weights are its inputs."""
-    networks = [p.merged(t) for t in range(p.workload.tasks)]
+    networks = p.copies
     state = [dict(n.named_parameters()) | dict(n.named_buffers()) for n in networks]
     one = torch.compile(lambda weights, images: torch.func.functional_call(networks[0], weights, (images,)))
     return lambda: _in_turn(p, lambda task, images: one(state[task], images)), networks
 
 
-@network("merged-vmap", "merged", "forward")
+@network("merged-vmap", "merged", "forward", only=lambda workload: workload.tasks <= 32)  # or memory runs out
 def _vmap(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """All networks stacked and mapped at once, where every task has equally many samples."""
     tasks = p.workload.tasks
     if len(set(p.ids.bincount(minlength=tasks).tolist())) > 1:
         raise NotImplementedError("needs as many samples of each task")
-    networks = [p.merged(t) for t in range(tasks)]
-    state = torch.func.stack_module_state(networks)
-    bare = copy.deepcopy(networks[0]).to("meta")
+    state = torch.func.stack_module_state(p.copies)
+    bare = copy.deepcopy(p.copies[0]).to("meta")
     mapped = torch.vmap(lambda w, b, images: torch.func.functional_call(bare, (w, b), (images,)))
 
     def forward() -> Tensor:
@@ -109,7 +108,7 @@ def _is_norm(workload: Workload) -> bool:
 @network("addcmul", "merged", "forward", only=_is_norm)
 def _addcmul(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """Scale and shift of each sample's task in one pass."""
-    norms = [p.merged(t)[0] for t in range(p.workload.tasks)]
+    norms = [network[0] for network in p.copies]
     images, ids = p.images, p.ids
     table = nn.Module()
     scale, shift = torch.stack([n.weight.detach() for n in norms]), torch.stack([n.bias.detach() for n in norms])

@@ -50,6 +50,8 @@ LAYERS: dict[str, Layer] = {
     **_transformer("minilm_l6", 384, 64, joint_qkv=False),
     # A vit_b.fc1 fed row by row: for sweeps over the number of rows.
     "rows.768x3072": linear(768, 3072, 1),
+    # So little work that a call's own cost is all there is.
+    "call.8x8": linear(8, 8, 1),
     "llama_8b.q": linear(4096, 4096, 1),
     "llama_8b.k": linear(4096, 1024, 1),
     "llama_8b.gate": linear(4096, 14336, 1),
@@ -200,6 +202,14 @@ def _conv2d() -> Iterator[Workload]:
                 yield Workload(layer, 8, tasks)
 
 
+def _overhead() -> Iterator[Workload]:
+    """What a call costs before any work."""
+    for tasks in (1, 8):
+        yield Workload("call.8x8", 8, tasks, gates=100, cold=False)
+    yield Workload("call.8x8", 8, None, cold=False, deltas=1)
+    yield Workload("call.8x8", 8, 1, gates=100, phase="train", cold=False)
+
+
 def _train() -> Iterator[Workload]:
     """Forward and backward of one layer: gradients of x, of the open deltas and of every gate."""
     for layer in ("vit_s.qkv", "vit_s.fc1", "vit_b.fc1"):
@@ -270,6 +280,7 @@ SUITES = {
     "mixes": _mixes,
     "decode": _decode,
     "conv2d": _conv2d,
+    "overhead": _overhead,
     "train": _train,
     "merging": _merging,
     "norms": _norms,

@@ -356,6 +356,12 @@ def test_tables_follow_the_results(tmp_path, records, capsys):
     assert "unknown results file" in capsys.readouterr().err
 
 
+def test_every_table_has_its_place():
+    page = report.PAGES[-1].read_text()
+    assert set(report.TABLES) == {name for _, name, _, _ in report.MARKED.findall(page)}
+    assert set(workloads.SUITES) - {"quick"} <= set(report.TABLES)
+
+
 def test_a_losing_cell_is_shown_as_losing(records):
     cell = [dict(r) for r in records if r["workload"].startswith("batchnorm256")]
     for record in cell:
