@@ -57,3 +57,7 @@ def write_kernel(table_ptr, values, COUNT: tl.constexpr):
     """table[n] = values[n], without the disguise."""
     for n in tl.static_range(COUNT):
         tl.store(table_ptr + n, (values[n] & ((1 << 61) - 1)) >> 4)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

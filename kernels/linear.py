@@ -6,20 +6,20 @@ value, so a captured CUDA graph replays with others.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _configs
-from ._arguments import pointers, table
-from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
+from ._arguments import pointers, triton_dtype
+from ._gradients import linear_dw
 from ._merge import merge_kernel
+from ._problem import Rows, Weight
 from ._split import split_kernel, sum_splits_kernel
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, found {triton.__version__}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         yield f"computes float32, bfloat16 and float16, the tensors are {problem.dtype}"
-    if problem.rows * math.prod(problem.shape[1:]) and max(problem.rows, *problem.shape) >= 2**31 - 2**16:
+    if max(problem.rows, *problem.shape) >= 2**31 - 2**16:
         yield f"counts rows and features in 31 bits, got {problem.rows} rows and weight {problem.shape}"
     if (problem.num_tasks or 0) >= 2**16 - 1:
         yield f"takes fewer than {2**16 - 1} tasks, got {problem.num_tasks}"
@@ -43,52 +43,18 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"needs compute capability 8.0 or newer, the device has {torch.cuda.get_device_capability()}"
 
 
-class Rows(NamedTuple):
-    """Which rows belong to which task; without tasks every row is task 0's."""
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, wherever the tensors are."""
 
-    ids: Tensor | None
-    order: Tensor | None
-    offsets: Tensor | None
-    count: int
-    inner: int
+    @functools.wraps(run)
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return run(first, *rest)
 
-    @property
-    def mixed(self) -> bool:
-        return self.ids is not None
-
-    @property
-    def samples(self) -> int:
-        return 1 if self.ids is None else max(self.ids.shape[0], 1)
-
-    @property
-    def per_sample(self) -> int:
-        return max(self.count // self.samples, 1)
+    return guarded
 
 
-class Weight(NamedTuple):
-    """The sources, their common strides, and the coefficients that weigh them."""
-
-    sources: list[Tensor]
-    coeffs: Tensor
-    base_coeffs: Tensor | None
-
-    @classmethod
-    def of(cls, base: Tensor, deltas: Sequence[Tensor], coeffs: Tensor, base_coeffs: Tensor | None) -> Weight:
-        sources = [base, *deltas]
-        if any(s.stride() != base.stride() for s in deltas):
-            sources = [s.contiguous() for s in sources]
-        return cls(sources, coeffs, base_coeffs)
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        out, into = self.sources[0].stride()
-        return out, into
-
-    @property
-    def tasks(self) -> int:
-        return self.coeffs.shape[0] if self.coeffs.dim() == 2 else 1
-
-
+@_on_its_device
 def linear_fwd(
     x: Tensor,
     base: Tensor,
@@ -109,6 +75,7 @@ def linear_fwd(
     return _split("split", x, weight, rows, bias, base.shape[0], *weight.stride)
 
 
+@_on_its_device
 def linear_dx(
     dy: Tensor,
     base: Tensor,
@@ -128,49 +95,7 @@ def linear_dx(
     return _split("dx", dy, weight, rows, None, base.shape[1], *reversed(weight.stride))
 
 
-def linear_dw(
-    dy: Tensor,
-    x: Tensor,
-    base: Tensor,
-    deltas: Sequence[Tensor],
-    coeffs: Tensor,
-    base_coeffs: Tensor | None,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    inner: int,
-    pairs: Sequence[int],
-    ddeltas_for: Sequence[int],
-    need_dcoeffs: bool,
-    need_dbase: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    weight = Weight.of(base, deltas, coeffs, base_coeffs)
-    rows = Rows(ids, order, offsets, x.shape[0], max(inner, 1))
-    shape = (dy.shape[1], x.shape[1])
-    dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
-    dbase = base.new_empty(shape) if need_dbase else base.new_empty(0)
-    ddeltas = {k: base.new_empty(shape) for k in ddeltas_for}
-    outputs = [dbase, *(ddeltas.get(k, base.new_empty(0)) for k in range(len(deltas)))]
-
-    # What one task alone contributes to is written from that task's tile; a sum over tasks takes its own pass.
-    count = len(deltas)
-    listed = sorted(set(pairs))
-    owners = [0] * count
-    for pair in listed or range(weight.tasks * count):
-        owners[pair % count] += 1
-    for k in ddeltas:
-        if owners[k] == 0:
-            ddeltas[k].zero_()
-    alone = [k + 1 for k in ddeltas if owners[k] == 1] + [0] * (need_dbase and not rows.mixed)
-    shared = [k + 1 for k in ddeltas if owners[k] > 1] + [0] * (need_dbase and rows.mixed)
-    if math.prod(shape) == 0:
-        return dcoeffs, list(ddeltas.values()), dbase
-    if weight.tasks and (need_dcoeffs or alone):
-        kept = [out if s in alone else base.new_empty(0) for s, out in enumerate(outputs)]
-        _dw_by_task(dy, x, weight, rows, listed, kept, dcoeffs)
-    if shared:
-        _dw_shared(dy, x, weight, rows, shared, [outputs[s] for s in shared])
-    return dcoeffs, list(ddeltas.values()), dbase
+linear_dw = _on_its_device(linear_dw)
 
 
 def _algorithm(algorithm: str) -> str:
@@ -286,7 +211,7 @@ def merged(weight: Weight, rows: Rows) -> Tensor:
         rows.offsets,
         base.numel(),
         len(sources) - 1,
-        dtype=_triton_dtype(base.dtype),
+        dtype=triton_dtype(base.dtype),
         BLOCK=block,
         BLOCK_S=_source_block(weight),
         MIXED=rows.mixed,
@@ -354,134 +279,3 @@ def _grouped_mm_fits(x: Tensor, bank: Tensor) -> bool:
     if x.dtype != torch.bfloat16 or any(size * 2 % 16 for size in bank.shape[1:]):
         return False
     return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-
-
-def _dw_by_task(
-    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, listed: list[int], outputs: list[Tensor], dcoeffs: Tensor
-) -> None:
-    """dcoeffs at ``listed`` pairs (empty: all), and each output (0 elements: not wanted) of one task alone."""
-    M, I = x.shape
-    O = dy.shape[1]
-    count = len(weight.sources) - 1
-    device, itemsize = x.device, x.element_size()
-    config = _configs.choose("dw", M, itemsize, _configs.capability(device))
-    tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
-    splits = 1
-    if not rows.mixed:
-        splits = _configs.splits(tiles, triton.cdiv(M, config.block_m), _configs.processors(device))
-        splits = 1 << splits.bit_length() - 1
-    partial = torch.empty((splits, O, I) if splits > 1 else (0,), dtype=torch.float32, device=device)
-    wanted = len(listed) or weight.tasks * count
-    dots = dcoeffs.numel() > 0
-    slots = torch.empty((wanted, tiles) if dots else (0,), dtype=torch.float32, device=device)
-    pairs = table(listed, device) if listed else None
-    sources, into = pointers(weight.sources), pointers(outputs)
-    how = {
-        "BLOCK_O": config.block_o,
-        "BLOCK_I": config.block_i,
-        "BLOCK_P": triton.next_power_of_2(len(listed)) if listed else 0,
-        "SPLITS": splits,
-        "DOTS": dots,
-        "WRITES": any(out.numel() for out in outputs[1:]),
-        "WRITE_BASE": outputs[0].numel() > 0,
-        "BAKED": weight.base_coeffs is not None,
-        "TABLE": sources.table,
-        "OUT_TABLE": into.table,
-    }
-    dw_task_kernel[(tiles, weight.tasks if rows.mixed else splits)](
-        partial,
-        slots,
-        into.argument,
-        dy,
-        x,
-        sources.argument,
-        weight.coeffs,
-        weight.base_coeffs,
-        pairs,
-        rows.ids,
-        rows.order,
-        rows.offsets,
-        M,
-        I,
-        O,
-        count,
-        wanted,
-        rows.samples,
-        rows.inner,
-        rows.per_sample,
-        *dy.stride(),
-        *x.stride(),
-        *weight.stride,
-        BLOCK_M=config.block_m,
-        MIXED=rows.mixed,
-        PRECISION=_configs.precision(x.dtype),
-        num_warps=config.warps,
-        num_stages=_stages(config, rows),
-        **how,
-    )
-    if splits > 1:
-        dw_splits_kernel[(tiles,)](
-            slots,
-            into.argument,
-            partial,
-            sources.argument,
-            weight.coeffs,
-            weight.base_coeffs,
-            pairs,
-            I,
-            O,
-            count,
-            wanted,
-            *weight.stride,
-            dtype=_triton_dtype(x.dtype),
-            num_warps=config.warps,
-            **how,
-        )
-    if dots and wanted:
-        sum_slots_kernel[(wanted,)](dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=bool(listed), num_warps=4)
-
-
-def _dw_shared(dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: list[int], outputs: list[Tensor]) -> None:
-    """outputs[n] = Σ over tasks of the gradient of source ``wanted[n]``."""
-    M, I = x.shape
-    O = dy.shape[1]
-    config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
-    into = pointers(outputs)
-    tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
-    dw_shared_kernel[(tiles, len(wanted))](
-        into.argument,
-        dy,
-        x,
-        table(wanted, x.device),
-        weight.coeffs,
-        weight.base_coeffs,
-        rows.ids,
-        rows.order,
-        rows.offsets,
-        I,
-        O,
-        len(weight.sources) - 1,
-        weight.tasks,
-        rows.samples,
-        rows.inner,
-        rows.per_sample,
-        *dy.stride(),
-        *x.stride(),
-        BLOCK_M=config.block_m,
-        BLOCK_O=config.block_o,
-        BLOCK_I=config.block_i,
-        BAKED=weight.base_coeffs is not None,
-        OUT_TABLE=into.table,
-        PRECISION=_configs.precision(x.dtype),
-        num_warps=config.warps,
-        num_stages=_stages(config, rows),
-    )
-
-
-def _stages(config: _configs.Config, rows: Rows) -> int:
-    """Rows found through ``order`` are loaded in two steps, and Triton gives each half of the stages."""
-    return 2 * config.stages - 1 if rows.mixed else config.stages
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

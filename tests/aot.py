@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 from sass_hazards import hazards, spills_in_loops
-from taps_fast.kernels import _arguments, _configs, linear
+from taps_fast.kernels import _arguments, _configs, _gradients, linear
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -36,6 +36,7 @@ from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
 PROCESSORS = 132
+HOSTS = (linear, _gradients, _arguments)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
@@ -93,15 +94,15 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **kwargs: found.setdefault(_launch(self.kernel, chip, args, kwargs))
 
-    kernels = {name: value for name, value in vars(linear).items() if name.endswith("_kernel")}
-    writer = _arguments.write_kernel
+    kernels = [
+        (module, name, kernel) for module in HOSTS for name, kernel in vars(module).items() if name.endswith("_kernel")
+    ]
     chip_of, processors, precision = _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision
     try:
         _configs.capability = lambda device: chip
         _configs.processors = lambda device: PROCESSORS
-        _arguments.write_kernel = Recorder(writer)
-        for name, kernel in kernels.items():
-            setattr(linear, name, Recorder(kernel))
+        for module, name, kernel in kernels:
+            setattr(module, name, Recorder(kernel))
         _exercise()
     finally:
         _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision = (
@@ -109,9 +110,8 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
             processors,
             precision,
         )
-        _arguments.write_kernel = writer
-        for name, kernel in kernels.items():
-            setattr(linear, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
     return list(found)
 
 
@@ -172,7 +172,7 @@ def _launch(kernel: Any, chip: tuple[int, int], args: Sequence[Any], kwargs: dic
 
 
 def _kernel(name: str) -> Any:
-    return getattr(_arguments if hasattr(_arguments, name) else linear, name)
+    return next(getattr(module, name) for module in HOSTS if hasattr(module, name))
 
 
 def compiled(launch: Launch) -> Facts:

@@ -103,3 +103,13 @@ def test_real_sizes(rows, dtype):
         y = delta_linear(x, base, [delta], coeffs, backend="triton", algorithm=algorithm)
         ref = x.double() @ (base.double() + 0.5 * delta.double()).T
         assert_no_worse_than_torch(y, ref, x @ (base + 0.5 * delta).T)
+
+
+def test_tensors_decide_the_device():
+    """With one device this says little; with several, a launch on the current one would fail."""
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    x, base = torch.randn(2, 16, 16, device=last)
+    with torch.cuda.device(0):
+        y = delta_linear(x, base, [], torch.empty(0, device=last), backend="triton", algorithm="split")
+    assert y.device == last
+    assert_no_worse_than_torch(y, x.double() @ base.double().T, x @ base.T)
