@@ -45,10 +45,11 @@ def outer_products(
     in_dy = inside(ro, O).to(tl.int64)[None, :] * stride_dyo  # [1, BLOCK_O]
     in_x = inside(ri, I).to(tl.int64)[None, :] * stride_xi  # [1, BLOCK_I]
     product = tl.zeros((ro.shape[0], ri.shape[0]), tl.float32)
-    for first in tl.range(start, stop, BLOCK_M):
-        position = first + tl.arange(0, BLOCK_M)
+    # At least one step, if masked: with a loop that may not run, ptxas of Triton 3.6 serialises wgmma (C7515).
+    for step in tl.range(0, tl.maximum(tl.cdiv(stop - start, BLOCK_M), 1)):
+        position = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         real = position < stop
-        row, _ = locate(tl.where(real, position, start), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED)
+        row, _ = locate(tl.where(real, position, 0), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED)
         dy = tl.load(dy_ptr + row[:, None] * stride_dym + in_dy, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_O]
         x = tl.load(x_ptr + row[:, None] * stride_xm + in_x, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_I]
         product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)

@@ -50,7 +50,9 @@ def linear_dw(
             ddeltas[k].zero_()
     alone = [k + 1 for k in ddeltas if owners[k] == 1] + [0] * (need_dbase and not rows.mixed)
     shared = [k + 1 for k in ddeltas if owners[k] > 1] + [0] * (need_dbase and rows.mixed)
-    if math.prod(shape) == 0:
+    if rows.count == 0 or math.prod(shape) == 0:
+        for out in outputs:
+            out.zero_()
         return dcoeffs, list(ddeltas.values()), dbase
     if weight.tasks and (need_dcoeffs or alone):
         kept = [out if s in alone else base.new_empty(0) for s, out in enumerate(outputs)]

@@ -137,6 +137,9 @@ def _exercise() -> None:
         turned = [d.t().contiguous() for d in deltas]
         linear.linear_dx(x, turned[0], turned, one, None, *none, 1, "split")
         linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
+        if not wide:
+            long = torch.empty(4096, 512, dtype=dtype)
+            linear.linear_dw(long, long, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, True)
         if rows == 64:
             diagonal = [0, 4, 8]
             linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False)
