@@ -23,19 +23,22 @@ install: $(VENV)/.taps_fast_test $(EXT)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# The extra named %. The extension is built apart, because pip would compile all of it again each time.
-$(VENV)/.taps_fast_%: pyproject.toml | $(PY)
+$(VENV)/.torch: | $(PY)
 	@$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	@touch $@
+
+# The extra named %. The extension is built apart, because pip would compile all of it again each time.
+$(VENV)/.taps_fast_%: pyproject.toml | $(VENV)/.torch
 	TAPS_FAST_EXT=off $(PIP) install -e ".[$*]"
 	@touch $@
 
-$(EXT): setup.py $(SOURCES) | $(VENV)/.taps_fast_test
+$(EXT): setup.py $(SOURCES) | $(VENV)/.torch
 	$(PY) setup.py -q build_ext --inplace
 
 test: install
 	$(PY) -m pytest $(ARGS)
 
-demo: install $(VENV)/.taps_fast_demo
+demo: $(VENV)/.taps_fast_demo $(EXT)
 	$(PY) -m taps_fast demo $(ARGS)
 
 bench: install
