@@ -227,9 +227,10 @@ def holding(kept: int, used: int, dropped: int):
 
 
 def test_peak_memory_is_of_the_call_alone():
-    small, large = (timing.peak_bytes(holding, 64, used, 256, device="cpu") for used in (16, 48))
-    assert 80 <= small >> 20 < 128, "64 kept and 16 used"
-    assert 28 <= (large - small) >> 20 <= 36
+    # Each more than 32 MiB: glibc may keep a smaller block in its heap, where a free one next to it counts too.
+    small, large = (timing.peak_bytes(holding, 128, used, 256, device="cpu") for used in (40, 104))
+    assert 160 <= small >> 20 < 200, "128 kept and 40 used"
+    assert 60 <= (large - small) >> 20 <= 68
 
 
 # Workloads.

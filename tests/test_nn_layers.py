@@ -134,8 +134,8 @@ def test_ways_to_say_tasks_agree():
     ):
         assert torch.equal(layer(x, tasks=tasks), want)
     rows = x.repeat_interleave(3, 0)
-    assert torch.equal(layer(rows, tasks=IDS)[::3], want)  # ids follow rows
-    assert torch.equal(layer(x[None].expand(2, -1, -1), tasks=IDS, batch_dim=1)[1], want)
+    torch.testing.assert_close(layer(rows, tasks=IDS)[::3], want)  # ids follow rows; more of them sum in another order
+    torch.testing.assert_close(layer(x[None].expand(2, -1, -1), tasks=IDS, batch_dim=1)[1], want)
 
 
 def test_default_task():
