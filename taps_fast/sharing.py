@@ -1,6 +1,6 @@
 """What tasks share: which layers each task opened, what that adds to the base, and what separate models would take.
 
-The fraction of a task is METHODS' count of TAPS (arXiv 2203.16708, table 1): norm parameters and the weights behind
+The fraction of a task is that of TAPS (arXiv 2203.16708): norm parameters and the weights behind
 open gates, over the parameters of the base. The head is counted apart, since every method needs one.
 """
 
