@@ -74,7 +74,7 @@ LAYERS: dict[str, Layer] = {
     "efficientnet_b0.project": conv2d(672, 192, 1, 7),
 }
 
-# Whole networks, built by benchmarks.networks; the norms of PEERS are networks of one module.
+# Whole networks, built by benchmarks.networks; norms are networks of one module.
 NETWORKS = ("vit_s16", "resnet50", "tiny", "batchnorm256", "layernorm384")
 
 # Open convolutions of ResNet-50 in the order of its modules, counted from 0: two tasks read from a published figure

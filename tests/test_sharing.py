@@ -14,7 +14,7 @@ GATES = {
     "cubs": {25, 26, 27, 40, 43, 44, 45, 46, 47, 48, 49, 51, 52},
     "cars": {44, 45, 46, 49, 52},
 }
-"""Open convolutions of ResNet-50 in ``named_modules`` order, read from a published figure (METHODS.md §2)."""
+"""Open convolutions of ResNet-50 in ``named_modules`` order, read from a published figure."""
 
 
 def resnet50() -> tuple[list[tuple[str, int, int]], int, int]:
