@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ BASE = -1
 Index = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class TaskBatch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TaskBatch:
     """The task of each of B samples, and the samples grouped by task.
 
     Built once a forward, on the device of the ids, without a host sync. Nothing of the user's batch is
