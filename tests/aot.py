@@ -117,7 +117,7 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
 
 def _exercise() -> None:
     """Shapes are small or thin: what is compiled depends on rows, divisibility, and whether tiles are too few."""
-    index = TaskBatch.from_ids(torch.zeros(16, dtype=torch.int64), 3)[:3]
+    index = TaskBatch.from_ids(torch.zeros(16, dtype=torch.int64), 3).tensors
     for dtype, precision, rows, wide in (
         *((torch.bfloat16, "ieee", rows, True) for rows in (16, 32, 64, 256)),
         (torch.bfloat16, "ieee", 256, False),
