@@ -23,7 +23,7 @@ from .providers import PROVIDERS, find
 from .results import CHECKOUT, Record
 from .workloads import SUITES, UnknownName, Workload, workloads
 
-SECONDS, QUICK_SECONDS = 0.5, 0.08
+SECONDS, QUICK_SECONDS = 0.2, 0.08
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -58,10 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(bench)
             bench.set_defaults(run=module.run)
         chosen = parser.parse_args(arguments)
-        return chosen.run(chosen) or 0
+        code = chosen.run(chosen) or 0
+        sys.stdout.flush()  # what cannot be written is found here, where it is handled
+        return code
     except (store.TaskFolderError, UserError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench_cells import SMALL, FixedLimits, measured, one
 
-CHECKOUT = Path(__file__).parents[1]
-if str(CHECKOUT) not in sys.path:
-    sys.path.insert(0, str(CHECKOUT))
-
-from benchmarks import cells, report, results, run, timing, workloads  # noqa: E402
-from benchmarks.layers import LayerProblem  # noqa: E402
-from benchmarks.limits import Limits, bound  # noqa: E402
-from benchmarks.networks import build  # noqa: E402
-from benchmarks.providers import Provider, Ready, find  # noqa: E402
-from benchmarks.workloads import Layer, UnknownName, Workload  # noqa: E402
-
-SMALL = {
-    "small.fc": Layer("linear", (32, 24), (3,)),
-    "small.row": Layer("linear", (32, 24)),
-    "small.conv": Layer("conv2d", (16, 8, 3, 3), (6, 6), (("stride", 1), ("padding", 1), ("groups", 1))),
-    "small.nhwc": Layer("conv2d", (16, 8, 3, 3), (6, 6), (("stride", 2), ("padding", 1), ("groups", 1)), True),
-    "small.depthwise": Layer("conv2d", (16, 1, 3, 3), (6, 6), (("stride", 1), ("padding", 1), ("groups", 16))),
-}
-
-
-class FixedLimits(Limits):
-    """1 GB/s and 1 Gflop/s: nothing to measure."""
-
-    def bandwidth(self, size, cold):
-        return 1e9
-
-    def flops(self, dtype):
-        return 1e9
+from benchmarks import report, run, timing, workloads
+from benchmarks.layers import LayerProblem
+from benchmarks.limits import bound
+from benchmarks.networks import build
+from benchmarks.providers import Provider, Ready, find
+from benchmarks.workloads import Workload
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,16 +29,6 @@ def one_thread():
 def small_layers(monkeypatch):
     for name, layer in SMALL.items():
         monkeypatch.setitem(workloads.LAYERS, name, layer)
-
-
-def measured(workload, providers=None, **options):
-    providers = find() if providers is None else providers
-    options = {"seconds": 0.0, "memory": False} | options
-    return cells.run(workload, providers, "cpu", FixedLimits("cpu"), results.environment("cpu"), **options)
-
-
-def one(layer="small.fc", samples=5, tasks=3, **options):
-    return Workload(layer, samples, tasks, **{"cold": False, "deltas": 3} | options)
 
 
 # Providers.
@@ -294,144 +258,3 @@ def test_unknown_names_list_the_known(capsys, arguments, text):
     assert run.main(arguments) == 2
     error = capsys.readouterr().err
     assert text in error and "known: " in error
-
-
-# Results and tables.
-
-
-@pytest.fixture(scope="module")
-def records():
-    """Of three suites: what a run writes."""
-    return [
-        record
-        for workload in (*workloads.SUITES["norms"](), Workload("tiny", 2, 2, gates="taps"))
-        for record in measured(workload, [p for p in find() if p.quick])
-    ]
-
-
-def test_a_record_survives_the_file(tmp_path, records):
-    path = tmp_path / "device.jsonl"
-    results.write(path, records)
-    assert sorted(results.read(path), key=results.key) == sorted(records, key=results.key)
-    newer = records[0] | {"threads": 99}
-    results.write(path, [newer])
-    again = results.read(path)
-    assert len(again) == len(records) and newer in again
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"threads": "two"}, "threads must be int"),
-        ({"samples": True}, "samples must be int"),
-        ({"status": "fine"}, "status must be one of"),
-        ({"status": "wrong"}, "median_ms must be there exactly where status is ok"),
-        ({"colour": "red"}, "must have the fields of SCHEMA"),
-    ],
-)
-def test_a_line_that_is_no_record(tmp_path, records, change, text):
-    ok = next(r for r in records if r["status"] == "ok")
-    path = tmp_path / "device.jsonl"
-    path.write_text(json.dumps(ok) + "\n" + json.dumps(ok | change) + "\n")
-    with pytest.raises(ValueError, match=f"device.jsonl, line 2: .*{text}"):
-        results.read(path)
-
-
-def test_tables_follow_the_results(tmp_path, records, capsys):
-    page, path = tmp_path / "README.md", tmp_path / "device.jsonl"
-    results.write(path, records)
-    page.write_text("before\n<!-- benchmarks:norms -->\n<!-- /benchmarks:norms -->\nafter\n")
-    arguments = [str(path), "--plots", str(tmp_path)]
-    assert report.main([*arguments, "--check"], [page]) == 1, "an empty table is stale"
-    assert report.main(arguments, [page]) == 0
-    text = page.read_text()
-    assert "`batchnorm256/forward/b8/t8/uniform/open0/float32/whole`" in text and text.startswith("before\n")
-    assert report.main([*arguments, "--check"], [page]) == 0
-    page.write_text(text.replace("open0", "open1"))
-    assert report.main([*arguments, "--check"], [page]) == 1
-    assert "README.md is stale" in capsys.readouterr().err
-    page.write_text("<!-- benchmarks:norm -->\n<!-- /benchmarks:norm -->")
-    assert report.main(arguments, [page]) == 2
-    assert "unknown table 'norm' (did you mean 'norms'?)" in capsys.readouterr().err
-    assert report.main([str(tmp_path / "none.jsonl")], [page]) == 2
-    assert "unknown results file" in capsys.readouterr().err
-
-
-def test_every_table_has_its_place():
-    page = report.PAGES[-1].read_text()
-    assert set(report.TABLES) == {name for _, name, _, _ in report.MARKED.findall(page)}
-    assert set(workloads.SUITES) - {"quick"} <= set(report.TABLES)
-
-
-def test_a_losing_cell_is_shown_as_losing(records):
-    cell = [dict(r) for r in records if r["workload"].startswith("batchnorm256")]
-    for record in cell:
-        if record["status"] == "ok":
-            record["median_ms"] = 1.0 if record["provider"] == "addcmul" else 2.0
-    (row,) = report.TABLES["norms"](cell)[2:]
-    assert "| **0.50** addcmul |" in row
-    summary = report.TABLES["summary"](cell)[-1]
-    assert "| **0.50** | 1 of 1 |" in summary
-
-
-def test_every_picture_is_drawn(tmp_path, records):
-    from benchmarks import plots
-
-    template = next(r for r in records if r["status"] == "ok")
-    invented = []
-    for suite in ("rows", "scaling", "learn"):
-        for i, workload in enumerate(workloads.SUITES[suite]()):
-            names = ("taps_fast", "merged-loop") if suite != "learn" else ("taps_fast", "materialise")
-            shared = {"workload": workload.name, "layer": workload.layer, "gates": workload.gates, "op": workload.op}
-            shared |= {
-                "model_flops": 1,
-                "rows": workload.rows,
-                "tasks": workload.tasks,
-                "peak_bytes": 1 << 20,
-                "median_ms": 1.0 + i,
-            }
-            invented += [
-                template | shared | {"provider": n, "kind": "ours" if n == "taps_fast" else "merged"} for n in names
-            ]
-    assert len(list(plots.draw("a device", invented, tmp_path))) == len(plots.PICTURES)
-    assert len(list(tmp_path.glob("a-device-*.png"))) == len(plots.PICTURES)
-
-
-def test_committed_results_are_whole_and_the_tables_are_theirs():
-    for path in results.FOLDER.glob("*.jsonl"):
-        for record in results.read(path):
-            assert not record["dirty"], f"{path.name} was measured on a changed tree"
-    assert report.main(["--check"]) == 0
-
-
-# Ways in.
-
-
-def test_bench_reaches_the_checkout(tmp_path):
-    command = [sys.executable, "-m", "taps_fast", "bench", "--list"]
-    elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(CHECKOUT)}}
-    done = subprocess.run(command, capture_output=True, text=True, **elsewhere)
-    assert done.returncode == 0 and "vit_s.fc1/forward/b8/t8" in done.stdout
-
-
-def test_bench_without_a_checkout(tmp_path, monkeypatch, capsys):
-    from taps_fast import __main__ as command_line
-
-    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "taps_fast" / "__main__.py"))
-    monkeypatch.chdir(tmp_path)
-    assert command_line.main(["bench", "--quick"]) == 2
-    assert "the benchmarks are in the source checkout, not in the package" in capsys.readouterr().err
-
-
-def test_pytest_benchmark_runs_the_same_cells():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
-    command += ["benchmarks/bench_networks.py", "-k", "tiny and train and materialise"]
-    done = subprocess.run(
-        command, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
-
-
-def test_unknown_name_is_a_value_error():
-    with pytest.raises(UnknownName, match="known: a, b"):
-        raise workloads.unknown("thing", "x", ["b", "a"])

@@ -82,6 +82,15 @@ def test_info_says_what_runs():
     assert result.stdout.count("  -> ") == len(EXAMPLES) * (1 + torch.cuda.is_available())
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-W", "ignore", "-m", "taps_fast", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_info_says_what_is_missing_and_how_to_get_it():
     result = python_m("info", TAPS_FAST_EXT="off")
     assert result.returncode == 0
