@@ -75,7 +75,10 @@ LAYERS: dict[str, Layer] = {
 }
 
 # Whole networks, built by benchmarks.networks; norms are networks of one module.
-NETWORKS = ("vit_s16", "resnet50", "tiny", "batchnorm256", "layernorm384")
+NETWORKS = (
+    *("vit_s16", "resnet34", "resnet50", "densenet121", "efficientnet_lite0", "tiny"),
+    *("batchnorm256", "layernorm384"),
+)
 
 # Open convolutions of ResNet-50 in the order of its modules, counted from 0: two tasks read from a published figure
 # of TAPS (arXiv 2203.16708). Even tasks of a workload with gates "taps" are like CUBS, odd ones like Cars.
