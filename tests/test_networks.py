@@ -14,10 +14,10 @@ CHECKOUT = Path(__file__).parents[1]
 if str(CHECKOUT) not in sys.path:
     sys.path.insert(0, str(CHECKOUT))
 
-from benchmarks.networks import NETWORKS, ViT, build  # noqa: E402
-from benchmarks.workloads import open_layers  # noqa: E402
 from nets import assert_rows_as_separate  # noqa: E402
 
+from benchmarks.networks import NETWORKS, ViT, build  # noqa: E402
+from benchmarks.workloads import open_layers  # noqa: E402
 from taps_fast import TapsModel  # noqa: E402
 
 CONVOLUTIONAL = ("resnet34", "resnet50", "densenet121", "efficientnet_lite0")
