@@ -37,6 +37,9 @@ class Loaded(NamedTuple):
 class TapsModel(nn.Module):
     """An adapted copy of ``model``: frozen base, and for each task gated deltas, norms and a head.
 
+    Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and
+    what they share in one mixed batch (`train_base`).
+
     ``model`` itself is left as it is. The copy's base parameters are in the same storage.
 
     Args:
@@ -164,13 +167,16 @@ class TapsModel(nn.Module):
         """The task of forwards that name none; None: none, so that they must name one."""
         self.context.default = None if task is None else self.context.check(task)
 
-    def add_task(self, task: str, classes: int | None = None, *, head: nn.Module | None = None) -> None:
+    def add_task(
+        self, task: str, classes: int | None = None, *, head: nn.Module | None = None, deltas: bool = True
+    ) -> None:
         """Adds a task: zero deltas behind open gates, norms like the base's, and a head.
 
         Args:
             task: a new name.
             classes: outputs of a fresh head like the base's (Linear or Conv2d).
             head: the head itself. Without both it starts as a copy of the base's.
+            deltas: False: norms and head alone, on the base's weights, until `reopen`.
 
         Raises:
             ValueError: a name in use or that cannot be a parameter's, or a head where the model has no ``head=``.
@@ -188,7 +194,7 @@ class TapsModel(nn.Module):
             head = new_head(own.base, classes, own.path)
         self.context.add(task)
         for layer in self.conversion.layers.values():
-            layer.add_task(task)
+            layer.add_task(task, delta=deltas)
         for norm in self.conversion.norms.values():
             norm.add_task(task)
         if own is not None:
@@ -216,6 +222,8 @@ class TapsModel(nn.Module):
     def task_parameters(self, task: str) -> list[dict[str, Any]]:
         """Two parameter groups of one task, as optimizers take them: "weights" and "scores".
 
+        Joint training takes the groups of every task, and those of `train_base`.
+
         >>> model = TapsModel(nn.Linear(2, 2), ["cubs"])
         >>> groups = model.task_parameters("cubs")
         >>> groups[1]["lr"] = 0.01  # scores at a rate of their own
@@ -231,25 +239,65 @@ class TapsModel(nn.Module):
             {"params": [layer.scores[task] for layer in layers], "name": "scores"},
         ]
 
+    def train_base(self, mode: bool = True) -> list[dict[str, Any]]:
+        """Joint TAPS: the tasks also train what they share, and all in one mixed batch; False: frozen again.
+
+        ::
+
+            W_t = W0 + delta_shared + I(s_t)·delta_t
+
+        The shared delta has no gate and multiplies every row, so it needs no tensor of its own: the base of each
+        adapted layer starts as W0 and is W0 + delta_shared from the first step on. Its gradient is the shared delta's,
+        the sum over all tasks. So the base is what it belongs to everywhere: a task folder holds none of it and is of
+        the trained base (`fingerprint`), ``merge("base")`` is the shared backbone, which ``TapsModel`` adapts again.
+
+        Weight decay draws the base to 0 where it would draw a separate delta to 0; leave it out to stay near W0.
+
+        Two steps take less memory, one delta a task at a time: train the base alone (``add_task(..., deltas=False)``
+        for each task), freeze it, then `reopen` and train task after task.
+
+        Returns:
+            A parameter group, "base", for the optimizer; frozen: none.
+
+        Cost: a copy of the adapted weights, the model given stays as it is; in training one more gradient a layer.
+        Source: TAPS, arXiv 2203.16708.
+
+        >>> model = TapsModel(nn.Linear(2, 2), ["cubs", "cars"])
+        >>> groups = [*model.task_parameters("cubs"), *model.task_parameters("cars"), *model.train_base()]
+        >>> optimizer = torch.optim.Adam(groups, lr=1e-3)
+        >>> loss = model(torch.randn(4, 2), tasks=[0, 1, 1, 0]).sum() + model.penalty(model.tasks)
+        """
+        layers = self.conversion.layers.values()
+        for layer in layers:
+            layer.train_base(mode)
+        return [{"params": [p for layer in layers for p in layer.base_parameters()], "name": "base"}] if mode else []
+
     def modules_of(self, task: str) -> dict[str, nn.Module]:
         """The task's own norms and head, by path."""
         head = [] if self.conversion.head is None else [self.conversion.head]
         return {module.path: module.tasks[task] for module in (*self.conversion.norms.values(), *head)}
 
-    def penalty(self, task: str | Sequence[str], lam: float = 0.1) -> Tensor:
+    def penalty(self, task: str | Sequence[str], lam: float = 0.1, *, layers: int | None = None) -> Tensor:
         """λ/L·Σ|s| over the L adapted layers, summed over the tasks named: add it to the loss.
+
+        Args:
+            task: a name, or several.
+            lam: λ, at least 0; between 0.1 and 1 in the paper. More closes more gates.
+            layers: L; default: the number of adapted layers. (The authors' code divides by 52 in every network.)
+
+        Raises:
+            ValueError: an unknown task, λ that is negative or not finite, L below 1, a model without adapted layers.
 
         Source: TAPS, arXiv 2203.16708.
         """
         names = [task] if isinstance(task, str) else list(task)
-        layers = list(self.conversion.layers.values())
-        if not layers or not names:
+        adapted = list(self.conversion.layers.values())
+        if not adapted or not names:
             raise ValueError(
-                f"TapsModel.penalty: there must be adapted layers and tasks, got {len(layers)} and {names}"
+                f"TapsModel.penalty: there must be adapted layers and tasks, got {len(adapted)} and {names}"
             )
-        return torch.stack(
-            [gates.penalty([layer.scores[self.context.check(name)] for layer in layers], lam) for name in names]
-        ).sum()
+        scores = [[layer.scores[self.context.check(name)] for layer in adapted] for name in names]
+        return torch.stack([gates.penalty(mine, lam, layers) for mine in scores]).sum()
 
     def merge(self, task: str) -> nn.Module:
         """An ordinary module with the weights of one task ("base": none), in storage of its own.

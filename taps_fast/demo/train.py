@@ -69,16 +69,16 @@ def backbone(plan: Plan) -> nn.Module:
 
 def head_only(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> nn.Module:
     """A new head on the frozen network, whose norms stay in eval mode."""
-    model = _with_head(base, task, plan).requires_grad_(False).eval()
+    model = with_head(base, task, plan).requires_grad_(False).eval()
     head = model.get_submodule(HEAD).requires_grad_(True)
-    _fit(model, [{"params": list(head.parameters()), "lr": HEAD_LR}], task, plan, progress)
+    fit(model, [{"params": list(head.parameters()), "lr": HEAD_LR}], task, plan, progress)
     return model
 
 
 def full(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> nn.Module:
     """Every parameter moves: the result shares nothing with the base."""
-    model = _with_head(base, task, plan).train()
-    _fit(model, [{"params": list(model.parameters())}], task, plan, progress)
+    model = with_head(base, task, plan).train()
+    fit(model, [{"params": list(model.parameters())}], task, plan, progress)
     return model
 
 
@@ -91,11 +91,11 @@ def taps(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> TapsMod
     rest = SETTLED * plan.epochs * STEPS
     optimizer = torch.optim.SGD(scores["params"], lr=SCORE_LR)
     schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / rest))
-    _fit(model, [weights], task, plan, progress, (schedule, lambda: model.penalty(task.name, plan.lam)))
+    fit(model, [weights], task, plan, progress, (schedule, lambda: model.penalty(task.name, plan.lam)))
     return model
 
 
-def _with_head(base: nn.Module, task: Task, plan: Plan) -> nn.Module:
+def with_head(base: nn.Module, task: Task, plan: Plan) -> nn.Module:
     model = copy.deepcopy(base)
     features = model.get_submodule(HEAD).in_features
     torch.manual_seed(plan.seed)  # the head that TAPS starts from too
@@ -103,7 +103,7 @@ def _with_head(base: nn.Module, task: Task, plan: Plan) -> nn.Module:
     return model
 
 
-def _fit(
+def fit(
     model: nn.Module,
     groups: list[dict[str, Any]],
     task: Task,

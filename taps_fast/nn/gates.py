@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,9 +53,22 @@ def coefficients(scores: Tensor, threshold: float, gate: str) -> Tensor:
     return straight_through(scores, threshold) if gate == "ste" else scores
 
 
-def penalty(scores: Sequence[Tensor], lam: float) -> Tensor:
+def penalty(scores: Sequence[Tensor], lam: float, layers: int | None = None) -> Tensor:
     """λ/L·Σ|s| over the scores of L adapted layers: what pushes gates to close.
+
+    Args:
+        scores: one a layer.
+        lam: λ, at least 0.
+        layers: L, where it shall be another number than that of the scores.
+
+    Raises:
+        ValueError: λ that is negative or not finite, L below 1.
 
     Source: TAPS, arXiv 2203.16708.
     """
-    return torch.stack(list(scores)).abs().sum() * (lam / len(scores))
+    count = len(scores) if layers is None else layers
+    if not 0 <= lam < math.inf:
+        raise ValueError(f"penalty: lam must be finite and at least 0, got {lam}")
+    if count < 1:
+        raise ValueError(f"penalty: layers must be at least 1, got {count} ({len(scores)} scores)")
+    return torch.stack(list(scores)).abs().sum() * (lam / count)

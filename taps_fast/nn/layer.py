@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,10 @@ class TapsLayer(Located, nn.Module):
         if gate not in gates.GATES:
             raise ValueError(f"{type(self).__name__}: gate must be one of {', '.join(gates.GATES)}, got {gate!r}")
         name = type(self).__name__
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"{name}: threshold must be finite and above 0, got {threshold}")
+        if not math.isfinite(initial_score):
+            raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
         self._locate_in(TaskContext(name) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = nn.ParameterDict(), nn.ParameterDict(), Scores()
@@ -88,6 +93,17 @@ class TapsLayer(Located, nn.Module):
         for owned in (self.deltas, self.bias_deltas, self.scores):
             if task in owned:
                 del owned[task]
+
+    def train_base(self, mode: bool = True) -> None:
+        """Whether the base trains too: it is then W0 + the delta that all tasks share, in storage of its own."""
+        for parameter in self.base_parameters():
+            if mode:
+                parameter.data = parameter.detach().clone()
+            parameter.requires_grad_(mode)
+
+    def base_parameters(self) -> list[Tensor]:
+        """``base`` and, where there is one, ``base_bias``."""
+        return [parameter for parameter in (self.base, self.base_bias) if parameter is not None]
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
