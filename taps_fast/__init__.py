@@ -24,6 +24,7 @@ _PUBLIC = {
     "TaskBatch": "tasks",
     "delta_conv2d": "functional",
     "delta_linear": "functional",
+    "scale_shift": "functional",
 }
 __all__ = ["__version__", *_PUBLIC]
 

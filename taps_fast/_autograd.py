@@ -64,10 +64,8 @@ class Delta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        # Gradients are computed with grad mode on only when the caller asked for create_graph.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            name = "delta_conv2d" if call.conv else "delta_linear"
-            raise RuntimeError(f"{name}: second derivatives need backend='reference'; the kernels have none")
+        name = "delta_conv2d" if call.conv else "delta_linear"
+        _no_second_derivatives(name, "backend='reference'; the kernels have none")
         x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
         index, deltas = rest[:3], rest[3:]
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
@@ -99,6 +97,50 @@ class Delta(torch.autograd.Function):
             dbias,
             *ddeltas,
         )
+
+
+class Groups(NamedTuple):
+    """Where the rows of a pointwise operator belong, and its activation."""
+
+    batch: Index
+    inner: int
+    activation: str
+
+
+class ScaleShift(torch.autograd.Function):
+    """y = act(scale·x + shift), tables [C] or [T + 1, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: Groups, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        ctx.inner, ctx.activation = groups.inner, groups.activation
+        ctx.save_for_backward(x, scale, shift, *groups.batch)
+        y: Tensor = ops.scale_shift(x, scale, shift, *groups.batch, groups.inner, groups.activation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _no_second_derivatives("scale_shift", "taps_fast.reference.scale_shift has them; the kernels have none")
+        x, scale, shift, *index = ctx.saved_tensors
+        _, need_x, need_scale, need_shift = ctx.needs_input_grad
+        rest = (*index, ctx.inner, ctx.activation)
+        dx = ops.scale_shift_dx(dy, x, scale, shift, None, None, *rest) if need_x else None
+        dscale = dshift = None
+        if need_scale or need_shift:
+            dscale, dshift = ops.scale_shift_sums(dy, x, scale, shift, *rest)
+        return None, dx, _like_table(dscale, scale), _like_table(dshift, shift)
+
+
+def _like_table(sums: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """Sums by task as the gradient of a table, which may be one row for all tasks."""
+    if sums is None or table is None:
+        return None
+    return sums if sums.shape == table.shape else sums.sum(0)
+
+
+def _no_second_derivatives(function: str, advice: str) -> None:
+    """Gradients are computed with grad mode on only when the caller asked for create_graph."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{function}: second derivatives need {advice}")
 
 
 def _dbias(dy: Tensor, shape: torch.Size, ids: Tensor | None, inner: int) -> Tensor:

@@ -5,6 +5,8 @@ This file needs torch alone. A schema is the contract that each backend implemen
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``) or the CUDA extension, imported on first use.
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
+* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, and from plain PyTorch
+  (`taps_fast._pointwise`) wherever no kernel is registered.
 
 Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K deltas, T tasks, B samples):
 
@@ -21,6 +23,15 @@ Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K del
 `linear_dw` computes ``dcoeffs`` at the flat positions ``pairs`` (t * K + k; empty: all of them) when
 ``need_dcoeffs``, one gradient for each delta index in ``ddeltas_for``, and ``dbase`` when ``need_dbase``.
 Its arity is fixed: what was not asked for comes back with 0 elements, and positions outside ``pairs`` are 0.
+
+The pointwise operators take x [N, C, …] with channels on axis 1 (rows [M, C] too), and tables [C], or [T + 1, C] with
+ids, in the dtype of coefficients; a table that is None is all ones (scale) or zeros. With u = scale·x + shift:
+
+    scale_shift             y = act(u)                          scale_shift_ writes it over a dense x
+    scale_shift_dx          dx = scale·du + slope·x + offset    du = dy·act'(u)
+    scale_shift_sums        Σ du·x and Σ du over the rows of each task: [T + 1, C], or [1, C] without ids
+    moments                 mean and biased variance of x over the same rows; 0 for a task without any
+    activation              "none", "relu", "relu6", "silu" or "gelu"
 """
 
 from __future__ import annotations
@@ -39,6 +50,7 @@ Gradients = tuple[Tensor, list[Tensor], Tensor]
 _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
 _WEIGHT = "Tensor base, Tensor[] deltas, Tensor coeffs, Tensor? base_coeffs"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_TABLES = "Tensor? scale, Tensor? shift"
 _WANTED = "int[] pairs, int[] ddeltas_for, bool need_dcoeffs, bool need_dbase"
 
 SCHEMAS = {
@@ -48,6 +60,12 @@ SCHEMAS = {
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "scale_shift": f"(Tensor x, {_TABLES}, {_GROUPS}, str activation) -> Tensor",
+    "scale_shift_": f"(Tensor(a!) x, {_TABLES}, {_GROUPS}, str activation) -> ()",
+    "scale_shift_dx": f"(Tensor dy, Tensor x, {_TABLES}, Tensor? slope, Tensor? offset, {_GROUPS}, str activation)"
+    " -> Tensor",
+    "scale_shift_sums": f"(Tensor dy, Tensor x, {_TABLES}, {_GROUPS}, str activation) -> (Tensor, Tensor)",
+    "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
 }
 
 
@@ -83,6 +101,35 @@ def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
 conv2d_dw = linear_dw
 
 
+def scale_shift(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x) if is_dense(x) else x.new_empty(x.shape)
+
+
+def scale_shift_(x: Tensor, *_: Any) -> None:
+    pass
+
+
+def scale_shift_dx(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return scale_shift(x)
+
+
+def scale_shift_sums(dy: Tensor, x: Tensor, scale: Any, shift: Any, *groups: Any) -> tuple[Tensor, Tensor]:
+    return moments(x, *groups[:-1])
+
+
+def moments(
+    x: Tensor, ids: Tensor | None, order: Tensor | None, offsets: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    groups = 1 if offsets is None else offsets.shape[0] - 1
+    mean = x.new_empty(groups, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, torch.empty_like(mean)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the pointwise operators keep x's layout: contiguous, or channels last. Else they return contiguous."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
 def _weight_gradients(
     base: Tensor, coeffs: Tensor, pairs: list[int], ddeltas_for: list[int], need_dcoeffs: bool, need_dbase: bool
 ) -> Gradients:
@@ -106,5 +153,7 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(_op, globals()[_name])
     if _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
+    elif not _name.startswith("linear"):
+        torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
     else:
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))

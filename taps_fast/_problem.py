@@ -99,11 +99,44 @@ def check_bias(function: str, bias: Tensor, out_features: int, num_tasks: int | 
         raise TypeError(f"{function}: bias must be {x.dtype} like x, got {bias.dtype}")
     if bias.device != x.device:
         raise ValueError(f"{function}: bias must be on {x.device} like x, got {bias.device}")
-    legal: list[tuple[int, ...]] = [(out_features,)]
+    _check_table(function, "bias", bias, out_features, num_tasks)
+
+
+ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu")
+
+
+def check_epilogue(
+    function: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    channels: int,
+    num_tasks: int | None,
+    x: Tensor,
+) -> None:
+    """scale and shift are tables as bias may be, of any floating-point dtype; activation is one we have."""
+    for name, table in (("scale", scale), ("shift", shift)):
+        if table is None:
+            continue
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{function}: {name} must be a Tensor, got {type(table).__name__}")
+        if not table.is_floating_point():
+            raise TypeError(f"{function}: {name} must be a floating-point tensor, got {table.dtype}")
+        if table.device != x.device:
+            raise ValueError(f"{function}: {name} must be on {x.device} like x, got {table.device}")
+        _check_table(function, name, table, channels, num_tasks)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{function}: activation must be one of {', '.join(map(str, ACTIVATIONS))}, got {activation!r}"
+        )
+
+
+def _check_table(function: str, name: str, table: Tensor, channels: int, num_tasks: int | None) -> None:
+    legal: list[tuple[int, ...]] = [(channels,)]
     if num_tasks is not None:
-        legal += [(num_tasks, out_features), (num_tasks + 1, out_features)]
-    if bias.shape not in legal:
-        raise ValueError(f"{function}: bias must be {' or '.join(map(str, legal))}, got {tuple(bias.shape)}")
+        legal += [(num_tasks, channels), (num_tasks + 1, channels)]
+    if table.shape not in legal:
+        raise ValueError(f"{function}: {name} must be {' or '.join(map(str, legal))}, got {tuple(table.shape)}")
 
 
 def check_pairs(function: str, pairs: Sequence[tuple[int, int]], num_tasks: int | None, num_deltas: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The two operations everything else is made of: `delta_linear` and `delta_conv2d`."""
+"""The operations all else is made of: `delta_linear`, `delta_conv2d`, and `scale_shift`, which may follow them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _problem, reference
-from ._autograd import Call, Delta, forward
+from ._autograd import Call, Delta, Groups, ScaleShift, forward
 from ._dispatch import select
 from ._problem import Problem
 from .tasks import Index, TaskBatch
@@ -30,6 +30,9 @@ def delta_linear(
     base_coeffs: Tensor | None = None,
     pairs: Sequence[tuple[int, int]] | None = None,
     batch_dim: int = 0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
     backend: str | None = None,
     algorithm: str = "auto",
 ) -> Tensor:
@@ -57,6 +60,8 @@ def delta_linear(
         pairs: the (task, delta) pairs whose coefficient can be non-zero or needs a gradient; default all. With
             one delta a task, naming them keeps the backward from computing T·K dot products where T are wanted.
         batch_dim: the axis of x that carries the batch.
+        scale, shift, activation: what follows the product, as in `scale_shift`: act(scale[t]·y + shift[t]), with
+            tables of the shapes of bias. In inference it is applied to y where it lies.
         backend: "cpu", "triton" or "reference"; default: the best that can run. An explicit one never falls
             back.
         algorithm: "blend" (weight summed, rounded at most once to x's dtype, one product), "split" (two products
@@ -83,8 +88,9 @@ def delta_linear(
     deltas = _problem.unbind_deltas(name, deltas)
     _problem.check_tensors(name, x, base, deltas, bias)
     how: dict[str, Any] = dict(
-        tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, backend=backend, algorithm=algorithm
-    )
+        tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, scale=scale, shift=shift,
+        activation=activation, backend=backend, algorithm=algorithm,
+    )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
         x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
         with torch.autocast(x.device.type, enabled=False):
@@ -113,6 +119,9 @@ def delta_conv2d(
     tasks: Tasks | None = None,
     base_coeffs: Tensor | None = None,
     pairs: Sequence[tuple[int, int]] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
     backend: str | None = None,
     algorithm: str = "auto",
 ) -> Tensor:
@@ -126,7 +135,8 @@ def delta_conv2d(
         x: [N, C, H, W] or [C, H, W]; dtypes and autocast as in `delta_linear`.
         base: [O, C / groups, kh, kw].
         deltas: K tensors shaped like base, or one [K, ...].
-        coeffs, bias, tasks, base_coeffs, pairs: as in `delta_linear`, with images for rows.
+        coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
+            rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
         backend: "aten" or "reference"; algorithm: "merge" (kernel summed into scratch, vendor convolution),
             "split" (base convolution for all images, then one for each open delta), "blend" (reference only)
@@ -150,7 +160,10 @@ def delta_conv2d(
     name = "delta_conv2d"
     deltas = _problem.unbind_deltas(name, deltas)
     _problem.check_tensors(name, x, base, deltas, bias)
-    how: dict[str, Any] = dict(tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, backend=backend, algorithm=algorithm)
+    how: dict[str, Any] = dict(
+        tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, scale=scale, shift=shift, activation=activation,
+        backend=backend, algorithm=algorithm,
+    )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
         x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
         with torch.autocast(x.device.type, enabled=False):
@@ -186,6 +199,9 @@ def _run(
     pairs: Sequence[tuple[int, int]] | None,
     batch_dim: int,
     axes: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
     backend: str | None,
     algorithm: str,
     conv: tuple[Any, ...] = (),
@@ -201,6 +217,10 @@ def _run(
         _problem.check_bias(name, bias, base.shape[0], num_tasks, x)
         if bias.dim() == 2 and bias.shape[0] == num_tasks:
             bias = F.pad(bias, (0, 0, 0, 1))
+    follows = scale is not None or shift is not None or activation is not None
+    if follows:
+        _problem.check_epilogue(name, scale, shift, activation, base.shape[0], num_tasks, x)
+    tables = (_table(scale, num_tasks, 1.0, exact), _table(shift, num_tasks, 0.0, exact))
     index: Index = (None, None, None)
     inner = 1
     if tasks is not None and num_tasks is not None:
@@ -225,11 +245,111 @@ def _run(
     if choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         y: Tensor = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
-        return y
+        return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     call = Call(index, inner, flat, choice.algorithm, conv)
     if grad:
-        return cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
-    return forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
+        y = cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
+    else:
+        y = forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
+    return _follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
+
+
+def scale_shift(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    tasks: Tasks | None = None,
+    batch_dim: int = 0,
+    channel_dim: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """A scale and a shift for each channel, chosen row by row, and an activation, in one pass over x.
+
+    ::
+
+        y_r = act(scale[t]·x_r + shift[t])          t = the task of row r
+
+    An evaluated batch norm is one; so is the affine part of any norm.
+
+    Args:
+        x: [N, C, …], or [..., C] with ``channel_dim=-1``; float32, bfloat16, float16 or float64; contiguous and
+            channels last stay as they are. Under autocast it keeps its dtype.
+        scale, shift: [C]; with tasks also [T, C] (rows of id -1 then have 1 and 0) or [T + 1, C] (last row: id
+            -1). Any floating-point dtype; used in float32 (float64 when x is). Default 1 and 0.
+        tasks, batch_dim: as in `delta_linear`; with ``channel_dim=1`` the batch is axis 0. T comes from the tables,
+            so a table [T, C] or [T + 1, C] is told from the other by a `TaskBatch`'s T; ids alone mean [T, C].
+        channel_dim: 1, or the last axis.
+        activation: None, "relu", "relu6", "silu" or "gelu" (the exact one).
+
+    Returns:
+        y like x. Gradients: x, scale, shift; sums over a task's rows have a fixed order.
+
+    Raises:
+        ValueError: shapes, devices or ids that do not fit, an unknown activation; TypeError: dtypes.
+
+    Cost: x is read and y written once; in the backward x and dy are read once for dx and once for the sums.
+
+    >>> x, scale = torch.randn(3, 4, 5, 5), torch.randn(2, 4)
+    >>> y = scale_shift(x, scale, tasks=[1, 0, -1], activation="relu")
+    >>> bool(torch.allclose(y[0], (x[0] * scale[1][:, None, None]).relu())), bool(torch.equal(y[2], x[2].relu()))
+    (True, True)
+    """
+    name = "scale_shift"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return scale_shift(x, scale, shift, tasks=tasks, batch_dim=batch_dim, channel_dim=channel_dim,
+                               activation=activation)  # fmt: skip
+    if x.dtype not in _problem.DTYPES:
+        raise TypeError(f"{name}: x must be one of {', '.join(map(str, _problem.DTYPES))}, got {x.dtype}")
+    last = channel_dim in (-1, x.dim() - 1)
+    if x.dim() < 2 or not (last or channel_dim == 1):
+        raise ValueError(f"{name}: channel_dim must be 1 or the last axis, got {channel_dim} (x {tuple(x.shape)})")
+    num_tasks = _tasks_of_tables(tasks, scale, shift)
+    _problem.check_epilogue(name, scale, shift, activation, x.shape[channel_dim], num_tasks, x)
+    index: Index = (None, None, None)
+    inner = 1
+    if tasks is not None and num_tasks is not None:
+        batch = _problem.group(name, tasks, num_tasks, x)
+        inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, x.dim() - 1 if last else 1)
+        index = batch.tensors
+    rows = x.flatten(0, -2) if last and x.dim() > 2 else x
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tables = (_table(scale, num_tasks, 1.0, exact), _table(shift, num_tasks, 0.0, exact))
+    return _follow(rows, *tables, Groups(index, inner, activation or "none"), owned=False).view(x.shape)
+
+
+def _tasks_of_tables(tasks: Tasks | None, scale: Tensor | None, shift: Tensor | None) -> int | None:
+    """T: a `TaskBatch` knows it; ids alone index tables [T, C]."""
+    if tasks is None or isinstance(tasks, TaskBatch):
+        return None if tasks is None else tasks.num_tasks
+    rows = [table.shape[0] for table in (scale, shift) if isinstance(table, Tensor) and table.dim() == 2]
+    return rows[0] if rows else None
+
+
+def _table(table: Tensor | None, num_tasks: int | None, base: float, dtype: torch.dtype) -> Tensor | None:
+    """A table in ``dtype``, [C] or [T + 1, C]; the base's row is ``base`` where none was given."""
+    if table is None:
+        return None
+    if table.dim() == 2 and table.shape[0] == num_tasks:
+        table = F.pad(table, (0, 0, 0, 1), value=base)
+    return table.to(dtype).contiguous()
+
+
+def _follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Groups, *, owned: bool) -> Tensor:
+    """act(scale·x + shift): over x where nobody else has it and no gradient needs it."""
+    if all(table is None or table.dim() == 1 for table in (scale, shift)):
+        groups = Groups((None, None, None), 1, groups.activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, shift)):
+        return cast(Tensor, ScaleShift.apply(groups, x, scale, shift))  # type: ignore[no-untyped-call]
+    arguments = (scale, shift, *groups.batch, groups.inner, groups.activation)
+    if owned:
+        torch.ops.taps_fast.scale_shift_(x, *arguments)
+        return x
+    y: Tensor = torch.ops.taps_fast.scale_shift(x, *arguments)
+    return y
 
 
 def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | None, deltas: list[Tensor]) -> bool:

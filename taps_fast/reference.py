@@ -64,6 +64,31 @@ def delta_conv2d(
     return _apply(convolve, 3, x, base, deltas, coeffs, base_coeffs, bias, index, inner, algorithm)
 
 
+def scale_shift(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None = None,
+    index: Index = (None, None, None),
+    inner: int = 1,
+) -> Tensor:
+    """act(scale·x + shift) for x [N, C, …], channels on axis 1; rounded once, to x's dtype.
+
+    What follows a product in `delta_linear` and `delta_conv2d`, whose own result may be rounded to x's dtype first.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def spread(table: Tensor) -> Tensor:
+        if table.dim() == 2 and index[0] is not None:
+            table = table[_task_of_row(x.shape[0], index[0], inner, table.shape[0] - 1)]
+        return table.to(wide).reshape(*table.shape, *(1,) * (x.dim() - 2))
+
+    u = x.to(wide)
+    u = u if scale is None else u * spread(scale)
+    u = u if shift is None else u + spread(shift)
+    return (u if activation is None else getattr(F, activation)(u)).to(x.dtype)
+
+
 def _apply(
     product: Product,
     trailing: int,

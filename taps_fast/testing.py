@@ -42,6 +42,10 @@ class Case:
     num_tasks: int = 0
     bias: str | None = "shared"
     """None, "shared" [O], "task" [T, O] or "base" [T + 1, O]."""
+    scale: str | None = None
+    """As ``bias``: of what follows the product."""
+    shift: str | None = None
+    activation: str | None = None
     zeros: tuple[int, ...] = ()
     """Flat positions of coeffs that are 0."""
     baked: tuple[int, ...] = ()
@@ -73,6 +77,8 @@ class Inputs:
     base_coeffs: Tensor | None
     bias: Tensor | None
     dy: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another dtype (coefficients at least in float32)."""
@@ -90,6 +96,8 @@ class Inputs:
             None if self.base_coeffs is None else self.base_coeffs.to(wide),
             None if self.bias is None else leaf(self.bias),
             self.dy.to(dtype),
+            None if self.scale is None else leaf(self.scale, wide),
+            None if self.shift is None else leaf(self.shift, wide),
         )
 
 
@@ -128,7 +136,10 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     dy = torch.randn(shape, generator=g, dtype=torch.float64).to(case.dtype).to(device)
     if case.strided and dy.numel():
         dy = dy[:1].expand(shape)
-    return Inputs(case, x, base, deltas, coeffs, base_coeffs, bias, dy)
+    scale, shift = (
+        None if kind is None else draw(*rows_of_bias[kind], o, dtype=wide) for kind in (case.scale, case.shift)
+    )
+    return Inputs(case, x, base, deltas, coeffs, base_coeffs, bias, dy, scale, shift)
 
 
 def run(inputs: Inputs, call: Callable[[Inputs], Tensor]) -> Results:
@@ -136,8 +147,7 @@ def run(inputs: Inputs, call: Callable[[Inputs], Tensor]) -> Results:
     y = call(inputs)
     named = {"dx": inputs.x, "dbase": inputs.base, "dcoeffs": inputs.coeffs}
     named |= {f"ddeltas[{k}]": d for k, d in enumerate(inputs.deltas)}
-    if inputs.bias is not None:
-        named["dbias"] = inputs.bias
+    named |= {f"d{name}": t for name in ("bias", "scale", "shift") if (t := getattr(inputs, name)) is not None}
     grads = torch.autograd.grad(y, list(named.values()), inputs.dy, allow_unused=True)
     zeros = (torch.zeros_like(t) for t in named.values())
     found = (g if g is not None else z for g, z in zip(grads, zeros, strict=True))
@@ -150,6 +160,7 @@ def ours(backend: str | None = None, algorithm: str = "auto") -> Callable[[Input
     def call(n: Inputs) -> Tensor:
         c = n.case
         kwargs: dict[str, Any] = dict(base_coeffs=n.base_coeffs, backend=backend, algorithm=algorithm)
+        kwargs |= dict(scale=n.scale, shift=n.shift, activation=c.activation)
         if c.tasks is not None:
             kwargs["tasks"] = torch.tensor(c.tasks, dtype=torch.int64)
         if c.is_conv:
@@ -165,17 +176,30 @@ def plain_torch(n: Inputs) -> Tensor:
     op = F.conv2d if c.is_conv else F.linear
     if c.tasks is None:
         scale = 1.0 if n.base_coeffs is None else float(n.base_coeffs[0])
-        return op(n.x, _summed(n, n.coeffs, scale), n.bias, **c.conv)
+        return _followed(n, op(n.x, _summed(n, n.coeffs, scale), n.bias, **c.conv), None)
     each = c.rows // max(len(c.tasks), 1)
     parts = []
     for b, t in enumerate(c.tasks):
         rows = n.x[b * each : (b + 1) * each]
         weight = n.base if t < 0 else _summed(n, n.coeffs[t], 1.0 if n.base_coeffs is None else float(n.base_coeffs[t]))
-        bias = n.bias
-        if bias is not None and bias.dim() == 2:
-            bias = bias[t] if t >= 0 else bias[-1] if c.bias == "base" else None
-        parts.append(op(rows, weight, bias, **c.conv))
+        parts.append(_followed(n, op(rows, weight, _of_task(n.bias, c.bias, t), **c.conv), t))
     return torch.cat(parts) if parts else op(n.x, n.base, None, **c.conv)
+
+
+def _of_task(table: Tensor | None, kind: str | None, task: int | None) -> Tensor | None:
+    """One task's row of a table [O], [T, O] or [T + 1, O]."""
+    if table is None or table.dim() == 1 or task is None:
+        return table
+    return table[task] if task >= 0 else table[-1] if kind == "base" else None
+
+
+def _followed(n: Inputs, y: Tensor, task: int | None) -> Tensor:
+    """What follows the product, op by op in y's dtype."""
+    scale, shift = _of_task(n.scale, n.case.scale, task), _of_task(n.shift, n.case.shift, task)
+    spread = (slice(None),) + (None,) * (y.dim() - 2)
+    y = y if scale is None else y * scale.to(y.dtype)[spread]
+    y = y if shift is None else y + shift.to(y.dtype)[spread]
+    return y if n.case.activation is None else getattr(F, n.case.activation)(y)
 
 
 def _summed(n: Inputs, coeffs: Tensor, scale: float) -> Tensor:
@@ -291,6 +315,26 @@ def linear_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
         yield Case(dtype, rows=11, num_deltas=4, tasks=(-1,) * 11, num_tasks=4, bias="base")
 
 
+def epilogue_cases(dtypes: Sequence[torch.dtype], conv: bool) -> Iterator[Case]:
+    """Scale, shift and activation behind a linear layer or a convolution.
+
+    Gradients are comparable in float32 and float64 alone: 16-bit rounding moves values across the kinks.
+    """
+    ids = (1, 3, -1, 1, 0)
+    kwargs: dict[str, Any] = dict(shape=(6, 4, 3, 3), conv=dict(padding=1)) if conv else dict(shape=(37, 11))
+    for dtype in dtypes:
+        for activation in (None, "relu", "relu6", "silu", "gelu"):
+            yield Case(dtype, rows=3, scale="shared", shift="shared", activation=activation, **kwargs)
+            yield Case(
+                dtype, rows=10, num_deltas=4, tasks=ids, num_tasks=5, scale="base", shift="task",
+                activation=activation, **kwargs,
+            )  # fmt: skip
+        yield Case(dtype, rows=3, activation="silu", bias=None, **kwargs)
+        yield Case(dtype, rows=5, tasks=ids, num_tasks=4, scale="task", bias="base", strided=True, **kwargs)
+        yield Case(dtype, rows=5, tasks=ids, num_tasks=4, scale="shared", shift="base", activation="gelu", **kwargs)
+        yield Case(dtype, rows=0, tasks=(), num_tasks=4, scale="task", shift="task", activation="silu", **kwargs)
+
+
 def conv2d_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """Strides, paddings, dilations, groups and 1 x 1, single and mixed."""
     ids = (1, 3, -1, 1, 0)
@@ -334,6 +378,7 @@ __all__ = [
     "assert_no_worse_than_torch",
     "available",
     "conv2d_cases",
+    "epilogue_cases",
     "linear_cases",
     "make_inputs",
     "oracle",

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "_dispatch": {"_ext", "_problem", "kernels"},
     "_problem": {"tasks"},
     "tasks": set(),
-    "_ops": {"_aten", "kernels"},  # when an operator first runs
+    "_ops": {"_aten", "_pointwise", "kernels"},  # when an operator first runs
     "_aten": {"tasks"},
+    "_pointwise": {"tasks"},
     "_ext": set(),
     "kernels": {"_problem"},
 }
