@@ -7,6 +7,8 @@ This file needs torch alone. A schema is the contract that each backend implemen
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, and from plain PyTorch
   (`taps_fast._pointwise`) wherever no kernel is registered.
+* ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, and from plain PyTorch (`taps_fast._fold`)
+  wherever no kernel is registered.
 
 Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K deltas, T tasks, B samples):
 
@@ -32,6 +34,12 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
     scale_shift_sums        Σ du·x and Σ du over the rows of each task: [T + 1, C], or [1, C] without ids
     moments                 mean and biased variance of x over the same rows; 0 for a task without any
     activation              "none", "relu", "relu6", "silu" or "gelu"
+
+`fold` takes L weights at once, of any shapes and one dtype, all contiguous; what it returns is as `_fold` says:
+
+    bases, dweights         L tensors             deltas: L·K tensors, those of weight l at l·K ... l·K + K - 1
+    coeffs                  [L, P, K]             parts: none (P = 1), or L uint8 tensors of values below P
+    masks                   none, or L tensors, bool or of the weights' dtype
 """
 
 from __future__ import annotations
@@ -51,6 +59,7 @@ _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
 _WEIGHT = "Tensor base, Tensor[] deltas, Tensor coeffs, Tensor? base_coeffs"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _TABLES = "Tensor? scale, Tensor? shift"
+_FOLD = "Tensor[] deltas, Tensor coeffs, Tensor[] parts, Tensor[] masks"
 _WANTED = "int[] pairs, int[] ddeltas_for, bool need_dcoeffs, bool need_dbase"
 
 SCHEMAS = {
@@ -66,6 +75,8 @@ SCHEMAS = {
     " -> Tensor",
     "scale_shift_sums": f"(Tensor dy, Tensor x, {_TABLES}, {_GROUPS}, str activation) -> (Tensor, Tensor)",
     "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
+    "fold": f"(Tensor[] bases, {_FOLD}) -> Tensor[]",
+    "fold_grad": f"(Tensor[] dweights, {_FOLD}, bool need_dcoeffs, bool need_dmasks) -> (Tensor, Tensor[])",
 }
 
 
@@ -138,6 +149,23 @@ def _weight_gradients(
     return dcoeffs, ddeltas, base.new_empty(base.shape if need_dbase else (0,))
 
 
+def fold(bases: list[Tensor], *_: Any) -> list[Tensor]:
+    return [base.new_empty(base.shape) for base in bases]
+
+
+def fold_grad(
+    dweights: list[Tensor],
+    deltas: list[Tensor],
+    coeffs: Tensor,
+    parts: list[Tensor],
+    masks: list[Tensor],
+    need_dcoeffs: bool,
+    need_dmasks: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    dcoeffs = coeffs.new_empty(coeffs.shape if need_dcoeffs else (0,))
+    return dcoeffs, fold(dweights) if need_dmasks else []
+
+
 def _from(module: str, name: str) -> Callable[..., Any]:
     """A kernel that is imported when it first runs."""
 
@@ -153,6 +181,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(_op, globals()[_name])
     if _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
+    elif _name.startswith("fold"):
+        torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._fold", _name))
     elif not _name.startswith("linear"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
     else:

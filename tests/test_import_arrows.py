@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
     "__main__": {"__init__", "_dispatch", "_problem", "demo", *MODEL},
     "demo": {"__init__", *LAYERS, *MODEL},
+    "merging": {"__init__", *LAYERS, *MODEL},
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
     "testing": {"functional", *CALL},
@@ -27,8 +28,9 @@ MAY_IMPORT = {
     "_dispatch": {"_ext", "_problem", "kernels"},
     "_problem": {"tasks"},
     "tasks": set(),
-    "_ops": {"_aten", "_pointwise", "kernels"},  # when an operator first runs
+    "_ops": {"_aten", "_fold", "_pointwise", "kernels"},  # when an operator first runs
     "_aten": {"tasks"},
+    "_fold": set(),
     "_pointwise": {"tasks"},
     "_ext": set(),
     "kernels": {"_problem"},

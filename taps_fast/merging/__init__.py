@@ -1,0 +1,30 @@
+"""Model merging: methods whose weight is W0 + Σ c·(mask ∘) Δ, on the library's kernels.
+
+`TaskVectors` reads a base and K fine-tuned checkpoints of it; `fold` sums all their tensors in one pass, with the
+gradient of every coefficient in one more.
+"""
+
+from .checkpoints import save_merged
+from .emr import emr
+from .fold import fold
+from .lines import block_depths, lines
+from .masks import MaskedDelta
+from .tall import consensus, tall_masks
+from .task_arithmetic import task_arithmetic
+from .ties import elected, ties
+from .vectors import TaskVectors
+
+__all__ = [
+    "MaskedDelta",
+    "TaskVectors",
+    "block_depths",
+    "consensus",
+    "elected",
+    "emr",
+    "fold",
+    "lines",
+    "save_merged",
+    "tall_masks",
+    "task_arithmetic",
+    "ties",
+]

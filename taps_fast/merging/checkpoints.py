@@ -1,0 +1,147 @@
+"""Checkpoints on disk, read a tensor at a time, and merged weights written as one that any loader takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+"""A safetensors or PyTorch file, a folder of safetensors (`save_pretrained`'s), or a state dict."""
+
+FINGERPRINT = "taps_fast_base"
+"""The key of a safetensors file's metadata that holds the base's fingerprint."""
+
+
+class Checkpoint:
+    """The tensors of one checkpoint by name. Nothing is read before `get`, and then one tensor.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without weights.
+        ValueError: a PyTorch file that is not a state dict (or holds one under "state_dict").
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.metadata: dict[str, str] = {}
+        self._get: dict[str, Callable[[], Tensor]] = {}
+        if isinstance(source, Mapping):
+            self.label = "a state dict"
+            self._hold(source)
+            return
+        path = Path(source)
+        self.label = str(path)
+        if path.is_dir():
+            for file in _weights_of(path):
+                self._open(file)
+        elif path.suffix == ".safetensors":
+            self._open(path)
+        else:
+            self._hold(_state_dict(path))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._get)
+
+    def get(self, name: str) -> Tensor:
+        return self._get[name]()
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        self._get = {name: lambda t=t: t.detach() for name, t in tensors.items()}  # type: ignore[misc]
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"Checkpoint: source must be a file or folder that exists, got {path}")
+        # The file is opened anew for each tensor: its pages are mapped, and would count as ours while it is open.
+        with safe_open(path, "pt") as file:
+            self.metadata |= file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                self._get[name] = lambda name=name: _read(path, name)  # type: ignore[misc]
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, as its index names them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(named))]
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"Checkpoint: a folder must hold model.safetensors or its index, got {folder}")
+    return [folder / "model.safetensors"]
+
+
+def _state_dict(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"Checkpoint: source must be a file or folder that exists, got {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written before PyTorch 1.6, in a format that cannot be mapped
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"Checkpoint: {path} must hold a state dict, got {type(found).__name__}")
+    return found
+
+
+def save_merged(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    like: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+) -> Path:
+    """Writes merged weights as safetensors, in the names they have: no taps_fast is needed to load them.
+
+    Args:
+        state: what the merging functions return; any device and dtype.
+        path: a ``.safetensors`` file, or a folder, which then holds ``model.safetensors``.
+        like: a folder of the same architecture; its other files (configuration, tokenizer) are copied, so that
+            ``from_pretrained(path)`` loads the result.
+        base: `TaskVectors.fingerprint`, to be kept in the file: who reads it over another base is told.
+
+    Returns:
+        The file with the weights.
+
+    Raises:
+        ValueError: ``like`` for a path that is a file.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_file
+    >>> path = save_merged({"weight": torch.ones(2)}, tempfile.mkdtemp())
+    >>> load_file(path)["weight"]
+    tensor([1., 1.])
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if like is not None:
+            raise ValueError(f"save_merged: path must be a folder with like, got {path}")
+        target = path
+    else:
+        target = path / "model.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if like is not None:
+        for file in Path(like).iterdir():
+            if file.is_file() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
+                shutil.copy(file, path)
+    # One storage each: safetensors refuses tensors that share memory, such as tied weights.
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
+    seen: set[int] = set()
+    for name, t in tensors.items():
+        if t.untyped_storage().data_ptr() in seen or t.untyped_storage().nbytes() > t.numel() * t.element_size():
+            tensors[name] = t.clone()
+        seen.add(t.untyped_storage().data_ptr())
+    save_file(tensors, target, metadata={"format": "pt"} | ({} if base is None else {FINGERPRINT: base}))
+    return target
