@@ -34,45 +34,70 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-std::string shape_of(const Tensor& t) {
-  std::ostringstream s;
+/// A tensor's layout, read once: every look at a tensor is a call through the C interface.
+struct Layout {
+  explicit Layout(const Tensor& t) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    dtype = t.scalar_type();
+  }
+
+  int64_t dim;
+  int64_t *sizes, *strides;
+  ScalarType dtype;
+};
+
+/// Its shape, as error messages print it.
+std::ostream& operator<<(std::ostream& s, const Layout& t) {
   s << "[";
-  for (int64_t i = 0; i < t.dim(); i++) s << (i ? ", " : "") << t.size(i);
-  s << "]";
-  return s.str();
+  for (int64_t i = 0; i < t.dim; i++) s << (i ? ", " : "") << t.sizes[i];
+  return s << "]";
 }
 
-DType dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
+DType dtype_of(const char* op, const Layout& x) {
+  switch (x.dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Double: return DType::kFloat64;
     default: break;
   }
-  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(x.scalar_type()));
+  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(x.dtype));
   return {};
+}
+
+/// A matrix of x's type, not initialized.
+Tensor empty(const Layout& x, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, int32_t(x.dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 /// Tensors whose rows the kernels can walk; a copy is made, and kept alive here, only of others.
 class Inputs {
  public:
-  Inputs(const char* op, const Tensor& like) : op_(op), like_(like) {}
+  Inputs(const char* op, ScalarType dtype) : op_(op), dtype_(dtype) {}
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, op_, ": ", name, " must have shape [", rows, ", ",
-          cols, "], got ", shape_of(t));
-    check(t.scalar_type() == like_.scalar_type(), op_, ": ", name, " must have scalar type ", int(like_.scalar_type()),
-          ", got ", int(t.scalar_type()));
-    if (t.stride(1) == 1 || cols <= 1) return {t.const_data_ptr(), t.stride(0)};
+    return matrix(name, t, Layout(t), rows, cols);
+  }
+
+  Matrix matrix(const char* name, const Tensor& t, const Layout& layout, int64_t rows, int64_t cols) {
+    check(layout.dim == 2 && layout.sizes[0] == rows && layout.sizes[1] == cols, op_, ": ", name, " must have shape [",
+          rows, ", ", cols, "], got ", layout);
+    check(layout.dtype == dtype_, op_, ": ", name, " must have scalar type ", int(dtype_), ", got ", int(layout.dtype));
+    if (layout.strides[1] == 1 || cols <= 1) return {t.const_data_ptr(), layout.strides[0]};
     kept_.push_back(torch::stable::contiguous(t));
     return {kept_.back().const_data_ptr(), cols};
   }
 
   const void* vector(const char* name, const Tensor& t, int64_t size, ScalarType dtype) {
-    check(t.numel() == size, op_, ": ", name, " must have ", size, " elements, got ", shape_of(t));
-    check(t.scalar_type() == dtype, op_, ": ", name, " must have scalar type ", int(dtype), ", got ",
-          int(t.scalar_type()));
+    const Layout layout(t);
+    check(t.numel() == size, op_, ": ", name, " must have ", size, " elements, got ", layout);
+    check(layout.dtype == dtype, op_, ": ", name, " must have scalar type ", int(dtype), ", got ", int(layout.dtype));
     if (t.is_contiguous()) return t.const_data_ptr();
     kept_.push_back(torch::stable::contiguous(t));
     return kept_.back().const_data_ptr();
@@ -80,7 +105,7 @@ class Inputs {
 
  private:
   const char* op_;
-  const Tensor& like_;
+  ScalarType dtype_;
   std::vector<Tensor> kept_;
 };
 
@@ -90,8 +115,9 @@ Groups read_groups(const char* op, Inputs& inputs, int64_t rows, const Tensor& c
         ": ids, order and offsets must come together");
   Groups groups;
   if (!ids) return groups;
-  check(coeffs.dim() == 2, op, ": coeffs must have shape [T, K] with tasks, got ", shape_of(coeffs));
-  groups.tasks = coeffs.size(0);
+  const Layout table(coeffs);
+  check(table.dim == 2, op, ": coeffs must have shape [T, K] with tasks, got ", table);
+  groups.tasks = table.sizes[0];
   groups.batch = ids->numel();
   groups.inner = inner;
   groups.order = static_cast<const int64_t*>(inputs.vector("order", *order, groups.batch, ScalarType::Long));
@@ -105,14 +131,14 @@ Groups read_groups(const char* op, Inputs& inputs, int64_t rows, const Tensor& c
   return groups;
 }
 
-Weight read_weight(const char* op, Inputs& inputs, const Tensor& base, const std::vector<Tensor>& deltas,
+Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, const std::vector<Tensor>& deltas,
                    const Tensor& coeffs, const OptionalTensor& base_coeffs, int64_t tasks) {
-  check(base.dim() == 2, op, ": base must have shape [O, I], got ", shape_of(base));
+  const int64_t rows = layout.sizes[0], cols = layout.sizes[1];
   Weight weight;
-  weight.base = inputs.matrix("base", base, base.size(0), base.size(1));
-  for (const Tensor& delta : deltas)
-    weight.deltas.push_back(inputs.matrix("deltas", delta, base.size(0), base.size(1)));
-  weight.wide = base.scalar_type() == ScalarType::Double;
+  weight.base = inputs.matrix("base", base, layout, rows, cols);
+  weight.deltas.reserve(deltas.size());
+  for (const Tensor& delta : deltas) weight.deltas.push_back(inputs.matrix("deltas", delta, rows, cols));
+  weight.wide = layout.dtype == ScalarType::Double;
   const ScalarType dtype = weight.wide ? ScalarType::Double : ScalarType::Float;
   weight.coeffs = inputs.vector("coeffs", coeffs, tasks * deltas.size(), dtype);
   weight.base_coeffs = base_coeffs ? inputs.vector("base_coeffs", *base_coeffs, tasks, dtype) : nullptr;
@@ -127,10 +153,11 @@ Algorithm read_algorithm(const char* op, const std::string& name) {
 
 /// Items go to whichever thread is free; each item's result is its own, so the order changes nothing.
 template <class Problem>
-void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*), int64_t workspace_bytes) {
+void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*), int64_t workspace_bytes,
+         int64_t threads) {
   int64_t next_item = 0;
   const auto worker = [&](int64_t, int64_t) { kernel(problem, &next_item, workspace(workspace_bytes)); };
-  const int64_t threads = std::min<int64_t>(num_items(problem), torch::stable::get_num_threads());
+  threads = std::min(num_items(problem), threads);
   if (threads <= 1) return worker(0, 1);
   torch::stable::parallel_for(0, threads, 1, worker);
 }
@@ -139,33 +166,34 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
                    const OptionalTensor& offsets, int64_t inner, const std::string& algorithm) {
-  Inputs inputs(op, x);
+  const Layout in(x), weights(base);
+  Inputs inputs(op, in.dtype);
   const Algorithm how = read_algorithm(op, algorithm);
-  check(x.dim() == 2 && base.dim() == 2, op, ": x and base must have 2 dimensions, got ", shape_of(x), " and ",
-        shape_of(base));
   RowPlan plan;
   RowProduct& p = plan.problem;
-  p.dtype = dtype_of(op, x);
+  p.dtype = dtype_of(op, in);
+  check(in.dim == 2 && weights.dim == 2, op, ": x and base must have 2 dimensions, got ", in, " and ", weights);
   p.transposed = transposed;
-  p.rows = x.size(0);
-  p.depth = base.size(transposed ? 1 : 0);
-  p.cols = base.size(transposed ? 0 : 1);
-  p.in = inputs.matrix(transposed ? "x" : "dy", x, p.rows, p.depth);
+  p.rows = in.sizes[0];
+  p.depth = weights.sizes[transposed ? 1 : 0];
+  p.cols = weights.sizes[transposed ? 0 : 1];
+  p.in = inputs.matrix(transposed ? "x" : "dy", x, in, p.rows, p.depth);
   const Groups groups = read_groups(op, inputs, p.rows, coeffs, ids, order, offsets, inner);
   const int64_t tasks = ids ? groups.tasks : 1;
-  const Weight weight = read_weight(op, inputs, base, deltas, coeffs, base_coeffs, tasks);
+  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks);
   const bool bias_by_task = bias && bias->dim() == 2;
   if (bias_by_task) {
-    check(ids.has_value(), op, ": bias must have shape [O] without tasks, got ", shape_of(*bias));
+    check(ids.has_value(), op, ": bias must have shape [O] without tasks, got ", Layout(*bias));
     p.bias = inputs.matrix("bias", *bias, groups.tasks + 1, p.cols);
   } else if (bias) {
-    p.bias = {inputs.vector("bias", *bias, p.cols, x.scalar_type()), 0};
+    p.bias = {inputs.vector("bias", *bias, p.cols, in.dtype), 0};
   }
-  Tensor out = torch::stable::new_empty(x, {p.rows, p.cols});
+  Tensor out = empty(in, p.rows, p.cols);
   p.out = {out.mutable_data_ptr(), p.cols};
   if (p.rows == 0 || p.cols == 0) return out;
-  plan.finish(weight, groups, how, bias_by_task, torch::stable::get_num_threads(), kernels());
-  run(p, kernels().row_product, plan.workspace_bytes(kernels()));
+  const int threads = torch::stable::get_num_threads();
+  plan.finish(weight, groups, how, bias_by_task, threads, kernels());
+  run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
   return out;
 }
 
@@ -192,20 +220,20 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, cons
                                                           const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs,
                                                           bool need_dbase) {
   const char* op = "linear_dw";
-  Inputs inputs(op, x);
-  check(x.dim() == 2 && base.dim() == 2, op, ": x and base must have 2 dimensions, got ", shape_of(x), " and ",
-        shape_of(base));
-  const int64_t rows = x.size(0), out_features = base.size(0), in_features = base.size(1);
+  const Layout in(x), weights(base);
+  Inputs inputs(op, in.dtype);
   GradientPlan plan;
   WeightGradient& p = plan.problem;
-  p.dtype = dtype_of(op, x);
+  p.dtype = dtype_of(op, in);
+  check(in.dim == 2 && weights.dim == 2, op, ": x and base must have 2 dimensions, got ", in, " and ", weights);
+  const int64_t rows = in.sizes[0], out_features = weights.sizes[0], in_features = weights.sizes[1];
   p.rows = out_features;
   p.cols = in_features;
   p.dy = inputs.matrix("dy", dy, rows, out_features);
-  p.x = inputs.matrix("x", x, rows, in_features);
+  p.x = inputs.matrix("x", x, in, rows, in_features);
   const Groups groups = read_groups(op, inputs, rows, coeffs, ids, order, offsets, inner);
   const int64_t tasks = ids ? groups.tasks : 1, num_deltas = deltas.size();
-  const Weight weight = read_weight(op, inputs, base, deltas, coeffs, base_coeffs, tasks);
+  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks);
 
   Wanted wanted{need_dcoeffs, pairs, ddeltas_for, {}, {nullptr, in_features}};
   for (int64_t pair : pairs)
@@ -213,17 +241,17 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, cons
   std::vector<Tensor> ddeltas;
   for (int64_t k : ddeltas_for) {
     check(0 <= k && k < num_deltas, op, ": ddeltas_for must be in [0, ", num_deltas, "), got ", k);
-    ddeltas.push_back(torch::stable::new_empty(x, {out_features, in_features}));
+    ddeltas.push_back(empty(in, out_features, in_features));
     wanted.ddeltas.push_back({ddeltas.back().mutable_data_ptr(), in_features});
   }
-  Tensor dbase =
-      need_dbase ? torch::stable::new_empty(x, {out_features, in_features}) : torch::stable::new_empty(x, {0});
+  Tensor dbase = need_dbase ? empty(in, out_features, in_features) : torch::stable::new_empty(x, {0});
   if (need_dbase) wanted.dbase.data = dbase.mutable_data_ptr();
   Tensor dcoeffs =
       need_dcoeffs ? torch::stable::new_zeros(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
   if (out_features > 0 && in_features > 0) {
-    plan.finish(weight, groups, wanted, rows, torch::stable::get_num_threads(), kernels());
-    run(p, kernels().weight_gradient, plan.workspace_bytes(kernels()));
+    const int threads = torch::stable::get_num_threads();
+    plan.finish(weight, groups, wanted, rows, threads, kernels());
+    run(p, kernels().weight_gradient, plan.workspace_bytes(kernels()), threads);
     if (need_dcoeffs) plan.reduce(dcoeffs.mutable_data_ptr(), weight.wide);
   }
   return {dcoeffs, ddeltas, dbase};

@@ -294,3 +294,24 @@ def test_penalty_and_gate():
     torch.testing.assert_close(loss, torch.tensor(0.5 / 2 * 0.6))
     loss.backward()
     assert [s.grad.item() for s in scores] == [0.25, -0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("ids", ["a", "b", "base", ["b", "a", "base", "c", "b"], ["b", "c", "b", "base", "c"]], ids=str)
+def test_without_gradients_gates_are_read_to_the_same_result(dtype, ids):
+    """A score at the threshold opens its gate in float32's terms, in every dtype; just below it stays closed."""
+    torch.manual_seed(0)
+    layer = randomise(FastTapsLinear(9, 6, dtype=dtype, tasks=["a", "b", "c"], threshold=0.3))
+    with torch.no_grad():
+        layer.scores["a"].copy_(torch.tensor(0.3))
+        layer.scores["b"].copy_(torch.tensor(0.3).nextafter(torch.tensor(0.0)))
+        layer.scores["c"].fill_(0.1)
+    x = torch.randn(5, 9).to(dtype)
+    trained = layer(x, tasks=ids).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x, tasks=ids), trained)
+    opened = [layer.is_open(task) for task in "abc"]
+    assert opened == [True, False, False]
+    assert ("a" in ([ids] if isinstance(ids, str) else ids)) == (
+        not torch.equal(trained, layer(x, tasks="base").detach())
+    )

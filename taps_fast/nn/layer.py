@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -107,7 +109,10 @@ class TapsLayer(Located, nn.Module):
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
-        return task in self.deltas and (self.gate == "raw" or bool(self.scores[task] >= self.threshold))
+        if task not in self.deltas:
+            return False
+        # float32 against float32, as in `gates.coefficients`
+        return self.gate == "raw" or self.scores[task].item() >= ctypes.c_float(self.threshold).value
 
     @property
     def weight(self) -> Tensor:
@@ -137,7 +142,32 @@ class TapsLayer(Located, nn.Module):
 
     def gated(self, selection: Selection) -> Gated:
         """Deltas, coefficients and bias for one forward."""
+        host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
+        if host and self.gate == "ste" and not torch.is_grad_enabled():
+            return self._open(selection)
         return self._single(selection.task) if selection.mix is None else self._mixed(selection.mix)
+
+    def _open(self, selection: Selection) -> Gated:
+        """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
+        dtype, bias, mix = self.base.dtype, self.base_bias, selection.mix
+        if mix is None:
+            task = selection.task
+            if task is None or not self.is_open(task):
+                return self._single(None if task is None or task in self.scores else task)
+            if bias is not None:
+                bias = bias + self.bias_deltas[task]
+            return Gated([self.deltas[task]], _table(dtype, 1, [0]), bias)
+        places = [t for t, task in enumerate(mix.tasks) if self.is_open(task)]
+        if not places:
+            return self._single(None)
+        if bias is not None:
+            rows = [bias] * (len(mix.tasks) + 1)
+            for t in places:
+                rows[t] = bias + self.bias_deltas[mix.tasks[t]]
+            bias = torch.stack(rows)
+        count = len(places)
+        table = _table(dtype, len(mix.tasks) * count, [t * count + k for k, t in enumerate(places)])
+        return Gated([self.deltas[mix.tasks[t]] for t in places], table.view(-1, count), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -204,6 +234,15 @@ class TapsLayer(Located, nn.Module):
             for name, value in self.named_parameters():
                 state_dict.setdefault(prefix + name, value.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _table(dtype: torch.dtype, size: int, ones: Iterable[int]) -> Tensor:
+    """Coefficients [size], 1 at ``ones`` and 0 elsewhere, in what `delta_linear` uses with ``dtype``."""
+    wide = dtype == torch.float64
+    values = array.array("d" if wide else "f", bytes(size * (8 if wide else 4)))
+    for place in ones:
+        values[place] = 1.0
+    return torch.frombuffer(values, dtype=torch.float64 if wide else torch.float32)
 
 
 def _rows(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
