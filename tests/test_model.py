@@ -64,7 +64,8 @@ def test_mixed_batch_is_the_separate_models(name, dtype):
     assert y.shape == (6, 7) and model.widths == {"cubs": 3, "cars": 5, "dogs": 7}
     ids = [-1 if name is None else TASKS.index(name) for name in ROWS]
     for tasks in (ids, torch.tensor(ids), torch.tensor(ids, dtype=torch.int8), TaskBatch.from_ids(ids, 3)):
-        assert torch.equal(model(x, tasks=tasks), y)
+        with torch.no_grad():
+            assert torch.equal(model(x, tasks=tasks), y)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
