@@ -1,17 +1,21 @@
 """Convolutions by the vendor library, images grouped by the weight they need.
 
 * ``merge``: each distinct weight is summed (in float32, rounded once) and convolved with its images. Tasks
-  without an open delta share the base, so their images run as one convolution.
+  without an open delta share the base, so their images run as one convolution. A baked task's delta is its weight
+  and is summed with nothing. On a CPU sums go into one buffer a thread, as large as the largest layer.
 * ``split``: the base for all images, then each delta for the images that use it, summed in float32.
 
 Which images share a weight is read on the host. On a CPU that is free; on another device it would stall the
 stream, so there one weight serves the whole batch as is, and a mixed batch takes coefficients as data: one
 convolution of all images for the base and for each delta.
+
+Both forward and dx are linear in the images and in the weight, so one function serves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,19 +27,17 @@ from .tasks import Index, sample_of_row
 
 Scalar = float | Tensor
 Conv = tuple[list[int], list[int], list[int], int]
+Images = slice | Tensor | None
+"""Which images: adjacent ones, int64 indices, or None for all."""
 
 
 class Group(NamedTuple):
     """Images that share one weight, ``scale·base + Σ coeffs[k]·deltas[k]``."""
 
-    images: Tensor | None
-    """int64 indices, or None for all."""
+    images: Images
     task: int
     scale: Scalar
     coeffs: dict[int, Scalar]
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self.images is None else x[self.images]
 
 
 def conv2d_fwd(
@@ -55,25 +57,21 @@ def conv2d_fwd(
     inner: int,
     algorithm: str,
 ) -> Tensor:
-    conv, index = (stride, padding, dilation, groups), (ids, order, offsets)
     shared = bias if bias is not None and bias.dim() == 1 else None
-    if algorithm == "merge" and not _data_driven(x, index):
-        parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
-        outputs = [F.conv2d(g.take(x), _merged(base, deltas, g, coeffs.dtype), shared, *conv) for g in parts]
-        y = _scatter(parts, outputs, x.shape[0])
-    else:
-        wide = x.to(coeffs.dtype)
-        scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
-        y = _times(F.conv2d(wide, base.to(wide.dtype), None, *conv), scale)
-        layout = _layout(y)
-        for k, (column, chosen) in columns.items():
-            part = _times(F.conv2d(_pick(wide, chosen), deltas[k].to(wide.dtype), None, *conv), _pick(column, chosen))
-            y = y + part if chosen is None else y.index_add(0, chosen, part)
-        y = (y if shared is None else y + shared.to(y.dtype)[:, None, None]).to(x.dtype)
-        y = y.contiguous(memory_format=layout)
-    if bias is not None and bias.dim() == 2:
-        y = y + bias[_task_of_image(coeffs, ids, inner, x)][:, :, None, None]
-    return y
+
+    def convolve(images: Tensor, weight: Tensor) -> Tensor:
+        # The split sum is formed in float32, its bias added once.
+        own = shared if weight.dtype == x.dtype and algorithm == "merge" else None
+        return F.conv2d(images, weight, own, stride, padding, dilation, groups)
+
+    index = (ids, order, offsets)
+    merged = algorithm == "merge" and not _data_driven(x, index)
+    y = _apply(convolve, x, base, deltas, coeffs, base_coeffs, index, inner, merged)
+    if bias is None or (merged and bias.dim() == 1):
+        return y.to(x.dtype)
+    tables = index if bias.dim() == 2 else (None, None, None)
+    torch.ops.taps_fast.scale_shift_(y, None, bias.to(coeffs.dtype), *tables, inner, "none")
+    return y.to(x.dtype)
 
 
 def conv2d_dx(
@@ -93,25 +91,49 @@ def conv2d_dx(
     inner: int,
     algorithm: str,
 ) -> Tensor:
-    conv, index = (stride, padding, dilation, groups), (ids, order, offsets)
-    channels = base.shape[1] * groups
-
     def back(d: Tensor, weight: Tensor) -> Tensor:
-        dx: Tensor = grad.conv2d_input((d.shape[0], channels, *size), weight, d, *conv)  # type: ignore[no-untyped-call]
+        shape = (d.shape[0], base.shape[1] * groups, *size)
+        dx: Tensor = grad.conv2d_input(shape, weight, d, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
         return dx
 
-    if algorithm == "merge" and not _data_driven(dy, index):
-        parts = _groups(coeffs, base_coeffs, index, inner, dy, join=True)
-        outputs = [back(g.take(dy), _merged(base, deltas, g, coeffs.dtype)) for g in parts]
-        return _scatter(parts, outputs, dy.shape[0])
-    wide = dy.to(coeffs.dtype)
-    scale, columns = _per_image(coeffs, base_coeffs, index, inner, dy)
-    dx = back(_times(wide, scale), base.to(wide.dtype))
-    layout = _layout(dx)
+    index = (ids, order, offsets)
+    merged = algorithm == "merge" and not _data_driven(dy, index)
+    return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged).to(dy.dtype)
+
+
+def _apply(
+    product: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    coeffs: Tensor,
+    base_coeffs: Tensor | None,
+    index: Index,
+    inner: int,
+    merged: bool,
+) -> Tensor:
+    """product(images, their weight) for all images; of split sums, in the coefficients' dtype."""
+    if merged:
+        parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
+        y: Tensor | None = None
+        for group in parts:
+            part = product(_take(x, group.images), _merged(base, deltas, group, coeffs.dtype))
+            if group.images is None:
+                return part
+            if y is None:
+                layout = _layout(part)
+                y = torch.empty((x.shape[0], *part.shape[1:]), dtype=part.dtype, device=x.device, memory_format=layout)
+            _put(y, group.images, part)
+        assert y is not None  # there is always a group
+        return y
+    wide = x.to(coeffs.dtype)
+    scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
+    y = _times(product(wide, base.to(wide.dtype)), scale)
+    layout = _layout(y)
     for k, (column, chosen) in columns.items():
-        part = back(_times(_pick(wide, chosen), _pick(column, chosen)), deltas[k].to(wide.dtype))
-        dx = dx + part if chosen is None else dx.index_add(0, chosen, part)
-    return dx.to(dy.dtype).contiguous(memory_format=layout)
+        part = _times(product(_pick(wide, chosen), deltas[k].to(wide.dtype)), _pick(column, chosen))
+        y = y + part if chosen is None else y.index_add(0, chosen, part)
+    return y.contiguous(memory_format=layout)
 
 
 def conv2d_dw(
@@ -166,7 +188,7 @@ def conv2d_dw(
             dots = of_task if need_dcoeffs and g.task >= 0 else []
             if not (dots or need_dbase or ddeltas.keys() & g.coeffs.keys()):
                 continue
-            p = weight_gradient(g.take(x), g.take(dy))
+            p = weight_gradient(_take(x, g.images), _take(dy, g.images))
             for k in dots:
                 dcoeffs.view(-1)[g.task * count + k] = torch.dot(p.flatten(), deltas[k].to(wide).flatten())
             for k in ddeltas.keys() & g.coeffs.keys():
@@ -207,32 +229,79 @@ def _groups(
     if len(found) <= 1 and join:
         task, scale, used = next(iter(weights.values()), (-1, 1.0, {}))
         return [Group(None, task, scale, used)]
-    within = torch.arange(inner)
-    return [
-        Group((order[torch.tensor(where)][:, None] * inner + within).flatten(), *weights[key])
-        for key, where in found.items()
-    ]
+    return [Group(_images(order, where, inner), *weights[key]) for key, where in found.items()]
+
+
+def _images(order: Tensor, where: list[int], inner: int) -> Images:
+    """The images of samples at these places of the order; a slice where they are adjacent, which copies nothing."""
+    samples = order[where[0] : where[-1] + 1] if len(where) == where[-1] + 1 - where[0] else order[torch.tensor(where)]
+    listed = samples.tolist()
+    if listed == list(range(listed[0], listed[0] + len(listed))):
+        return slice(listed[0] * inner, (listed[-1] + 1) * inner)
+    return (samples[:, None] * inner + torch.arange(inner)).flatten()
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[N, elements] over x's memory, an image a row."""
+    return (x if x.is_contiguous() else x.movedim(1, -1)).view(x.shape[0], -1)
+
+
+def _take(x: Tensor, images: Images) -> Tensor:
+    if images is None:
+        return x
+    if isinstance(images, slice):
+        return x[images]
+    x = x.contiguous(memory_format=_layout(x))
+    found = torch.index_select(_as_rows(x), 0, images)
+    if x.is_contiguous():
+        return found.view(-1, *x.shape[1:])
+    return found.view(-1, *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def _put(y: Tensor, images: slice | Tensor, part: Tensor) -> None:
+    if isinstance(images, slice):
+        y[images] = part
+    else:
+        _as_rows(y).index_copy_(0, images, _as_rows(part.contiguous(memory_format=_layout(y))))
+
+
+_scratch = threading.local()
+
+
+def _buffer(like: Tensor) -> Tensor:
+    """Memory for a merged weight. A CPU thread keeps its own: fresh pages cost as much as the sum."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like)
+    kept: dict[torch.dtype, Tensor] = _scratch.__dict__
+    found = kept.get(like.dtype)
+    if found is None or found.numel() < like.numel():
+        found = kept[like.dtype] = like.new_empty(like.numel())
+    if like.is_contiguous(memory_format=_layout(like)):
+        return found.as_strided(like.shape, like.stride())
+    return found[: like.numel()].view(like.shape)
 
 
 def _merged(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dtype) -> Tensor:
-    """The group's weight, summed in ``wide`` and rounded once to the base's dtype."""
-    if not group.coeffs and isinstance(group.scale, float) and group.scale == 1.0:
-        return base
-    total = base.to(wide) * group.scale
-    for k, c in group.coeffs.items():
-        total += deltas[k].to(wide) * c
+    """The group's weight, summed in ``wide`` and rounded once to the base's dtype; valid until the next one."""
+    scale, terms = group.scale, [(deltas[k], c) for k, c in group.coeffs.items()]
+    if isinstance(scale, Tensor) or scale != 0.0:
+        terms = [(base, scale), *terms]
+    if not terms:
+        return torch.zeros_like(base)
+    if len(terms) == 1 and isinstance(terms[0][1], float) and terms[0][1] == 1.0:
+        return terms[0][0]
+    (first, by), *rest = terms
+    if base.dtype != wide:
+        total = first.to(wide)
+        total = total if isinstance(by, float) and by == 1.0 else total.mul_(by)
+    elif rest and isinstance(by, float) and by == 1.0 and isinstance(rest[0][1], float):
+        (delta, c), *rest = rest
+        total = torch.add(first, delta, alpha=c, out=_buffer(base))
+    else:
+        total = torch.mul(first, by, out=_buffer(base))
+    for delta, c in rest:
+        total = total.add_(delta, alpha=c) if isinstance(c, float) else total.addcmul_(delta.to(wide), c)
     return total.to(base.dtype)
-
-
-def _scatter(groups: list[Group], outputs: list[Tensor], images: int) -> Tensor:
-    first = outputs[0]
-    if groups[0].images is None:
-        return first
-    shape, layout = (images, *first.shape[1:]), _layout(first)
-    y = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
-    for group, output in zip(groups, outputs, strict=True):
-        y[group.images] = output
-    return y
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -43,6 +43,20 @@ def _aten(problem: Problem) -> Iterator[str]:
         yield "serves convolutions only"
 
 
+def _linear(problem: Problem) -> Iterator[str]:
+    if problem.op != "conv2d":
+        yield "serves convolutions only"
+    elif not problem.pixel_rows:
+        yield "needs a 1 x 1 convolution without groups and padding, on channels last, whose pixels are rows"
+    elif select(as_rows(problem)).backend == "reference":
+        yield "has no kernels for the rows: delta_linear would run by the reference"
+
+
+def as_rows(problem: Problem) -> Problem:
+    """The linear problem that a convolution with ``pixel_rows`` is, of one pixel an image."""
+    return problem._replace(op="linear", shape=problem.shape[:2], pixel_rows=False)
+
+
 def _triton(problem: Problem) -> Iterator[str]:
     if problem.op != "linear":
         yield "has no convolution kernels yet"
@@ -68,6 +82,11 @@ def _few_rows(problem: Problem) -> bool:
     return problem.rows < SPLIT_ROWS * max(problem.num_tasks or 1, 1)
 
 
+def _many_weights(problem: Problem) -> bool:
+    """Where one weight serves all, merging it and the vendor's convolution are as fast."""
+    return problem.num_tasks is not None and problem.num_deltas > 0
+
+
 class _Row(NamedTuple):
     backend: str
     algorithm: str
@@ -79,6 +98,7 @@ class _Row(NamedTuple):
 _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
     "cpu": _cpu,
     "triton": _triton,
+    "linear": _linear,
     "aten": _aten,
     "reference": _reference,
 }
@@ -88,6 +108,9 @@ TABLE = (
     _Row("cpu", "split", lambda p: True, "the exact one: nothing but the result is rounded"),
     _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
     _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
+    _Row(
+        "linear", "rows", _many_weights, "pixels are rows of delta_linear: every task in one product, nothing gathered"
+    ),
     _Row("aten", "merge", lambda p: True, "kernels summed into scratch, then the vendor convolution"),
     _Row("aten", "split", lambda p: True, "base convolution for all images plus one for each open delta"),
     _Row("reference", "split", lambda p: True, "plain PyTorch: right, not fast"),

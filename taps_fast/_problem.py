@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .tasks import TaskBatch
+
+IntPair = int | Sequence[int]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,6 +35,9 @@ class Problem(NamedTuple):
     """T, or None when one weight serves all rows."""
     grad: bool
     groups: int = 1
+    pixel_rows: bool = False
+    """Whether each output pixel is a product with one input pixel, which lies in memory as a row: a convolution
+    1 x 1, without groups and padding, on channels last."""
 
 
 def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -186,3 +192,51 @@ def rows_per_sample(function: str, x: Tensor, batch: int, batch_dim: int, axes: 
     for axis in range(batch_dim + 1, axes):
         inner = inner * x.shape[axis]
     return inner
+
+
+def check_conv(
+    function: str, x: Tensor, base: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, groups: int
+) -> tuple[Tensor, list[int], list[int], list[int], int]:
+    """x [N, C, H, W] and the four settings of a convolution as lists; "same" may have padded x."""
+    if groups < 1 or x.shape[1] != base.shape[1] * groups or base.shape[0] % groups:
+        raise ValueError(
+            f"{function}: groups must split x's {x.shape[1]} channels into base's {base.shape[1]} and divide its "
+            f"{base.shape[0]} outputs, got {groups} (x {tuple(x.shape)}, base {tuple(base.shape)})"
+        )
+    strides, dilations = _pair(function, "stride", stride, 1), _pair(function, "dilation", dilation, 1)
+    x, pads = _padding(function, x, base, padding, strides, dilations)
+    for size, pad, kernel, step in zip(x.shape[2:], pads, base.shape[2:], dilations, strict=True):
+        if size + 2 * pad < step * (kernel - 1) + 1:
+            raise ValueError(
+                f"{function}: padding must make x at least as large as the kernel, got {padding} "
+                f"(x {tuple(x.shape)}, base {tuple(base.shape)}, dilation {dilation})"
+            )
+    return x, strides, pads, dilations, groups
+
+
+def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"{name}: {argument} must be one or two integers >= {least}, got {value}")
+    return pair
+
+
+def _padding(
+    name: str, x: Tensor, base: Tensor, padding: IntPair | str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """x and numeric padding; "same" pads an even-sized kernel's odd remainder on the far side, as PyTorch does."""
+    if not isinstance(padding, str):
+        return x, _pair(name, "padding", padding, 0)
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same":
+        raise ValueError(f"{name}: padding must be integers, 'same' or 'valid', got {padding!r}")
+    if stride != [1, 1]:
+        raise ValueError(f"{name}: padding 'same' must go with stride 1, got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, base.shape[2:], strict=True)]
+    near, far = [t // 2 for t in total], [t - t // 2 for t in total]
+    if near != far:
+        x = F.pad(x, (0, far[1] - near[1], 0, far[0] - near[0]))
+    return x, near

@@ -12,11 +12,10 @@ from torch import Tensor
 from . import _problem, reference
 from ._autograd import Call, Delta, Groups, ScaleShift, forward
 from ._dispatch import select
-from ._problem import Problem
+from ._problem import IntPair, Problem
 from .tasks import Index, TaskBatch
 
 Tasks = TaskBatch | Tensor | Sequence[int]
-IntPair = int | Sequence[int]
 
 
 def delta_linear(
@@ -138,9 +137,9 @@ def delta_conv2d(
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
-        backend: "aten" or "reference"; algorithm: "merge" (kernel summed into scratch, vendor convolution),
-            "split" (base convolution for all images, then one for each open delta), "blend" (reference only)
-            or "auto".
+        backend: "linear" (algorithm "rows": a 1 × 1 convolution on channels last is `delta_linear` on its pixels),
+            "aten" ("merge": kernel summed into scratch, vendor convolution; "split": base convolution for all
+            images, then one for each open delta) or "reference" ("split", "blend"); default: what is fastest.
 
     Returns:
         y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.
@@ -171,18 +170,11 @@ def delta_conv2d(
     _problem.check_weight(name, x, base, deltas, dims=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"{name}: x must be [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
-    if groups < 1 or x.shape[-3] != base.shape[1] * groups or base.shape[0] % groups:
-        raise ValueError(
-            f"{name}: groups must split x's {x.shape[-3]} channels into base's {base.shape[1]} and divide its "
-            f"{base.shape[0]} outputs, got {groups} (x {tuple(x.shape)}, base {tuple(base.shape)})"
-        )
     if x.dim() == 3:
         x = x[None]
         return delta_conv2d(x, base, deltas, coeffs, bias, stride, padding, dilation, groups, **how)[0]
-    strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
-    x, pads = _padding(name, x, base, padding, strides, dilations)
-    conv = (strides, pads, dilations, groups)
-    return _run(name, x, x, base, deltas, coeffs, bias, batch_dim=0, axes=1, conv=conv, **how)
+    x, *conv = _problem.check_conv(name, x, base, stride, padding, dilation, groups)
+    return _run(name, x, x, base, deltas, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
 
 
 def _run(
@@ -223,6 +215,7 @@ def _run(
     tables = (_table(scale, num_tasks, 1.0, exact), _table(shift, num_tasks, 0.0, exact))
     index: Index = (None, None, None)
     inner = 1
+    batch = None
     if tasks is not None and num_tasks is not None:
         batch = _problem.group(name, tasks, num_tasks, x)
         inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, axes)
@@ -240,8 +233,18 @@ def _run(
         num_tasks,
         grad,
         conv[3] if conv else 1,
+        bool(conv) and _pixels_are_rows(x, base, conv),
     )
     choice = select(problem, backend, algorithm)
+    if choice.backend == "linear":
+        pixels = x[:, :, :: conv[0][0], :: conv[0][1]].movedim(1, -1)
+        weights = [weight.flatten(1) for weight in (base, *deltas)]
+        y = _run(
+            name, pixels.flatten(0, -2), pixels, weights[0], weights[1:], coeffs, bias, tasks=batch, pairs=pairs,
+            base_coeffs=base_coeffs, batch_dim=0, axes=3, scale=tables[0], shift=tables[1], activation=activation,
+            backend=None, algorithm="auto",
+        )  # fmt: skip
+        return y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
     if choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         y: Tensor = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
@@ -352,6 +355,12 @@ def _follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Group
     return y
 
 
+def _pixels_are_rows(x: Tensor, base: Tensor, conv: tuple[Any, ...]) -> bool:
+    if base.shape[2:] != (1, 1) or conv[3] != 1 or any(conv[1]):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and x.shape[0] > 0
+
+
 def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | None, deltas: list[Tensor]) -> bool:
     if x.requires_grad or base.requires_grad or coeffs.requires_grad or (bias is not None and bias.requires_grad):
         return True
@@ -362,31 +371,3 @@ def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
     """What autocast makes of the arguments of F.linear; float64 stays."""
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
-
-
-def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) == 1:
-        pair *= 2
-    if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(f"{name}: {argument} must be one or two integers >= {least}, got {value}")
-    return pair
-
-
-def _padding(
-    name: str, x: Tensor, base: Tensor, padding: IntPair | str, stride: list[int], dilation: list[int]
-) -> tuple[Tensor, list[int]]:
-    """x and numeric padding; "same" pads an even-sized kernel's odd remainder on the far side, as PyTorch does."""
-    if not isinstance(padding, str):
-        return x, _pair(name, "padding", padding, 0)
-    if padding == "valid":
-        return x, [0, 0]
-    if padding != "same":
-        raise ValueError(f"{name}: padding must be integers, 'same' or 'valid', got {padding!r}")
-    if stride != [1, 1]:
-        raise ValueError(f"{name}: padding 'same' must go with stride 1, got stride {stride}")
-    total = [d * (k - 1) for d, k in zip(dilation, base.shape[2:], strict=True)]
-    near, far = [t // 2 for t in total], [t - t // 2 for t in total]
-    if near != far:
-        x = F.pad(x, (0, far[1] - near[1], 0, far[0] - near[0]))
-    return x, near

@@ -1,0 +1,107 @@
+// The pointwise operators and the sums of norms, as plain data. Channels are either innermost, where every row is a
+// pixel, or each row holds channels planes of `pixels` adjacent elements:
+//
+//   Pointwise   out = act(u), or from dy: out = scale·du + slope·x + offset      u = scale·x + shift, du = dy·act'(u)
+//   GroupSums   over the rows of each group: Σ du·x and Σ du, or mean and Σ (x - mean)²
+//
+// A table has one row for each task and one more for rows of no task, or a single row for all (stride 0).
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace taps_fast::cpu {
+
+enum class Activation { kNone, kRelu, kRelu6, kSilu, kGelu };
+
+/// Where rows belong: sample(r) = (r / inner) % batch, and its task is ids[sample]; offsets null: one group of all
+/// rows.
+struct Membership {
+  const int64_t* ids;
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t tasks, batch, inner;
+};
+
+struct Rows {
+  DType dtype;
+  int64_t rows, channels, pixels;  // pixels 1: channels are innermost
+  Membership member;
+};
+
+struct Pointwise {
+  Rows in;
+  Activation activation;
+  const void* x;
+  const void* dy;  // null: forward
+  void* out;
+  Matrix scale, shift;   // of the compute type
+  Matrix slope, offset;  // data null: none
+  int64_t rows_per_item;  // of planes where pixels > 1
+};
+
+/// What one item of GroupSums reads: places [begin, end) in the order of the group's rows.
+struct Span {
+  int64_t group, begin, end;
+};
+
+struct GroupSums {
+  Rows in;
+  Activation activation;
+  const void* x;
+  const void* dy;  // null: moments
+  Matrix scale, shift;
+  const Span* spans;
+  int64_t num_spans;
+  int64_t channels_per_item;
+  double* first;   // [spans, channels]: Σ du·x, or the mean
+  double* second;  // [spans, channels]: Σ du, or Σ (x - mean)²
+};
+
+static inline int64_t num_items(const Pointwise& p) {
+  return ceil_div(p.in.pixels > 1 ? p.in.rows * p.in.channels : p.in.rows, p.rows_per_item);
+}
+static inline int64_t num_items(const GroupSums& p) {
+  return p.num_spans * ceil_div(p.in.channels, p.channels_per_item);
+}
+
+/// The row of tables and of results that a group has; group 0 holds the rows of no task.
+static inline int64_t task_row(const Membership& m, int64_t group) {
+  return !m.offsets ? 0 : group == 0 ? m.tasks : group - 1;
+}
+static inline int64_t table_row(const Membership& m, int64_t row) {
+  if (!m.offsets) return 0;
+  const int64_t id = m.ids[row / m.inner % m.batch];
+  return id < 0 ? m.tasks : id;
+}
+/// How many rows a group has. Outer repeats of the batch, order and inner rows give each of them a place.
+static inline int64_t rows_of_group(const Rows& in, int64_t group) {
+  const Membership& m = in.member;
+  if (!m.offsets) return in.rows;
+  return m.batch ? (m.offsets[group + 1] - m.offsets[group]) * (in.rows / m.batch) : 0;
+}
+/// The row at a place of a group: outer repeat, then sample in order, then inner row.
+static inline int64_t row_at(const Rows& in, int64_t group, int64_t place) {
+  const Membership& m = in.member;
+  if (!m.offsets) return place;
+  const int64_t samples = m.offsets[group + 1] - m.offsets[group];
+  const int64_t run = place / m.inner;
+  return (run / samples * m.batch + m.order[m.offsets[group] + run % samples]) * m.inner + place % m.inner;
+}
+
+struct NormKernels {
+  const char* name;
+  void (*pointwise)(const Pointwise&, int64_t* next_item);
+  void (*group_sums)(const GroupSums&, int64_t* next_item);
+};
+
+// One definition in each norm_<isa>.cpp.
+const NormKernels& norm_kernels_generic();
+const NormKernels& norm_kernels_avx2();
+const NormKernels& norm_kernels_avx512();
+
+/// The table of the instruction set that runs (kernels.h).
+const NormKernels& norm_kernels();
+
+}  // namespace taps_fast::cpu

@@ -1,0 +1,10 @@
+#include "norm_table.h"
+
+namespace taps_fast::cpu {
+
+const NormKernels& norm_kernels_avx512() {
+  static constexpr NormKernels table = {"avx512", pointwise, group_sums};
+  return table;
+}
+
+}  // namespace taps_fast::cpu

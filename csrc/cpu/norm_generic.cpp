@@ -1,0 +1,10 @@
+#include "norm_table.h"
+
+namespace taps_fast::cpu {
+
+const NormKernels& norm_kernels_generic() {
+  static constexpr NormKernels table = {"generic", pointwise, group_sums};
+  return table;
+}
+
+}  // namespace taps_fast::cpu
