@@ -213,16 +213,16 @@ def _groups(
         values: Sequence[Scalar] = coeffs.tolist() if coeffs.device.type == "cpu" else list(coeffs.unbind())
         used = {k: c for k, c in enumerate(values) if isinstance(c, Tensor) or c != 0.0}
         return [Group(None, 0, scale, used)]
-    edges = offsets.tolist()
+    edges, table = offsets.tolist(), coeffs.tolist()
+    scales = [1.0] * len(table) if base_coeffs is None else base_coeffs.tolist()
     found: dict[tuple[object, ...], list[int]] = {}
     weights: dict[tuple[object, ...], tuple[int, float, dict[int, Scalar]]] = {}
     for task in range(-1, len(edges) - 2):
         start, stop = edges[task + 1], edges[task + 2]
         if start == stop:
             continue
-        row = [] if task < 0 else coeffs[task].tolist()
-        used = {k: c for k, c in enumerate(row) if c != 0.0}
-        scale = 1.0 if task < 0 or base_coeffs is None else float(base_coeffs[task])
+        used = {} if task < 0 else {k: c for k, c in enumerate(table[task]) if c != 0.0}
+        scale = 1.0 if task < 0 else scales[task]
         key: tuple[object, ...] = (scale, *used.items()) if join else (task,)
         found.setdefault(key, []).extend(range(start, stop))
         weights[key] = (task, scale, used)
@@ -234,11 +234,11 @@ def _groups(
 
 def _images(order: Tensor, where: list[int], inner: int) -> Images:
     """The images of samples at these places of the order; a slice where they are adjacent, which copies nothing."""
-    samples = order[where[0] : where[-1] + 1] if len(where) == where[-1] + 1 - where[0] else order[torch.tensor(where)]
-    listed = samples.tolist()
-    if listed == list(range(listed[0], listed[0] + len(listed))):
-        return slice(listed[0] * inner, (listed[-1] + 1) * inner)
-    return (samples[:, None] * inner + torch.arange(inner)).flatten()
+    every = order.tolist()
+    samples = sorted(every[place] for place in where)
+    if samples[-1] - samples[0] == len(samples) - 1:
+        return slice(samples[0] * inner, (samples[-1] + 1) * inner)
+    return (torch.tensor(samples)[:, None] * inner + torch.arange(inner)).flatten()
 
 
 def _as_rows(x: Tensor) -> Tensor:

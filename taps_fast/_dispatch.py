@@ -7,6 +7,7 @@ narrows the table and never widens it. `explain` prints the whole table with its
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -82,9 +83,17 @@ def _few_rows(problem: Problem) -> bool:
     return problem.rows < SPLIT_ROWS * max(problem.num_tasks or 1, 1)
 
 
-def _many_weights(problem: Problem) -> bool:
-    """Where one weight serves all, merging it and the vendor's convolution are as fast."""
-    return problem.num_tasks is not None and problem.num_deltas > 0
+ROWS_WEIGHTS = (1 << 13, 1 << 19)
+"""Weights from which a 1 x 1 convolution is faster as rows: in a mixed batch, and where one weight serves all.
+
+Measured on two cores with AVX-512 (benchmarks/mixed_conv.py). With fewer weights the vendor's convolution of a large
+map wins; with more, it loses by packing the weight for each call.
+"""
+
+
+def _pixels_pay(problem: Problem) -> bool:
+    mixed = problem.num_tasks is not None and problem.num_deltas > 0
+    return math.prod(problem.shape) >= ROWS_WEIGHTS[0 if mixed else 1]
 
 
 class _Row(NamedTuple):
@@ -108,9 +117,7 @@ TABLE = (
     _Row("cpu", "split", lambda p: True, "the exact one: nothing but the result is rounded"),
     _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
     _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
-    _Row(
-        "linear", "rows", _many_weights, "pixels are rows of delta_linear: every task in one product, nothing gathered"
-    ),
+    _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
     _Row("aten", "merge", lambda p: True, "kernels summed into scratch, then the vendor convolution"),
     _Row("aten", "split", lambda p: True, "base convolution for all images plus one for each open delta"),
     _Row("reference", "split", lambda p: True, "plain PyTorch: right, not fast"),
@@ -139,6 +146,7 @@ def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
     usable: dict[str, bool] = {}
+    able: Choice | None = None
     for row in TABLE:
         if (backend or row.backend) != row.backend or (algorithm not in ("auto", row.algorithm)):
             continue
@@ -147,6 +155,10 @@ def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
         # An explicit choice is taken at its word; "auto" also asks whether it pays.
         if usable[row.backend] and (algorithm != "auto" or row.preferred(problem)):
             return Choice(row.backend, row.algorithm)
+        if usable[row.backend] and able is None:
+            able = Choice(row.backend, row.algorithm)
+    if backend is not None and able is not None:
+        return able
     raise BackendError(
         f"select: backend={backend!r}, algorithm={algorithm!r} cannot run this problem\n" + explain(problem)
     )

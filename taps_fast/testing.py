@@ -54,6 +54,8 @@ class Case:
     """Non-contiguous inputs and an expanded gradient."""
     conv: dict[str, Any] = field(default_factory=dict)
     """stride, padding, dilation, groups of a convolution; its images are 9 x 8 pixels."""
+    channels_last: bool = False
+    """The memory format of a convolution's x and weights."""
     seed: int = 0
 
     @property
@@ -114,6 +116,8 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
             t = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan")).index_copy_(
                 -1, torch.arange(0, 2 * t.shape[-1], 2), t
             )[..., ::2]
+        if case.channels_last and t.dim() == 4:
+            t = t.contiguous(memory_format=torch.channels_last)
         return t.to(device).requires_grad_()
 
     groups = case.conv.get("groups", 1)
@@ -335,6 +339,18 @@ def epilogue_cases(dtypes: Sequence[torch.dtype], conv: bool) -> Iterator[Case]:
         yield Case(dtype, rows=0, tasks=(), num_tasks=4, scale="task", shift="task", activation="silu", **kwargs)
 
 
+def channels_last_cases(shape: tuple[int, ...], conv: dict[str, Any], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """One kind of convolution on channels last: one weight and mixed, adjacent ids and not, baked, absent tasks."""
+    kwargs: dict[str, Any] = dict(shape=shape, conv=conv, channels_last=True)
+    for dtype in dtypes:
+        yield Case(dtype, rows=3, num_deltas=2, **kwargs)
+        yield Case(
+            dtype, rows=10, num_deltas=4, tasks=(1, 3, -1, 1, 0), num_tasks=4, zeros=(0, 9), bias="base", **kwargs
+        )
+        yield Case(dtype, rows=6, num_deltas=2, tasks=(-1, -1, 0, 1, 1, 3), num_tasks=5, bias="task", **kwargs)
+        yield Case(dtype, rows=5, num_deltas=4, tasks=(1, 3, -1, 1, 0), num_tasks=4, baked=(1, 3), bias=None, **kwargs)
+
+
 def conv2d_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """Strides, paddings, dilations, groups and 1 x 1, single and mixed."""
     ids = (1, 3, -1, 1, 0)
@@ -377,6 +393,7 @@ __all__ = [
     "assert_close_to_oracle",
     "assert_no_worse_than_torch",
     "available",
+    "channels_last_cases",
     "conv2d_cases",
     "epilogue_cases",
     "linear_cases",

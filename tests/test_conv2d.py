@@ -1,0 +1,150 @@
+"""Convolutions beyond their formula: the routes by which they run, what a call may keep, and their errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from taps_fast import BackendError, TaskBatch, _aten, delta_conv2d, testing
+from taps_fast._dispatch import ROWS_WEIGHTS, explain, select
+from taps_fast._problem import Problem
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+ROWS = [
+    case
+    for shape, conv in (((6, 4, 1, 1), {}), ((35, 19, 1, 1), dict(stride=(2, 3))))
+    for case in testing.channels_last_cases(shape, conv, FLOATS)
+]
+VENDOR = [
+    case
+    for shape, conv in (((6, 4, 3, 3), dict(padding=1)), ((6, 1, 3, 3), dict(groups=6)), ((6, 4, 1, 1), {}))
+    for case in testing.channels_last_cases(shape, conv, FLOATS)
+]
+
+
+def channels_last(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+# --- a 1 x 1 convolution as rows of delta_linear --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_pixels_as_rows(case: testing.Case) -> None:
+    testing.assert_close_to_oracle(case, "linear")
+
+
+def test_rows_keep_the_layout_and_carry_the_epilogue() -> None:
+    x, base, delta = channels_last(6, 5, 4, 3), torch.randn(7, 5, 1, 1), torch.randn(7, 5, 1, 1)
+    bias, scale, shift = torch.randn(3, 7), torch.randn(2, 7), torch.randn(7)
+    options: dict[str, Any] = dict(tasks=[1, 0, 0, -1, 1, 0], scale=scale, shift=shift, activation="silu")
+    coeffs = torch.tensor([[1.0], [0.0]])
+    y, want = (delta_conv2d(x, base, [delta], coeffs, bias, backend=b, **options) for b in ("linear", "aten"))
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.shape == (6, 7, 4, 3)
+    torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "options"),
+    [
+        (torch.randn(2, 4, 5, 5), (3, 4, 1, 1), {}),
+        (channels_last(2, 4, 5, 5), (3, 4, 3, 3), {}),
+        (channels_last(2, 4, 5, 5), (4, 2, 1, 1), dict(groups=2)),
+        (channels_last(2, 4, 5, 5), (3, 4, 1, 1), dict(padding=1)),
+    ],
+    ids=["contiguous", "3 x 3", "groups", "padding"],
+)
+def test_rows_are_refused_where_pixels_are_none(x: torch.Tensor, shape: tuple[int, ...], options: Any) -> None:
+    with pytest.raises(BackendError, match="needs a 1 x 1 convolution without groups and padding, on channels last"):
+        delta_conv2d(x, torch.randn(shape), [], torch.ones(0), backend="linear", **options)
+
+
+@pytest.mark.parametrize("tasks", [None, 4])
+def test_rows_are_chosen_by_the_number_of_weights(tasks: int | None) -> None:
+    least = ROWS_WEIGHTS[0 if tasks else 1]
+    for out, backend in ((least // 64 - 1, "aten"), (least // 64, "linear")):
+        problem = Problem("conv2d", "cpu", torch.float32, (out, 64, 1, 1), 8, 1, tasks, False, pixel_rows=True)
+        assert select(problem).backend == backend and f"->  {backend}" in explain(problem)
+
+
+# --- the vendor's convolution by groups of images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["merge", "split"])
+@pytest.mark.parametrize("case", VENDOR, ids=str)
+def test_channels_last(case: testing.Case, algorithm: str) -> None:
+    testing.assert_close_to_oracle(case, "aten", algorithm)
+
+
+def test_closed_gates_share_one_convolution_and_adjacent_images_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one weight are joined; adjacent ones are views of x; a baked weight is read where it lies."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    convolve = F.conv2d
+
+    def spy(images: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append((images, weight))
+        return convolve(images, weight, *rest)
+
+    monkeypatch.setattr(_aten.F, "conv2d", spy)
+    x, base, deltas = channels_last(6, 4, 5, 5), torch.randn(3, 4, 3, 3), [torch.randn(3, 4, 3, 3) for _ in range(3)]
+    coeffs, base_coeffs = torch.diag(torch.tensor([0.0, 1.0, 1.0])), torch.tensor([1.0, 1.0, 0.0])
+    delta_conv2d(x, base, deltas, coeffs, tasks=[0, -1, 1, 1, 2, 2], base_coeffs=base_coeffs)
+    assert [len(images) for images, _ in calls] == [2, 2, 2]
+    assert [images.data_ptr() for images, _ in calls] == [x[i].data_ptr() for i in (0, 2, 4)]
+    assert calls[0][1] is base and calls[2][1] is deltas[2]
+
+
+def test_a_merged_weight_goes_into_one_buffer() -> None:
+    """It is as large as the largest layer yet, and no call after that makes another."""
+    weights = [torch.randn(8, 4, k, k) for k in (3, 5, 1)]
+    kept = None
+    for _ in range(2):
+        for base in weights:
+            delta_conv2d(torch.randn(2, 4, 6, 6), base, [base], torch.ones(1))
+        buffer = _aten._scratch.__dict__[torch.float32]
+        assert buffer.numel() >= max(w.numel() for w in weights)
+        assert kept in (None, buffer.data_ptr())
+        kept = buffer.data_ptr()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nothing_but_inputs_is_saved_for_the_backward(kernel: int, mixed: bool) -> None:
+    """No merged weight: every saved tensor is an input, a view of one, or the index of the batch."""
+    x = channels_last(4, 64, 6, 6).requires_grad_()
+    base, *deltas = torch.randn(3, 256, 64, kernel, kernel)
+    deltas = [delta.clone().requires_grad_() for delta in deltas]
+    coeffs = (torch.eye(2) if mixed else torch.ones(2)).requires_grad_()
+    batch = TaskBatch.from_ids([1, 0, 1, -1], 2) if mixed else None
+    known = {t.untyped_storage().data_ptr() for t in (x, base, *deltas, coeffs, *(batch.tensors if batch else ()))}
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = delta_conv2d(x, base, deltas, coeffs, tasks=batch)
+    assert saved and {t.untyped_storage().data_ptr() for t in saved} <= known
+    y.sum().backward()
+    assert all(t.grad is not None for t in (x, coeffs, *deltas))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(padding=-1), "padding must be one or two integers >= 0, got -1"),
+        (dict(stride=0), "stride must be one or two integers >= 1, got 0"),
+        (dict(dilation=(1, 2, 3)), r"dilation must be one or two integers >= 1, got \(1, 2, 3\)"),
+        (dict(groups=3), "groups must split x's 4 channels into base's 4"),
+        (dict(dilation=3), r"padding must make x at least as large as the kernel, got 0 .*dilation 3"),
+        (dict(padding="same", stride=2), "padding 'same' must go with stride 1"),
+        (dict(tasks=[0, 1, 0]), r"tasks must divide the batch: rows % ids == 0, got 3 ids \(x .* has 4 rows"),
+        (dict(tasks=[0, 1, 2, 0]), r"tasks must be ids in \[-1, 2\)"),
+    ],
+)
+def test_errors_name_the_argument(options: dict[str, Any], text: str) -> None:
+    coeffs = torch.ones(2, 0) if "tasks" in options else torch.ones(0)
+    with pytest.raises(ValueError, match=text):
+        delta_conv2d(torch.randn(4, 4, 5, 5), torch.randn(6, 4, 3, 3), [], coeffs, **options)
