@@ -265,17 +265,23 @@ def _put(y: Tensor, images: slice | Tensor, part: Tensor) -> None:
         _as_rows(y).index_copy_(0, images, _as_rows(part.contiguous(memory_format=_layout(y))))
 
 
-_scratch = threading.local()
+class _Scratch(threading.local):
+    """Each thread's buffers for merged weights, by dtype."""
+
+    def __init__(self) -> None:
+        self.weights: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def _buffer(like: Tensor) -> Tensor:
     """Memory for a merged weight. A CPU thread keeps its own: fresh pages cost as much as the sum."""
     if like.device.type != "cpu":
         return torch.empty_like(like)
-    kept: dict[torch.dtype, Tensor] = _scratch.__dict__
-    found = kept.get(like.dtype)
+    found: Tensor | None = _scratch.weights.get(like.dtype)
     if found is None or found.numel() < like.numel():
-        found = kept[like.dtype] = like.new_empty(like.numel())
+        found = _scratch.weights[like.dtype] = like.new_empty(like.numel())
     if like.is_contiguous(memory_format=_layout(like)):
         return found.as_strided(like.shape, like.stride())
     return found[: like.numel()].view(like.shape)
@@ -294,9 +300,9 @@ def _merged(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dt
     if base.dtype != wide:
         total = first.to(wide)
         total = total if isinstance(by, float) and by == 1.0 else total.mul_(by)
-    elif rest and isinstance(by, float) and by == 1.0 and isinstance(rest[0][1], float):
-        (delta, c), *rest = rest
-        total = torch.add(first, delta, alpha=c, out=_buffer(base))
+    elif rest and isinstance(by, float) and by == 1.0 and isinstance(c := rest[0][1], float):
+        total = torch.add(first, rest[0][0], alpha=c, out=_buffer(base))
+        rest = rest[1:]
     else:
         total = torch.mul(first, by, out=_buffer(base))
     for delta, c in rest:

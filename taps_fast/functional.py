@@ -247,7 +247,7 @@ def _run(
         return y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
     if choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
-        y: Tensor = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
+        y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     call = Call(index, inner, flat, choice.algorithm, conv)
     if grad:

@@ -140,9 +140,8 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     dy = torch.randn(shape, generator=g, dtype=torch.float64).to(case.dtype).to(device)
     if case.strided and dy.numel():
         dy = dy[:1].expand(shape)
-    scale, shift = (
-        None if kind is None else draw(*rows_of_bias[kind], o, dtype=wide) for kind in (case.scale, case.shift)
-    )
+    kinds = (case.scale, case.shift)
+    scale, shift = (None if kind is None else draw(*rows_of_bias[kind], o, dtype=wide) for kind in kinds)
     return Inputs(case, x, base, deltas, coeffs, base_coeffs, bias, dy, scale, shift)
 
 

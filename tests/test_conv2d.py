@@ -104,7 +104,7 @@ def test_a_merged_weight_goes_into_one_buffer() -> None:
     for _ in range(2):
         for base in weights:
             delta_conv2d(torch.randn(2, 4, 6, 6), base, [base], torch.ones(1))
-        buffer = _aten._scratch.__dict__[torch.float32]
+        buffer = _aten._scratch.weights[torch.float32]
         assert buffer.numel() >= max(w.numel() for w in weights)
         assert kept in (None, buffer.data_ptr())
         kept = buffer.data_ptr()
