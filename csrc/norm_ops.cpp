@@ -287,31 +287,26 @@ std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments)
 }
 
 std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& scale,
-                                            const OptionalTensor& shift, const OptionalTensor& ids,
-                                            const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
+                                            const OptionalTensor& shift, const OptionalTensor& center,
+                                            const OptionalTensor& ids, const OptionalTensor& order,
+                                            const OptionalTensor& offsets, int64_t inner,
                                             const std::string& activation) {
   const char* op = "scale_shift_sums";
   Call call(op, x, ids, order, offsets, inner);
-  GroupSums p{call.rows,
-              read_activation(op, activation),
-              call.elements("x", x),
-              call.elements("dy", dy),
-              call.table("scale", scale, 1),
-              call.table("shift", shift, 0),
-              nullptr,
-              0,
-              0,
-              nullptr,
-              nullptr};
+  GroupSums p{.in = call.rows,
+              .activation = read_activation(op, activation),
+              .x = call.elements("x", x),
+              .dy = call.elements("dy", dy),
+              .scale = call.table("scale", scale, 1),
+              .shift = call.table("shift", shift, 0),
+              .center = call.table("center", center, 0)};
   return run_sums(x, p, false);
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, const OptionalTensor& order,
                                    const OptionalTensor& offsets, int64_t inner) {
   Call call("moments", x, ids, order, offsets, inner);
-  GroupSums p{
-      call.rows, Activation::kNone, call.elements("x", x), nullptr, {nullptr, 0}, {nullptr, 0}, nullptr, 0, 0, nullptr,
-      nullptr};
+  GroupSums p{.in = call.rows, .activation = Activation::kNone, .x = call.elements("x", x)};
   return run_sums(x, p, true);
 }
 

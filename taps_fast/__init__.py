@@ -24,7 +24,7 @@ _PUBLIC = {
     "TaskBatch": "tasks",
     "delta_conv2d": "functional",
     "delta_linear": "functional",
-    "scale_shift": "functional",
+    "scale_shift": "norms",
 }
 __all__ = ["__version__", *_PUBLIC]
 

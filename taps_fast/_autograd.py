@@ -6,6 +6,7 @@ ddeltas and dbase; what nobody needs is not computed.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -126,8 +127,69 @@ class ScaleShift(torch.autograd.Function):
         dx = ops.scale_shift_dx(dy, x, scale, shift, None, None, *rest) if need_x else None
         dscale = dshift = None
         if need_scale or need_shift:
-            dscale, dshift = ops.scale_shift_sums(dy, x, scale, shift, *rest)
+            dscale, dshift = ops.scale_shift_sums(dy, x, scale, shift, None, *rest)
         return None, dx, _like_table(dscale, scale), _like_table(dshift, shift)
+
+
+class BatchNorm(torch.autograd.Function):
+    """y = (x - mean)·rstd·weight + bias with statistics by task; also mean and biased variance of each task's rows.
+
+    ``own`` says which groups are normalised by their rows, the others are by the pairs in ``fixed``. With
+    z = (x - mean)·rstd and n the rows of a group, dx = weight·rstd·(dy - Σdy/n - z·Σ(dy·z)/n), which is linear in dy
+    and in x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        groups: Groups,
+        own: tuple[bool, ...],
+        eps: Tensor | float,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *fixed: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found_mean, found_var = ops.moments(x, *groups.batch, groups.inner)
+        given = iter(fixed)
+        pairs = [(found_mean[g], found_var[g]) if mine else (next(given), next(given)) for g, mine in enumerate(own)]
+        mean, var = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+        rstd = torch.rsqrt(var + eps)
+        scale = rstd if weight is None else rstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        ctx.groups, ctx.own = groups, own
+        ctx.save_for_backward(x, mean, rstd, scale, *groups.batch)
+        ctx.mark_non_differentiable(found_mean, found_var)
+        y = ops.scale_shift(x, scale, shift, *groups.batch, groups.inner, "none")
+        return y, found_mean, found_var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _no_second_derivatives("batch_norm", "norms run task by task; the kernels have none")
+        x, mean, rstd, scale, *index = ctx.saved_tensors
+        rest = (*index, ctx.groups.inner, "none")
+        along, plain = ops.scale_shift_sums(dy, x, None, None, mean, *rest)  # Σ dy·(x - mean) and Σ dy
+        dx = None
+        if ctx.needs_input_grad[3]:
+            slope = offset = None
+            if any(ctx.own):
+                share = _share(ctx.own, index[2], x, ctx.groups.inner, mean)
+                slope = -scale * rstd.square() * along * share
+                offset = -scale * plain * share - slope * mean
+            dx = ops.scale_shift_dx(dy, x, scale, None, slope, offset, *rest)
+        dweight = along * rstd if ctx.needs_input_grad[4] else None
+        dbias = plain if ctx.needs_input_grad[5] else None
+        return (None, None, None, dx, dweight, dbias, *(None for _ in ctx.needs_input_grad[6:]))
+
+
+def _share(own: tuple[bool, ...], offsets: Tensor, x: Tensor, inner: int, like: Tensor) -> Tensor:
+    """[T + 1, 1]: 1 / n of the groups that are normalised by their n values a channel, 0 of the others."""
+    samples = offsets[1:] - offsets[:-1]
+    count = torch.cat([samples[1:], samples[:1]]) * (inner * math.prod(x.shape[2:]))
+    share = 1.0 / count.clamp(min=1).to(like.dtype)
+    return torch.stack([n if mine else torch.zeros_like(n) for n, mine in zip(share.unbind(), own, strict=True)])[
+        :, None
+    ]
 
 
 def _like_table(sums: Tensor | None, table: Tensor | None) -> Tensor | None:

@@ -31,7 +31,7 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
 
     scale_shift             y = act(u)                          scale_shift_ writes it over a dense x
     scale_shift_dx          dx = scale·du + slope·x + offset    du = dy·act'(u)
-    scale_shift_sums        Σ du·x and Σ du over the rows of each task: [T + 1, C], or [1, C] without ids
+    scale_shift_sums        Σ du·(x - center) and Σ du over the rows of each task: [T + 1, C], or [1, C] without ids
     moments                 mean and biased variance of x over the same rows; 0 for a task without any
     activation              "none", "relu", "relu6", "silu" or "gelu"
 
@@ -73,7 +73,8 @@ SCHEMAS = {
     "scale_shift_": f"(Tensor(a!) x, {_TABLES}, {_GROUPS}, str activation) -> ()",
     "scale_shift_dx": f"(Tensor dy, Tensor x, {_TABLES}, Tensor? slope, Tensor? offset, {_GROUPS}, str activation)"
     " -> Tensor",
-    "scale_shift_sums": f"(Tensor dy, Tensor x, {_TABLES}, {_GROUPS}, str activation) -> (Tensor, Tensor)",
+    "scale_shift_sums": f"(Tensor dy, Tensor x, {_TABLES}, Tensor? center, {_GROUPS}, str activation)"
+    " -> (Tensor, Tensor)",
     "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
     "fold": f"(Tensor[] bases, {_FOLD}) -> Tensor[]",
     "fold_grad": f"(Tensor[] dweights, {_FOLD}, bool need_dcoeffs, bool need_dmasks) -> (Tensor, Tensor[])",
@@ -124,7 +125,7 @@ def scale_shift_dx(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return scale_shift(x)
 
 
-def scale_shift_sums(dy: Tensor, x: Tensor, scale: Any, shift: Any, *groups: Any) -> tuple[Tensor, Tensor]:
+def scale_shift_sums(dy: Tensor, x: Tensor, scale: Any, shift: Any, center: Any, *groups: Any) -> tuple[Tensor, Tensor]:
     return moments(x, *groups[:-1])
 
 

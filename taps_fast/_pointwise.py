@@ -61,6 +61,7 @@ def scale_shift_sums(
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    center: Tensor | None,
     ids: Tensor | None,
     order: Tensor | None,
     offsets: Tensor | None,
@@ -69,7 +70,8 @@ def scale_shift_sums(
 ) -> tuple[Tensor, Tensor]:
     du = _du(dy, x, scale, shift, ids, inner, activation)
     member = _member(x, ids, offsets, inner, du.dtype)
-    return member @ _over_pixels(du * x), member @ _over_pixels(du)
+    centered = x if center is None else x - _rows(center, x, ids, inner)
+    return member @ _over_pixels(du * centered), member @ _over_pixels(du)
 
 
 def moments(

@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 
 # Each part, and the parts that it may import: user-facing parts first, what they are made of below.
 CALL = {"_autograd", "_dispatch", "_problem", "reference", "tasks"}
-LAYERS = {"_problem", "functional", "nn", "tasks"}
+LAYERS = {"_problem", "functional", "nn", "norms", "tasks"}
 MODEL = {"_folder", "_probe", "convert", "model", "sharing", "store"}
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
     "testing": {"functional", *CALL},
-    "functional": CALL,
+    "functional": {"norms", *CALL},
+    "norms": {"_autograd", "_problem", "tasks"},
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
     "_dispatch": {"_ext", "_problem", "kernels"},

@@ -204,7 +204,7 @@ def test_opcheck() -> None:
             torch.library.opcheck(ops.scale_shift, (x, scale, None, *rest))
             torch.library.opcheck(ops.scale_shift_, (x.clone(), scale, shift, *rest))
             torch.library.opcheck(ops.scale_shift_dx, (dy, x, scale, shift, scale, None, *rest))
-            torch.library.opcheck(ops.scale_shift_sums, (dy, x, scale, shift, *rest))
+            torch.library.opcheck(ops.scale_shift_sums, (dy, x, scale, shift, shift, *rest))
             torch.library.opcheck(ops.moments, (x, *groups))
 
 

@@ -2,7 +2,7 @@
 // pixel, or each row holds channels planes of `pixels` adjacent elements:
 //
 //   Pointwise   out = act(u), or from dy: out = scale·du + slope·x + offset      u = scale·x + shift, du = dy·act'(u)
-//   GroupSums   over the rows of each group: Σ du·x and Σ du, or mean and Σ (x - mean)²
+//   GroupSums   over the rows of each group: Σ du·(x - center) and Σ du, or mean and Σ (x - mean)²
 //
 // A table has one row for each task and one more for rows of no task, or a single row for all (stride 0).
 #pragma once
@@ -50,13 +50,13 @@ struct GroupSums {
   Rows in;
   Activation activation;
   const void* x;
-  const void* dy;  // null: moments
-  Matrix scale, shift;
-  const Span* spans;
-  int64_t num_spans;
-  int64_t channels_per_item;
-  double* first;   // [spans, channels]: Σ du·x, or the mean
-  double* second;  // [spans, channels]: Σ du, or Σ (x - mean)²
+  const void* dy = nullptr;  // null: moments
+  Matrix scale{}, shift{}, center{};
+  const Span* spans = nullptr;
+  int64_t num_spans = 0;
+  int64_t channels_per_item = 0;
+  double* first = nullptr;   // [spans, channels]: Σ du·(x - center), or the mean
+  double* second = nullptr;  // [spans, channels]: Σ du, or Σ (x - mean)²
 };
 
 static inline int64_t num_items(const Pointwise& p) {

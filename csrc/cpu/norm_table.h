@@ -99,7 +99,8 @@ void run_pointwise(const Pointwise& p, int64_t* next_item) {
   }
 }
 
-/// Sums that grow by chunks of rows: Σ du·x and Σ du, or mean and Σ (x - mean)² joined as by Chan et al. (1979).
+/// Sums that grow by chunks of rows: Σ du·(x - center) and Σ du, or mean and Σ (x - mean)² joined as by Chan et al.
+/// (1979).
 template <bool kMoments>
 struct Sums {
   double* first;
@@ -121,8 +122,8 @@ struct Sums {
 /// kVectors vectors of channels, of which n <= kVectors · lanes count, over a chunk of rows.
 template <class S, Activation kActivation, bool kMoments, int kVectors, class Load>
 TAPS_INLINE void sum_channels(const S* const* x, const S* const* dy, int64_t rows, const Compute<S>* scale,
-                              const Compute<S>* shift, int64_t channel, int64_t n, const Sums<kMoments>& sums,
-                              const Load& get) {
+                              const Compute<S>* shift, const Compute<S>* center, int64_t channel, int64_t n,
+                              const Sums<kMoments>& sums, const Load& get) {
   using C = Compute<S>;
   using V = Vec<C>;
   constexpr int64_t lanes = kLanes<C>;
@@ -138,7 +139,7 @@ TAPS_INLINE void sum_channels(const S* const* x, const S* const* dy, int64_t row
         V du = get(dy[r] + j);
         if constexpr (kActivation != Activation::kNone)
           du *= derivative<kActivation>(value * get(scale + j) + get(shift + j));
-        a[v] += du * value;
+        a[v] += du * (value - get(center + j));
         b[v] += du;
       }
     }
@@ -157,22 +158,22 @@ TAPS_INLINE void sum_channels(const S* const* x, const S* const* dy, int64_t row
 /// Channels [channel, end) of a chunk of rows: blocks of registers, then single vectors, then a partial one.
 template <class S, Activation kActivation, bool kMoments>
 void sum_chunk(const S* const* x, const S* const* dy, int64_t rows, const Compute<S>* scale, const Compute<S>* shift,
-               int64_t channel, int64_t end, const Sums<kMoments>& sums) {
+               const Compute<S>* center, int64_t channel, int64_t end, const Sums<kMoments>& sums) {
   constexpr int64_t lanes = kLanes<Compute<S>>, width = kSumVectors * lanes;
   const auto whole = [](const auto* q) __attribute__((always_inline)) { return load(q); };
   for (; channel + width <= end; channel += width)
-    sum_channels<S, kActivation, kMoments, kSumVectors>(x, dy, rows, scale, shift, channel, width, sums, whole);
+    sum_channels<S, kActivation, kMoments, kSumVectors>(x, dy, rows, scale, shift, center, channel, width, sums, whole);
   for (; channel + lanes <= end; channel += lanes)
-    sum_channels<S, kActivation, kMoments, 1>(x, dy, rows, scale, shift, channel, lanes, sums, whole);
+    sum_channels<S, kActivation, kMoments, 1>(x, dy, rows, scale, shift, center, channel, lanes, sums, whole);
   const int64_t n = end - channel;
   const auto partial = [n](const auto* q) __attribute__((always_inline)) { return load_partial(q, n); };
-  if (n > 0) sum_channels<S, kActivation, kMoments, 1>(x, dy, rows, scale, shift, channel, n, sums, partial);
+  if (n > 0) sum_channels<S, kActivation, kMoments, 1>(x, dy, rows, scale, shift, center, channel, n, sums, partial);
 }
 
 /// One plane, whose table entries are two numbers.
 template <class S, Activation kActivation, bool kMoments>
-void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Compute<S> shift, int64_t channel,
-               const Sums<kMoments>& sums) {
+void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Compute<S> shift, Compute<S> center,
+               int64_t channel, const Sums<kMoments>& sums) {
   using C = Compute<S>;
   using V = Vec<C>;
   constexpr int64_t lanes = kLanes<C>;
@@ -201,7 +202,7 @@ void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Comput
       const V value = get(x + j);
       V du = get(dy + j);
       if constexpr (kActivation != Activation::kNone) du *= derivative<kActivation>(value * scale + shift);
-      a += du * value;
+      a += du * (value - center);
       b += du;
     });
     sums.add(channel, sum_lanes(a), sum_lanes(b), pixels);
@@ -217,7 +218,7 @@ void run_group_sums(const GroupSums& p, int64_t* next_item) {
     const Span& span = p.spans[item / blocks];
     const int64_t channel = item % blocks * p.channels_per_item, end = min(channels, channel + p.channels_per_item);
     const int64_t table = task_row(p.in.member, span.group);
-    const C *scale = entry<C>(p.scale, table), *shift = entry<C>(p.shift, table);
+    const C *scale = entry<C>(p.scale, table), *shift = entry<C>(p.shift, table), *center = entry<C>(p.center, table);
     Sums<kMoments> sums{p.first + item / blocks * channels, p.second + item / blocks * channels, 0};
     for (int64_t c = channel; c < end; c++) sums.first[c] = sums.second[c] = 0;
     const S *x[kRowsAtOnce], *dy[kRowsAtOnce];
@@ -229,14 +230,15 @@ void run_group_sums(const GroupSums& p, int64_t* next_item) {
         dy[r] = kMoments ? nullptr : static_cast<const S*>(p.dy) + row;
       }
       if (p.in.pixels == 1) {
-        sum_chunk<S, kActivation, kMoments>(x, dy, rows, scale, shift, channel, end, sums);
+        sum_chunk<S, kActivation, kMoments>(x, dy, rows, scale, shift, center, channel, end, sums);
         sums.before += rows;
         continue;
       }
       for (int64_t r = 0; r < rows; r++, sums.before += p.in.pixels)
         for (int64_t c = channel; c < end; c++)
           sum_plane<S, kActivation, kMoments>(x[r] + c * p.in.pixels, kMoments ? nullptr : dy[r] + c * p.in.pixels,
-                                              p.in.pixels, kMoments ? 0 : scale[c], kMoments ? 0 : shift[c], c, sums);
+                                              p.in.pixels, kMoments ? 0 : scale[c], kMoments ? 0 : shift[c],
+                                              kMoments ? 0 : center[c], c, sums);
     }
   }
 }

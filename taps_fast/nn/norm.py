@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..norms import batch_norm, scale_shift
+from ..tasks import TaskBatch
 from .context import Layout, Mix
 from .per_task import PerTask
+
+STATISTICS = ("running_mean", "running_var")
 
 
 def norm_type(module: nn.Module) -> type[TaskNorm]:
@@ -54,9 +59,15 @@ class TaskNorm(PerTask):
     def _eps_differ(self, mix: Mix) -> bool:
         return len({module.eps for module in self.in_order(mix.tasks)}) > 1
 
-    def _table(self, name: str, mix: Mix) -> Tensor:
-        """[T + 1, …]: one parameter or buffer of the base and of each task."""
-        return torch.stack([getattr(module, name) for module in self.in_order(mix.tasks)])
+    def _groups(self, mix: Mix) -> list[Any]:
+        """The modules that rows of tables belong to: of each task, and last the base's."""
+        base, *tasks = self.in_order(mix.tasks)
+        return [*tasks, base]
+
+    def _table(self, name: str, mix: Mix) -> Tensor | None:
+        """[T + 1, …]: one parameter or buffer of each task and of the base; None where they have none."""
+        values: list[Any] = [getattr(module, name, None) for module in self._groups(mix)]
+        return None if values[0] is None else torch.stack(values)
 
 
 class TaskLayerNorm(TaskNorm):
@@ -77,10 +88,13 @@ class TaskLayerNorm(TaskNorm):
                 f"{self.path}: the batch axis must not be normalised over in a mixed batch, got axis {layout.axis} of "
                 f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
             )
-        if norm.weight is not None:
-            y = y * layout.gather(self._table("weight", mix), mix.batch, y, self.path)
-            if getattr(norm, "bias", None) is not None:
-                y = y + layout.gather(self._table("bias", mix), mix.batch, y, self.path)
+        tables = [self._table(name, mix) for name in ("weight", "bias")]
+        if tables[0] is not None:
+            batch = layout.spread(mix.batch, x.shape[layout.axis], self.path)
+            flat = [None if t is None else t.flatten(1) for t in tables]
+            # The normalised axes are one axis of channels; y is ours to write over.
+            rows = y.flatten(-inner)
+            y = scale_shift(rows, *flat, tasks=batch, batch_dim=layout.axis, channel_dim=-1, inplace=True).view(y.shape)
         return y.to(out)
 
     @property
@@ -100,9 +114,9 @@ class TaskGroupNorm(TaskNorm):
             return super().mixed(x, mix, layout, *args, **kwargs)
         wide, out = _precision(x)
         y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
+        batch = layout.spread(mix.batch, x.shape[0], self.path)
         if norm.affine:
-            row = layout.per_entry(mix.batch, x.shape[0], self.path)
-            y = _affine(y, self._table("weight", mix)[row], self._table("bias", mix)[row])
+            y = scale_shift(y, self._table("weight", mix), self._table("bias", mix), tasks=batch, inplace=True)
         return y.to(out)
 
     @property
@@ -122,45 +136,34 @@ class TaskBatchNorm(TaskNorm):
 
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         _check_first(self, layout)
-        norms = self.in_order(mix.tasks)
+        norms = self._groups(mix)
         norms[0]._check_input_dim(x)
+        batch = layout.spread(mix.batch, x.shape[0], self.path)
         own = [norm.training or norm.running_mean is None for norm in norms]
-        row = layout.per_entry(mix.batch, x.shape[0], self.path)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self._table("weight", mix), self._table("bias", mix)
         if any(own):
-            mean, variance = self._batch_statistics(x.to(wide), row, mix, own)
-            running = [
-                self._running("running_mean", norms, own, mean),
-                self._running("running_var", norms, own, variance),
-            ]
-            mean, variance = running
-        else:
-            mean, variance = self._table("running_mean", mix).to(wide), self._table("running_var", mix).to(wide)
+            running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
+            eps = _column(norms, "eps", x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
+            y, mean, variance = batch_norm(x, weight, bias, running, batch, eps)
+            self._update(norms, own, x, batch, mix, mean, variance)
+            return y
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = (torch.stack([getattr(n, name) for n in norms]).to(wide) for name in STATISTICS)
         scale = torch.rsqrt(variance + _column(norms, "eps", mean))
-        shift = -mean * scale
-        if norms[0].affine:
-            weight, bias = self._table("weight", mix), self._table("bias", mix)
-            scale, shift = scale * weight, shift * weight + bias
-        return _affine(x.to(wide), scale[row], shift[row]).to(x.dtype)
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else torch.addcmul(bias.to(wide), mean, scale, value=-1)
+        return scale_shift(x, scale, shift, tasks=batch)
 
-    def _batch_statistics(self, x: Tensor, row: Tensor, mix: Mix, own: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [T + 1, C] of each group's rows; groups that train update what they track.
-
-        Sums are products with the one-hot membership of rows, so their order is fixed on every device.
-        """
-        norms = self.in_order(mix.tasks)
-        member = (row[None, :] == torch.arange(len(norms), device=x.device)[:, None]).to(x.dtype)  # [T + 1, N]
-        flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]  # [N, C, pixels]
-        pixels = flat.shape[2]
-        count = member.sum(1) * pixels
-        least = count.clamp(min=1)[:, None]
-        with torch.autocast(x.device.type, enabled=False):
-            mean = member @ flat.sum(2) / least
-            centered = flat - mean[row][:, :, None]
-            variance = member @ centered.square().sum(2) / least
+    def _update(
+        self, norms: list[Any], own: Sequence[bool], x: Tensor, batch: TaskBatch, mix: Mix, mean: Tensor, var: Tensor
+    ) -> None:
+        """Groups that train move the statistics that they track."""
+        samples = batch.offsets.diff()
+        count = torch.cat([samples[1:], samples[:1]]) * (math.prod(x.shape[2:]) * (x.shape[0] // max(batch.size, 1)))
         self._check_counts(count, mix, own)
-        self._track(norms, own, count, mean.detach(), (variance * least / (least - 1).clamp(min=1)).detach())
-        return mean, variance
+        count = count.to(mean.dtype)
+        least = count.clamp(min=1)[:, None]
+        self._track(norms, own, count, mean, var * least / (least - 1).clamp(min=1))
 
     def _check_counts(self, count: Tensor, mix: Mix, own: Sequence[bool]) -> None:
         """As nn.BatchNorm: training needs more than one value a channel. On a device it is asserted there."""
@@ -168,7 +171,7 @@ class TaskBatchNorm(TaskNorm):
         if count.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
         elif single.any():
-            names = [name for name, mine in zip(["base", *mix.tasks], own, strict=True) if mine]
+            names = [name for name, mine in zip([*mix.tasks, "base"], own, strict=True) if mine]
             raise ValueError(
                 f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
                 f"(task {names[int(single.nonzero()[0])]!r})"
@@ -191,17 +194,11 @@ class TaskBatchNorm(TaskNorm):
         weight = torch.where(present, momentum, 0.0)[:, None]
         # Through .data, as in torch's own norm: a graph that has saved the buffers stays valid.
         with torch.no_grad():
-            for name, new in (("running_mean", mean), ("running_var", variance)):
+            for name, new in zip(STATISTICS, (mean, variance), strict=True):
                 old = torch.stack([getattr(norms[g], name) for g in groups])
                 moved = torch.lerp(old.to(new.dtype), torch.stack([new[g] for g in groups]), weight).to(old.dtype)
                 torch._foreach_copy_([getattr(norms[g], name).data for g in groups], list(moved.unbind()))
             torch._foreach_copy_(seen, list(batches.unbind()))
-
-    def _running(self, name: str, norms: list[Any], own: Sequence[bool], found: Tensor) -> Tensor:
-        """Statistics of the batch for groups that use their own, running ones for the others."""
-        return torch.stack(
-            [found[g] if own[g] else getattr(norm, name).to(found.dtype) for g, norm in enumerate(norms)]
-        )
 
     @property
     def how(self) -> str:
@@ -211,12 +208,6 @@ class TaskBatchNorm(TaskNorm):
 def _check_first(module: PerTask, layout: Layout) -> None:
     if layout.axis != 0:
         raise ValueError(f"{module.path}: the batch axis must be 0 for {type(module.base).__name__}, got {layout.axis}")
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x [N, C, …] · scale [N, C] + shift [N, C]."""
-    spread = (...,) + (None,) * (x.dim() - 2)
-    return torch.addcmul(shift[spread], x, scale[spread])
 
 
 def _column(norms: list[Any], name: str, like: Tensor) -> Tensor | float:
