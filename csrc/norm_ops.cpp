@@ -1,17 +1,12 @@
 // The pointwise operators of taps_fast/_ops.py and the sums of norms on top of their CPU kernels.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/norm.h"
 
 namespace taps_fast {
@@ -26,26 +21,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kItemElements = 1 << 14;   // of a pointwise item: 64 KiB of float32
 constexpr int64_t kSpanElements = 1 << 18;   // of a span, whose sums are kept for the end
 constexpr int64_t kChannelsPerItem = 64;
-
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-DType dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: break;
-  }
-  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(x.scalar_type()));
-  return {};
-}
 
 /// Whether t holds its elements in the order [N, …, C].
 bool channels_last(const Tensor& t) {
@@ -157,20 +132,10 @@ Activation read_activation(const char* op, const std::string& name) {
   return Activation::kGelu;
 }
 
-/// Items go to whichever thread is free; each item's result is its own, so the order changes nothing.
-template <class Problem>
-void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*)) {
-  int64_t next_item = 0;
-  const auto worker = [&](int64_t, int64_t) { kernel(problem, &next_item); };
-  const int64_t threads = std::min<int64_t>(num_items(problem), torch::stable::get_num_threads());
-  if (threads <= 1) return worker(0, 1);
-  torch::stable::parallel_for(0, threads, 1, worker);
-}
-
 void run_pointwise(Pointwise& p) {
   const int64_t length = p.in.pixels > 1 ? p.in.pixels : p.in.channels;
   p.rows_per_item = std::max<int64_t>(1, kItemElements / std::max<int64_t>(length, 1));
-  if (p.in.rows > 0 && p.in.channels > 0 && p.in.pixels > 0) run(p, norm_kernels().pointwise);
+  if (p.in.rows > 0 && p.in.channels > 0 && p.in.pixels > 0) run_items(p, norm_kernels().pointwise);
 }
 
 Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
@@ -257,7 +222,7 @@ std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments)
   p.channels_per_item = kChannelsPerItem;
   p.first = a.data();
   p.second = b.data();
-  run(p, norm_kernels().group_sums);
+  run_items(p, norm_kernels().group_sums);
 
   std::vector<double> total_a(in.channels), total_b(in.channels);
   const auto finish = [&](auto* to_first, auto* to_second) {

@@ -61,12 +61,18 @@ def conv2d_fwd(
 
     def convolve(images: Tensor, weight: Tensor) -> Tensor:
         # The split sum is formed in float32, its bias added once.
-        own = shared if weight.dtype == x.dtype and algorithm == "merge" else None
-        return F.conv2d(images, weight, own, stride, padding, dilation, groups)
+        return F.conv2d(images, weight, shared if merged else None, stride, padding, dilation, groups)
 
     index = (ids, order, offsets)
-    merged = algorithm == "merge" and not _data_driven(x, index)
-    y = _apply(convolve, x, base, deltas, coeffs, base_coeffs, index, inner, merged)
+    merged = algorithm != "split" and not _data_driven(x, index)
+    y = None
+    if algorithm == "depthwise":
+        parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
+        if parts[0].images is not None:  # else one weight serves all, which the vendor does as well
+            y = _depthwise(x, base, deltas, coeffs.dtype, parts, (stride, padding, dilation))
+            merged = False
+    if y is None:
+        y = _apply(convolve, x, base, deltas, coeffs, base_coeffs, index, inner, merged)
     if bias is None or (merged and bias.dim() == 1):
         return y.to(x.dtype)
     tables = index if bias.dim() == 2 else (None, None, None)
@@ -97,8 +103,26 @@ def conv2d_dx(
         return dx
 
     index = (ids, order, offsets)
-    merged = algorithm == "merge" and not _data_driven(dy, index)
+    merged = algorithm != "split" and not _data_driven(dy, index)
     return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged).to(dy.dtype)
+
+
+def _depthwise(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    wide: torch.dtype,
+    parts: list[Group],
+    conv: tuple[list[int], ...],
+) -> Tensor:
+    """Every image with its own small weight in one pass: nothing is gathered."""
+    table = torch.empty(x.shape[0], dtype=torch.int64)
+    weights = base.new_empty(len(parts), base[0].numel(), base.shape[0], dtype=wide)
+    for place, group in enumerate(parts):
+        table[group.images] = place
+        weights[place] = _merged(base.to(wide), deltas, group, wide).flatten(1).t()
+    y: Tensor = torch.ops.taps_fast.depthwise(x.movedim(1, -1).contiguous(), weights, table, base.shape[2:], *conv)
+    return y.movedim(-1, 1)
 
 
 def _apply(
@@ -304,7 +328,7 @@ def _merged(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dt
         total = torch.add(first, rest[0][0], alpha=c, out=_buffer(base))
         rest = rest[1:]
     else:
-        total = torch.mul(first, by, out=_buffer(base))
+        total = torch.mul(first.to(wide), by, out=_buffer(base))
     for delta, c in rest:
         total = total.add_(delta, alpha=c) if isinstance(c, float) else total.addcmul_(delta.to(wide), c)
     return total.to(base.dtype)

@@ -31,8 +31,8 @@ def _reference(problem: Problem) -> Iterator[str]:
 
 
 def _cpu(problem: Problem) -> Iterator[str]:
-    if problem.op != "linear":
-        yield "has no convolution kernels: the vendor library's are used through aten"
+    if problem.op != "linear" and not problem.depthwise:
+        yield "has convolution kernels for depthwise ones on channels last alone: the vendor's are used through aten"
     if problem.device != "cpu":
         yield f"runs on the CPU, the tensors are on {problem.device}"
     if _ext.CPU_ERROR is not None:

@@ -26,6 +26,9 @@ Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K del
 ``need_dcoeffs``, one gradient for each delta index in ``ddeltas_for``, and ``dbase`` when ``need_dbase``.
 Its arity is fixed: what was not asked for comes back with 0 elements, and positions outside ``pairs`` are 0.
 
+`depthwise` takes x [N, H, W, C] and sums its images' products with ``weight[table[n]]``, [taps, C] in the dtype of
+coefficients. On a CPU `conv2d_fwd` runs by it with algorithm "depthwise".
+
 The pointwise operators take x [N, C, …] with channels on axis 1 (rows [M, C] too), and tables [C], or [T + 1, C] with
 ids, in the dtype of coefficients; a table that is None is all ones (scale) or zeros. With u = scale·x + shift:
 
@@ -69,6 +72,8 @@ SCHEMAS = {
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "depthwise": "(Tensor x, Tensor weight, Tensor table, int[2] kernel, int[2] stride, int[2] padding, "
+    "int[2] dilation) -> Tensor",
     "scale_shift": f"(Tensor x, {_TABLES}, {_GROUPS}, str activation) -> Tensor",
     "scale_shift_": f"(Tensor(a!) x, {_TABLES}, {_GROUPS}, str activation) -> ()",
     "scale_shift_dx": f"(Tensor dy, Tensor x, {_TABLES}, Tensor? slope, Tensor? offset, {_GROUPS}, str activation)"
@@ -111,6 +116,20 @@ def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
 
 
 conv2d_dw = linear_dw
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    reach = [p * 2 - d * (k - 1) - 1 for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    height, width = ((x.shape[i + 1] + reach[i]) // stride[i] + 1 for i in range(2))
+    return x.new_empty(x.shape[0], height, width, x.shape[3])
 
 
 def scale_shift(x: Tensor, *_: Any) -> Tensor:

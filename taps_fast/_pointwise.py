@@ -1,4 +1,4 @@
-"""The pointwise operators and their sums in plain PyTorch, for devices that have no kernel of them.
+"""The pointwise operators, their sums and depthwise convolutions in plain PyTorch, where no kernel is registered.
 
 Formulas in `taps_fast._ops`. Sums by task are products with the one-hot membership of rows, so that their order is
 fixed on every device. Nothing is read on the host.
@@ -15,6 +15,23 @@ from torch import Tensor
 from .tasks import sample_of_row
 
 Groups = tuple[Tensor | None, Tensor | None, Tensor | None, int]
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    images, channels = x.shape[0], x.shape[3]
+    # The batch as the groups of one convolution, [1, N·C, H, W].
+    filters = weight[table].transpose(1, 2).reshape(images * channels, 1, *kernel)
+    planes = x.to(weight.dtype).movedim(-1, 1).reshape(1, images * channels, *x.shape[1:3])
+    y = F.conv2d(planes, filters, None, stride, padding, dilation, images * channels)
+    return y.view(images, channels, *y.shape[2:]).movedim(1, -1).to(x.dtype).contiguous()
 
 
 def scale_shift(

@@ -38,6 +38,8 @@ class Problem(NamedTuple):
     pixel_rows: bool = False
     """Whether each output pixel is a product with one input pixel, which lies in memory as a row: a convolution
     1 x 1, without groups and padding, on channels last."""
+    depthwise: bool = False
+    """Whether every channel is a group of its own, in and out, on channels last."""
 
 
 def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tensor]:

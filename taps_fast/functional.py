@@ -137,9 +137,10 @@ def delta_conv2d(
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
-        backend: "linear" (algorithm "rows": a 1 × 1 convolution on channels last is `delta_linear` on its pixels),
-            "aten" ("merge": kernel summed into scratch, vendor convolution; "split": base convolution for all
-            images, then one for each open delta) or "reference" ("split", "blend"); default: what is fastest.
+        backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": a 1 × 1 convolution on channels last
+            is `delta_linear` on its pixels), "aten" ("merge": kernel summed into scratch, vendor convolution; "split":
+            base convolution for all images, then one for each open delta) or "reference" ("split", "blend");
+            default: what is fastest.
 
     Returns:
         y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.
@@ -234,6 +235,7 @@ def _run(
         grad,
         conv[3] if conv else 1,
         bool(conv) and _pixels_are_rows(x, base, conv),
+        bool(conv) and base.shape[:2] == (conv[3], 1) and _is_channels_last(x),
     )
     choice = select(problem, backend, algorithm)
     if choice.backend == "linear":
@@ -249,7 +251,8 @@ def _run(
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
-    call = Call(index, inner, flat, choice.algorithm, conv)
+    # The one kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
+    call = Call(index, inner, flat, "depthwise" if conv and choice.backend == "cpu" else choice.algorithm, conv)
     if grad:
         y = cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
     else:
@@ -260,6 +263,10 @@ def _run(
 def _pixels_are_rows(x: Tensor, base: Tensor, conv: tuple[Any, ...]) -> bool:
     if base.shape[2:] != (1, 1) or conv[3] != 1 or any(conv[1]):
         return False
+    return _is_channels_last(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and x.shape[0] > 0
 
 

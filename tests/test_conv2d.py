@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taps_fast import BackendError, TaskBatch, _aten, delta_conv2d, testing
+from taps_fast import BackendError, TaskBatch, _aten, _pointwise, delta_conv2d, testing
 from taps_fast._dispatch import ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
 
@@ -68,6 +68,36 @@ def test_rows_are_chosen_by_the_number_of_weights(tasks: int | None) -> None:
     for out, backend in ((least // 64 - 1, "aten"), (least // 64, "linear")):
         problem = Problem("conv2d", "cpu", torch.float32, (out, 64, 1, 1), 8, 1, tasks, False, pixel_rows=True)
         assert select(problem).backend == backend and f"->  {backend}" in explain(problem)
+
+
+# --- depthwise --------------------------------------------------------------------------------------------------------
+
+DEPTHWISE = [
+    case
+    for shape, conv in (
+        ((6, 1, 3, 3), dict(groups=6, padding=1)),
+        ((35, 1, 5, 5), dict(groups=35, padding=2, stride=2)),
+        ((67, 1, 3, 2), dict(groups=67, padding=(3, 4), dilation=(2, 3), stride=(1, 2))),
+        ((16, 1, 9, 8), dict(groups=16)),
+    )
+    for case in testing.channels_last_cases(shape, conv, FLOATS)
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case: testing.Case) -> None:
+    testing.assert_close_to_oracle(case, "cpu")
+
+
+def test_depthwise_operator() -> None:
+    x, weight, table = torch.randn(3, 6, 5, 7), torch.randn(2, 6, 7), torch.tensor([1, 0, 1])
+    sizes = ([3, 2], [1, 2], [2, 1], [1, 1])
+    torch.library.opcheck(torch.ops.taps_fast.depthwise, (x, weight, table, *sizes))
+    torch.testing.assert_close(
+        torch.ops.taps_fast.depthwise(x, weight, table, *sizes), _pointwise.depthwise(x, weight, table, *sizes)
+    )
+    with pytest.raises(RuntimeError, match=r"depthwise: table must be in \[0, 2\), got 2"):
+        torch.ops.taps_fast.depthwise(x, weight, table + 1, *sizes)
 
 
 # --- the vendor's convolution by groups of images -------------------------------------------------------------------

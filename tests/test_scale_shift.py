@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cpu_kernels import instruction_sets, run_python
 from torch import Tensor
 
 from taps_fast import TaskBatch, delta_conv2d, delta_linear, reference, scale_shift, testing
@@ -98,6 +99,25 @@ def test_alone(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
             assert_no_worse_than_torch(
                 g, r[: g.shape[0]], t[: g.shape[0]], name=name, scale=summed if name[1:] in ("scale", "shift") else None
             )
+
+
+ISA = """
+import sys, torch, test_conv2d, test_scale_shift as t
+from taps_fast import testing
+assert torch.ops.taps_fast.cpu_isa() == sys.argv[1]
+for dtype in t.FLOATS:
+    for shape, layout in (((18, 67), "contiguous"), ((6, 24, 3, 3), "channels last"), ((6, 19, 23), "contiguous")):
+        t.test_alone(shape, dtype, layout)
+for case in test_conv2d.DEPTHWISE:
+    testing.assert_close_to_oracle(case, "cpu")
+"""
+
+
+@pytest.mark.parametrize("isa", instruction_sets()[:-1])
+def test_each_instruction_set(isa: str) -> None:
+    """Those that this machine would not choose by itself."""
+    result = run_python(ISA, isa, TAPS_FAST_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
 
 
 def _whole(table: Tensor | None, base: float) -> Tensor | None:

@@ -1,5 +1,5 @@
-// The pointwise operators and the sums of norms, as plain data. Channels are either innermost, where every row is a
-// pixel, or each row holds channels planes of `pixels` adjacent elements:
+// The pointwise operators, the sums of norms and depthwise convolutions, as plain data. In the first two channels are
+// either innermost, where every row is a pixel, or each row holds channels planes of `pixels` adjacent elements:
 //
 //   Pointwise   out = act(u), or from dy: out = scale·du + slope·x + offset      u = scale·x + shift, du = dy·act'(u)
 //   GroupSums   over the rows of each group: Σ du·(x - center) and Σ du, or mean and Σ (x - mean)²
@@ -90,10 +90,24 @@ static inline int64_t row_at(const Rows& in, int64_t group, int64_t place) {
   return (run / samples * m.batch + m.order[m.offsets[group] + run % samples]) * m.inner + place % m.inner;
 }
 
+/// A depthwise convolution of images [N, H, W, C], each with the row of weight [tables, taps, C] that table names.
+struct Depthwise {
+  DType dtype;
+  int64_t images, channels, in_h, in_w, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  const void* x;
+  const void* weight;  // of the compute type
+  const int64_t* table;
+  void* out;
+};
+
+static inline int64_t num_items(const Depthwise& p) { return p.images * p.out_h; }
+
 struct NormKernels {
   const char* name;
   void (*pointwise)(const Pointwise&, int64_t* next_item);
   void (*group_sums)(const GroupSums&, int64_t* next_item);
+  void (*depthwise)(const Depthwise&, int64_t* next_item);
 };
 
 // One definition in each norm_<isa>.cpp.

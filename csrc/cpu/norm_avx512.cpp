@@ -1,9 +1,10 @@
+#include "depthwise.h"
 #include "norm_table.h"
 
 namespace taps_fast::cpu {
 
 const NormKernels& norm_kernels_avx512() {
-  static constexpr NormKernels table = {"avx512", pointwise, group_sums};
+  static constexpr NormKernels table = {"avx512", pointwise, group_sums, depthwise};
   return table;
 }
 
