@@ -68,7 +68,9 @@ def conv2d_fwd(
     y = None
     if algorithm == "depthwise":
         parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
-        if parts[0].images is not None:  # else one weight serves all, which the vendor does as well
+        if parts[0].images is None:  # one weight serves all, which the vendor does as well
+            y = convolve(x, _merged(base, deltas, parts[0], coeffs.dtype))
+        else:
             y = _depthwise(x, base, deltas, coeffs.dtype, parts, (stride, padding, dilation))
             merged = False
     if y is None:
@@ -118,9 +120,19 @@ def _depthwise(
     """Every image with its own small weight in one pass: nothing is gathered."""
     table = torch.empty(x.shape[0], dtype=torch.int64)
     weights = base.new_empty(len(parts), base[0].numel(), base.shape[0], dtype=wide)
+    # One delta each, as in TAPS, is summed for all tasks at once; it is small, so calls cost more than the sums.
+    parts = sorted(parts, key=lambda group: len(group.coeffs) != 1)
+    single = [group for group in parts if len(group.coeffs) == 1]
+    if single:
+        chosen, by = zip(*(next(iter(group.coeffs.items())) for group in single), strict=True)
+        column = torch.tensor([by, [group.scale for group in single]], dtype=wide)[:, :, None, None]
+        filters = torch.stack([deltas[k] for k in chosen]).flatten(2).to(wide).mul_(column[0])
+        filters.addcmul_(base.flatten(1).to(wide)[None], column[1])
+        weights[: len(single)] = filters.transpose(1, 2)
     for place, group in enumerate(parts):
         table[group.images] = place
-        weights[place] = _merged(base.to(wide), deltas, group, wide).flatten(1).t()
+        if place >= len(single):
+            weights[place] = _merged(base.to(wide), deltas, group, wide).flatten(1).t()
     y: Tensor = torch.ops.taps_fast.depthwise(x.movedim(1, -1).contiguous(), weights, table, base.shape[2:], *conv)
     return y.movedim(-1, 1)
 

@@ -91,9 +91,17 @@ map wins; with more, it loses by packing the weight for each call.
 """
 
 
+def _mixed(problem: Problem) -> bool:
+    return problem.num_tasks is not None and problem.num_deltas > 0
+
+
 def _pixels_pay(problem: Problem) -> bool:
-    mixed = problem.num_tasks is not None and problem.num_deltas > 0
-    return math.prod(problem.shape) >= ROWS_WEIGHTS[0 if mixed else 1]
+    return math.prod(problem.shape) >= ROWS_WEIGHTS[0 if _mixed(problem) else 1]
+
+
+def _weights_differ(problem: Problem) -> bool:
+    """A depthwise convolution of one weight is the vendor's business."""
+    return problem.op == "linear" or _mixed(problem)
 
 
 class _Row(NamedTuple):
@@ -113,12 +121,17 @@ _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
 }
 
 TABLE = (
-    _Row("cpu", "blend", lambda p: True, "one product; the weight is summed in float32 while it is packed"),
-    _Row("cpu", "split", lambda p: True, "the exact one: nothing but the result is rounded"),
+    _Row("cpu", "blend", _weights_differ, "one product; the weight is summed in float32 while it is packed"),
+    _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
     _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
     _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
     _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
-    _Row("aten", "merge", lambda p: True, "kernels summed into scratch, then the vendor convolution"),
+    _Row(
+        "aten",
+        "merge",
+        lambda p: True,
+        "kernels summed into scratch, then the vendor convolution; the base alone is that convolution",
+    ),
     _Row("aten", "split", lambda p: True, "base convolution for all images plus one for each open delta"),
     _Row("reference", "split", lambda p: True, "plain PyTorch: right, not fast"),
     _Row("reference", "blend", lambda p: True, "plain PyTorch: right, not fast"),

@@ -247,6 +247,9 @@ def _run(
             backend=None, algorithm="auto",
         )  # fmt: skip
         return y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
+    if choice == ("aten", "merge") and not deltas and base_coeffs is None and (bias is None or bias.dim() == 1):
+        y = F.conv2d(x, base, bias, *conv)  # one weight as it is: nothing of ours to do
+        return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
     if choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)

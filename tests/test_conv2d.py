@@ -89,6 +89,12 @@ def test_depthwise(case: testing.Case) -> None:
     testing.assert_close_to_oracle(case, "cpu")
 
 
+def test_depthwise_is_chosen_where_weights_differ() -> None:
+    for tasks, deltas, backend in ((4, 1, "cpu"), (None, 1, "aten"), (4, 0, "aten")):
+        problem = Problem("conv2d", "cpu", torch.float32, (8, 1, 3, 3), 8, deltas, tasks, False, 8, depthwise=True)
+        assert select(problem).backend == backend
+
+
 def test_depthwise_operator() -> None:
     x, weight, table = torch.randn(3, 6, 5, 7), torch.randn(2, 6, 7), torch.tensor([1, 0, 1])
     sizes = ([3, 2], [1, 2], [2, 1], [1, 1])
@@ -156,6 +162,22 @@ def test_nothing_but_inputs_is_saved_for_the_backward(kernel: int, mixed: bool) 
     assert saved and {t.untyped_storage().data_ptr() for t in saved} <= known
     y.sum().backward()
     assert all(t.grad is not None for t in (x, coeffs, *deltas))
+
+
+def test_the_base_alone_is_the_vendors_convolution() -> None:
+    """Bit for bit, with its gradients, an epilogue behind it, and the ids of a batch without a delta."""
+    x, base, bias = (
+        channels_last(4, 4, 6, 6).requires_grad_(),
+        torch.randn(8, 4, 3, 3, requires_grad=True),
+        torch.randn(8),
+    )
+    y = delta_conv2d(x, base, [], torch.ones(2, 0), bias, padding=1, tasks=[0, -1, 1, 1], activation="relu")
+    want = F.conv2d(x, base, bias, padding=1).relu()
+    assert torch.equal(y, want)
+    for got, expected in zip(
+        torch.autograd.grad(y.sum(), (x, base)), torch.autograd.grad(want.sum(), (x, base)), strict=True
+    ):
+        assert torch.equal(got, expected)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
