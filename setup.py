@@ -36,6 +36,8 @@ STANDARD = "-std=c++20"
 # A kernel file may fuse a * b + c: the compiler's own default, which asking for standard C++ turns off.
 CXX = [STANDARD, "-fvisibility=hidden", "-ffp-contract=fast"]
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# The CUDA runtime is linked in: PyTorch brings its own, of any minor version, and may have none at all.
+CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
 # Files named *_<isa>.cpp include no torch header, so that no code shared with other files is compiled for the ISA.
 ISA = {
     "generic": [],
@@ -66,40 +68,49 @@ def extensions() -> list[Extension]:
     ]
 
 
-def cuda_home(version: str) -> Path:
-    """The toolkit of PyTorch's CUDA major version: a folder with the compiler, the headers and the runtime."""
+def cuda_home(version: str | None) -> Path:
+    """The toolkit of PyTorch's CUDA major version (None: any): a folder with compiler, headers and runtime."""
     nvcc = shutil.which("nvcc")
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     homes += [Path(nvcc).resolve().parents[1]] if nvcc else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     for home in homes:
         # An nvcc on PATH is often a wrapper, whose folder holds no toolkit.
-        if (home / "include/cuda_runtime.h").is_file() and any((home / "lib64").glob("libcudart.so*")):
+        if (home / "include/cuda_runtime.h").is_file() and (home / "lib64/libcudart_static.a").is_file():
             text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
             release = re.search(r"release (\d+)", text)
-            if release and release[1] == version.split(".")[0]:
+            if release and (version is None or release[1] == version.split(".")[0]):
                 return home
-    raise Unavailable(
-        f"PyTorch was built with CUDA {version} and no toolkit of that major version was found "
-        f"(set CUDA_HOME); looked in {', '.join(map(str, homes))}"
+    wanted = (
+        "no CUDA toolkit" if version is None else f"PyTorch has CUDA {version} and no toolkit of that major version"
     )
+    raise Unavailable(f"{wanted} was found (set CUDA_HOME); looked in {', '.join(map(str, homes))}")
 
 
 def cuda_architectures() -> list[str]:
-    """nvcc's -gencode options: TORCH_CUDA_ARCH_LIST, else the GPUs present, else what PyTorch was built for."""
+    """TORCH_CUDA_ARCH_LIST, else the GPUs present, else what PyTorch was built for; as in 80, 90a or 100+PTX."""
     import torch
 
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace(";", " ").split()
     if not chosen and torch.cuda.is_available():
         chosen = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
     chosen = chosen or [name[3:] for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
-    options = []
-    for name in chosen:
+    # Nothing older has cp.async or bfloat16 products.
+    served = [name for name in chosen if int(re.match(r"\d+", name)[0]) >= 80]
+    if not served:
+        raise Unavailable(f"the CUDA kernels need compute capability 8.0 or newer, asked for {', '.join(chosen)}")
+    return served
+
+
+def nvcc_command(home: Path, architectures: list[str]) -> list[str]:
+    """Compiles a file of csrc/cuda, which includes no header of PyTorch."""
+    command = [str(home / "bin/nvcc"), "-O3", STANDARD, "-DNDEBUG", "--expt-relaxed-constexpr", "-lineinfo"]
+    for name in architectures:
         number = name.removesuffix("+PTX")
-        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        command.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name != number:
-            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options
+            command.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class BuildExt(build_ext):
@@ -155,24 +166,16 @@ class BuildExt(build_ext):
             if torch.version.cuda is None:
                 raise Unavailable(f"PyTorch {torch.__version__} has no CUDA")
             home = cuda_home(torch.version.cuda)
-            nvcc = [
-                str(home / "bin/nvcc"),
-                "-O3",
-                STANDARD,
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-                "-lineinfo",
-                *cuda_architectures(),
-            ]
-            torch_flags += ["-DUSE_CUDA", "-isystem", str(home / "include")]
+            nvcc = nvcc_command(home, cuda_architectures())
             ext.library_dirs.append(str(home / "lib64"))
-            ext.libraries = ["torch_cpu", "torch_cuda", "cudart"]
+            ext.libraries += CUDA_LIBRARIES
 
         commands, objects = [], []
         for source in ext.sources:
             target = Path(self.build_temp, source).with_suffix(".o")
             isa = isa_of(source)
             if source.endswith(".cu"):
-                command = [*nvcc, *torch_flags]
+                command = nvcc
             else:
                 command = [*host, *CXX, *(torch_flags if isa is None else ISA[isa])]
             objects.append(str(target))
@@ -205,14 +208,15 @@ def fresh(target: Path) -> bool:
         return False
 
 
-if MODE not in ("auto", "require", "off"):
-    raise SystemExit(f"TAPS_FAST_EXT must be auto, require or off, got {MODE!r}")
-modules = extensions() if MODE != "off" else []
-if MODE == "require" and not modules:
-    raise SystemExit("TAPS_FAST_EXT=require, and csrc/ holds no source")
-setup(
-    packages=[*find_packages(include=["taps_fast", "taps_fast.*"]), "taps_fast.kernels"],
-    ext_modules=modules,
-    cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
-)
+if __name__ == "__main__":
+    if MODE not in ("auto", "require", "off"):
+        raise SystemExit(f"TAPS_FAST_EXT must be auto, require or off, got {MODE!r}")
+    modules = extensions() if MODE != "off" else []
+    if MODE == "require" and not modules:
+        raise SystemExit("TAPS_FAST_EXT=require, and csrc/ holds no source")
+    setup(
+        packages=[*find_packages(include=["taps_fast", "taps_fast.*"]), "taps_fast.kernels"],
+        ext_modules=modules,
+        cmdclass={"build_ext": BuildExt},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+    )

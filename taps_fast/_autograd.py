@@ -38,6 +38,9 @@ def forward(
     call: Call,
 ) -> Tensor:
     """The forward operator, without autograd."""
+    if call.algorithm == "stream":
+        streamed: Tensor = ops.linear_stream(x, base, deltas, coeffs, base_coeffs, bias, call.batch[0], call.inner)
+        return streamed
     op = ops.conv2d_fwd if call.conv else ops.linear_fwd
     y: Tensor = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
     return y

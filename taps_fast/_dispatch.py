@@ -58,6 +58,34 @@ def as_rows(problem: Problem) -> Problem:
     return problem._replace(op="linear", shape=problem.shape[:2], pixel_rows=False)
 
 
+STREAM_ROWS = 16
+"""Rows up to which the C++ kernel's launch and loads beat Triton's.
+
+Beyond them each weight would be read again for every further 16 rows. From a model, not from a measurement.
+"""
+STREAM_DELTAS = 255
+"""Deltas whose addresses fit one launch: kMaxSources - 1 of csrc/cuda/stream.h."""
+
+
+def _cuda(problem: Problem) -> Iterator[str]:
+    if problem.op != "linear":
+        yield "has no convolution kernels"
+    if problem.device != "cuda":
+        yield f"runs on CUDA devices, the tensors are on {problem.device}"
+    if problem.dtype == torch.float64:
+        yield f"computes float32, bfloat16 and float16, the tensors are {problem.dtype}"
+    if problem.grad:
+        yield "computes no gradients: a call that needs them belongs to one backend"
+    if problem.num_deltas > STREAM_DELTAS:
+        yield f"takes at most {STREAM_DELTAS} deltas, got {problem.num_deltas}"
+    if max(problem.rows, *problem.shape) >= 2**30:
+        yield f"counts rows and features in 30 bits, got {problem.rows} rows and weight {problem.shape}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        yield f"needs compute capability 8.0 or newer, the device has {torch.cuda.get_device_capability()}"
+    if _ext.CUDA_ERROR is not None:
+        yield _ext.CUDA_ERROR
+
+
 def _triton(problem: Problem) -> Iterator[str]:
     if problem.op != "linear":
         yield "has no convolution kernels yet"
@@ -114,6 +142,7 @@ class _Row(NamedTuple):
 
 _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
     "cpu": _cpu,
+    "cuda": _cuda,
     "triton": _triton,
     "linear": _linear,
     "aten": _aten,
@@ -123,6 +152,7 @@ _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
 TABLE = (
     _Row("cpu", "blend", _weights_differ, "one product; the weight is summed in float32 while it is packed"),
     _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
+    _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
     _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
     _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
     _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),

@@ -3,7 +3,8 @@
 This file needs torch alone. A schema is the contract that each backend implements:
 
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
-  `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``) or the CUDA extension, imported on first use.
+  `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
+* ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, and from plain PyTorch
   (`taps_fast._pointwise`) wherever no kernel is registered.
@@ -43,6 +44,9 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
     bases, dweights         L tensors             deltas: L·K tensors, those of weight l at l·K ... l·K + K - 1
     coeffs                  [L, P, K]             parts: none (P = 1), or L uint8 tensors of values below P
     masks                   none, or L tensors, bool or of the weights' dtype
+
+`task_plan` makes a `TaskBatch` on the device in one launch: order, offsets, inverse (where in order a sample is) and
+valid, one bool: whether every id was in range.
 """
 
 from __future__ import annotations
@@ -69,6 +73,8 @@ SCHEMAS = {
     "linear_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dx": f"(Tensor dy, {_WEIGHT}, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
+    "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
@@ -91,6 +97,9 @@ SCHEMAS = {
 
 def linear_fwd(x: Tensor, base: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], base.shape[0])
+
+
+linear_stream = linear_fwd
 
 
 def linear_dx(dy: Tensor, base: Tensor, *_: Any) -> Tensor:
@@ -161,6 +170,11 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
+def task_plan(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    valid = ids.new_empty((), dtype=torch.bool)
+    return torch.empty_like(ids), ids.new_empty(num_tasks + 2), torch.empty_like(ids), valid
+
+
 def _weight_gradients(
     base: Tensor, coeffs: Tensor, pairs: list[int], ddeltas_for: list[int], need_dcoeffs: bool, need_dbase: bool
 ) -> Gradients:
@@ -195,10 +209,15 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
+_COMPILED = {"linear_stream", "task_plan"}
+"""Operators that a compiled extension alone implements; its loading registers them."""
+
 for _name, _schema in SCHEMAS.items():
     _op = f"taps_fast::{_name}"
     torch.library.define(_op, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     torch.library.register_fake(_op, globals()[_name])
+    if _name in _COMPILED:
+        continue
     if _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
     elif _name.startswith("fold"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import cuda_build
 import pytest
 import torch
 
@@ -14,24 +15,33 @@ if TRITON:
 else:
     collect_ignore_glob = ["test_triton_*.py"]
 
-GPU_TESTS = pytest.StashKey[int]()
+NOT_RUN = pytest.StashKey[dict[str, int]]()
+
+
+MISSING = {
+    "gpu": ("GPU tests not run: no CUDA device", lambda: not torch.cuda.is_available()),
+    "nvcc": ("compilations for GPUs not run: no CUDA toolkit", lambda: cuda_build.toolkit() is None),
+}
+"""Markers of what a machine may lack: how that is said, and whether this one does."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Without a CUDA device, tests marked ``gpu`` are left out, and counted at the end: neither passed nor skipped."""
-    if not torch.cuda.is_available():
-        gpu = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if item not in gpu]
-        config.hook.pytest_deselected(items=gpu)
-        config.stash[GPU_TESTS] = len(gpu)
+    """Tests marked with what this machine lacks are left out, and counted at the end: neither passed nor skipped."""
+    config.stash[NOT_RUN] = {}
+    for marker, (text, is_missing) in MISSING.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and is_missing():
+            items[:] = [item for item in items if item not in marked]
+            config.hook.pytest_deselected(items=marked)
+            config.stash[NOT_RUN][text] = len(marked)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not TRITON:
         terminalreporter.write_line("Triton tests not run: Triton is not installed")
-    if config.stash.get(GPU_TESTS, 0):
-        terminalreporter.write_line(f"{config.stash[GPU_TESTS]} GPU tests not run: no CUDA device")
+    for text, count in config.stash.get(NOT_RUN, {}).items():
+        terminalreporter.write_line(f"{count} {text}")
 
 
 @pytest.fixture(autouse=True)

@@ -108,6 +108,7 @@ def support_matrix() -> str:
 
 def test_support_matrix_of_the_readme(monkeypatch):
     monkeypatch.setattr(_ext, "CPU_ERROR", None)
+    monkeypatch.setattr(_ext, "CUDA_ERROR", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wanted = support_matrix()
     (written,) = re.findall(r"<!-- support matrix.*?-->\n(.*?)<!-- end -->", read("README.md"), re.S)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
     "_dispatch": {"_ext", "_problem", "kernels"},
     "_problem": {"tasks"},
-    "tasks": set(),
+    "tasks": {"_ext"},
     "_ops": {"_aten", "_fold", "_pointwise", "kernels"},  # when an operator first runs
     "_aten": {"tasks"},
     "_fold": set(),

@@ -1,0 +1,109 @@
+// See plan.h for what is computed. One block: the batch is small, and a second launch costs more than the sort. Each
+// warp counts the samples of its own stretch of the batch by group, the counts become places, and the warps walk
+// their stretches again to fill them. Lanes of one group are found by a warp match, which keeps their order.
+#include <algorithm>
+
+#include "../common/check.h"
+#include "plan.h"
+#include "ptx.cuh"
+#include "runtime.h"
+
+namespace taps_fast::cuda {
+namespace {
+
+constexpr int kMaxWarps = 32;
+constexpr int kMaxSharedBytes = 96 * 1024;
+
+/// counts[warp][group], with one more group for lanes beyond the batch; then a word for each warp.
+int shared_bytes(int warps, int tasks) { return (warps * (tasks + 2) + kMaxWarps) * 4; }
+
+__device__ int group_of(const PlanProblem& p, int sample, bool* bad) {
+  if (sample >= p.samples) return p.tasks + 1;
+  const int64_t id = load(p.ids + sample);
+  const bool in_range = -1 <= id && id < p.tasks;
+  *bad |= !in_range;
+  return in_range ? static_cast<int>(id) + 1 : 0;
+}
+
+/// Σ of the values of lower threads of the block.
+__device__ int sum_before(int value, int* warp_sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int below = __shfl_up_sync(~0u, sum, distance);
+    if (lane >= distance) sum += below;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; w++) sum += warp_sums[w];
+  return sum - value;
+}
+
+__global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_constant__ PlanProblem p) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * p.warps;
+  const unsigned below = (1u << lane) - 1;
+  const int groups = p.tasks + 1, columns = groups + 1;
+  int* const counts = reinterpret_cast<int*>(dynamic_shared());
+  int* const mine = counts + warp * columns;
+  const int stretch = (p.samples + threads - 1) / threads * 32;
+  const int begin = warp * stretch, end = std::min(begin + stretch, p.samples);
+
+  for (int n = thread; n < p.warps * columns; n += threads) counts[n] = 0;
+  __syncthreads();
+  bool bad = false;
+  for (int first = begin; first < end; first += 32) {
+    const int group = group_of(p, first + lane, &bad);
+    const unsigned same = __match_any_sync(~0u, group);
+    if ((same & below) == 0) mine[group] += __popc(same);
+    __syncwarp();
+  }
+  bad = __syncthreads_or(bad);
+
+  // From counts to places: groups in order, in a group warps in order. A thread has `each` neighbouring groups.
+  const int each = (groups + threads - 1) / threads;
+  const int first_group = std::min(thread * each, groups), last_group = std::min(first_group + each, groups);
+  int count = 0;
+  for (int g = first_group; g < last_group; g++)
+    for (int w = 0; w < p.warps; w++) count += counts[w * columns + g];
+  int place = sum_before(count, counts + p.warps * columns);
+  for (int g = first_group; g < last_group; g++) {
+    store(p.offsets + g, int64_t{place});
+    for (int w = 0; w < p.warps; w++) {
+      const int next = place + counts[w * columns + g];
+      counts[w * columns + g] = place;
+      place = next;
+    }
+  }
+  if (thread == 0) {
+    store(p.offsets + groups, int64_t{p.samples});
+    store(p.valid, !bad);
+  }
+  __syncthreads();
+
+  for (int first = begin; first < end; first += 32) {
+    const int sample = first + lane;
+    const int group = group_of(p, sample, &bad);
+    const unsigned same = __match_any_sync(~0u, group);
+    const int at = mine[group] + __popc(same & below);
+    __syncwarp();
+    if ((same & below) == 0) mine[group] += __popc(same);
+    __syncwarp();
+    if (sample < p.samples) {
+      store(p.order + at, int64_t{sample});
+      store(p.inverse + sample, int64_t{at});
+    }
+  }
+}
+
+}  // namespace
+
+void plan(PlanProblem p, void* cuda_stream) {
+  p.warps = std::clamp((p.samples + 31) / 32, 1, kMaxWarps);
+  while (p.warps > 1 && shared_bytes(p.warps, p.tasks) > kMaxSharedBytes) p.warps--;
+  const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks)};
+  const char* error = launch<plan_kernel>(grid, p, cuda_stream);
+  check(!error, "task_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples, " samples, ", p.tasks,
+        " tasks; ", p.warps, " warps, ", grid.shared_bytes, " bytes of shared memory)");
+}
+
+}  // namespace taps_fast::cuda

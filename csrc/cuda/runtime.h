@@ -1,0 +1,72 @@
+// What the host side of a kernel asks of the CUDA runtime, and nothing else of it. The emulator has a twin.
+#pragma once
+
+namespace taps_fast::cuda {
+
+/// A grid of blocks of threads; `cluster` neighbouring blocks can read each other's shared memory.
+struct Grid {
+  int blocks, threads, cluster, shared_bytes;
+};
+
+struct Device {
+  int processors;
+  bool has_clusters;
+};
+
+}  // namespace taps_fast::cuda
+
+#ifdef TAPS_FAST_EMULATED
+#include "emulated_runtime.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace taps_fast::cuda {
+
+inline int current_device_index() {
+  int index = 0;
+  cudaGetDevice(&index);
+  return index;
+}
+
+inline Device current_device() {
+  const int index = current_device_index();
+  int processors = 1, capability = 8;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index);
+  return {processors, capability >= 9};
+}
+
+/// Starts `kernel` on the stream; what went wrong, or null. Never waits.
+template <auto kernel, class Problem>
+const char* launch(const Grid& grid, const Problem& problem, void* stream) {
+  const int index = current_device_index();
+  // More than 48 KB of shared memory is asked for once, for each kernel on each device.
+  static std::atomic<uint64_t> allowed{0};
+  const uint64_t bit = uint64_t{1} << (index & 63);
+  if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+    int most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1;
+  if (cudaLaunchKernelEx(&config, kernel, problem) == cudaSuccess) return nullptr;
+  return cudaGetErrorString(cudaGetLastError());
+}
+
+}  // namespace taps_fast::cuda
+
+#endif

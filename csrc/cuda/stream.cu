@@ -1,0 +1,242 @@
+// See stream.h for what is computed. A block owns 16 out features and 8·kTiles rows. Its warps, and those of the
+// other blocks of its cluster, share out the in features. Each warp walks the sources that its rows use in one
+// sequence of steps, fed by a ring of asynchronous copies that never drains between sources. Sums over warps, then
+// over blocks, are in a fixed order: no atomics, no workspace, one launch.
+#include <algorithm>
+
+#include "../common/check.h"
+#include "ptx.cuh"
+#include "runtime.h"
+#include "stream.h"
+#include "stream_tile.cuh"
+
+namespace taps_fast::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStepBytes = 64;  // of each row
+constexpr int kMaxCluster = 8;  // what every GPU with clusters can hold
+
+// At least 64 KB of copies under way in a processor that holds two blocks or more; a smaller GPU's 99 KB hold one.
+template <int kTiles>
+constexpr int kStages = kTiles == 1 ? 6 : 4;
+
+/// Shared memory: the ring, c[source][row], the list of used sources, its length.
+template <int kTiles>
+struct Layout {
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kStepVectors = 32 * (2 + kTiles);
+  static constexpr int kRingBytes = kWarps * kStages<kTiles> * kStepVectors * 16;
+
+  uint4* ring;
+  float* coeffs;
+  int* used;
+  int* num_used;
+
+  __device__ explicit Layout(int num_sources)
+      : ring(reinterpret_cast<uint4*>(dynamic_shared())),
+        coeffs(reinterpret_cast<float*>(dynamic_shared() + kRingBytes)),
+        used(reinterpret_cast<int*>(coeffs + num_sources * kRows)),
+        num_used(used + num_sources) {}
+
+  static int bytes(int num_sources) { return kRingBytes + num_sources * (kRows + 1) * 4 + 4; }
+};
+
+__device__ int task_of(const StreamProblem& p, int row) {
+  return p.ids ? static_cast<int>(load(p.ids + row / p.inner % p.batch)) : 0;
+}
+
+__device__ float coefficient(const StreamProblem& p, int source, int task) {
+  if (task < 0) return source == 0 ? 1.f : 0.f;
+  if (source == 0) return p.base_coeffs ? load(p.base_coeffs + task) : 1.f;
+  return load(p.coeffs + int64_t{task} * (p.num_sources - 1) + source - 1);
+}
+
+/// Fills c[source][row], 0 for rows that do not exist, and lists the sources that any row uses.
+template <int kTiles>
+__device__ void list_sources(const StreamProblem& p, const Layout<kTiles>& shared, int row0) {
+  constexpr int kRows = Layout<kTiles>::kRows;
+  const int r = threadIdx.x % kRows, lane = threadIdx.x % 32;
+  const bool exists = row0 + r < p.rows;
+  const int task = exists ? task_of(p, row0 + r) : 0;
+  for (int s = threadIdx.x / kRows; s < p.num_sources; s += kThreads / kRows)
+    shared.coeffs[s * kRows + r] = exists ? coefficient(p, s, task) : 0.f;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    int count = 0;
+    for (int first = 0; first < p.num_sources; first += 32) {
+      const int s = first + lane;
+      bool used = false;
+      // Each lane starts at another row, so that lanes read different banks.
+      for (int k = 0; k < kRows && s < p.num_sources; k++) used |= shared.coeffs[s * kRows + (lane + k) % kRows] != 0.f;
+      const unsigned mask = __ballot_sync(~0u, used);
+      if (used) shared.used[count + __popc(mask & ((1u << lane) - 1))] = s;
+      count += __popc(mask);
+    }
+    if (lane == 0) *shared.num_used = count;
+  }
+  __syncthreads();
+}
+
+/// 16 bytes of a row, from element i on: zeros beyond its end, and where the row does not exist.
+template <Use kUse, bool kAligned, class T>
+__device__ __forceinline__ void fetch(uint4* to, const T* row, int i, int size, bool exists) {
+  constexpr int kElements = 16 / sizeof(T);
+  if constexpr (kAligned) {
+    cp_async<kUse>(to, row + i, exists && i < size);
+  } else {
+    T values[kElements];
+#pragma unroll
+    for (int e = 0; e < kElements; e++) values[e] = exists && i + e < size ? load(row + i + e) : T{};
+    memcpy(to, values, 16);
+  }
+}
+
+template <class T, int kTiles, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_constant__ StreamProblem p) {
+  constexpr int kRows = 8 * kTiles, kElements = kStepBytes / sizeof(T), kRing = kStages<kTiles>;
+  constexpr int kStepVectors = Layout<kTiles>::kStepVectors;
+  const Layout<kTiles> shared(p.num_sources);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4;
+  const int rank = blockIdx.x % p.cluster, block = blockIdx.x / p.cluster;
+  // Row blocks of the same weights run side by side, so that the weights come from memory once.
+  const int row0 = block % p.row_blocks * kRows, out0 = block / p.row_blocks * kOutputs;
+  const T* x = static_cast<const T*>(p.x);
+
+  // The steps of this warp: of each used source, every splits-th piece of the in features from `split` on.
+  const int splits = p.cluster * kWarps, split = rank * kWarps + warp;
+  const int pieces = (p.in_features + kElements - 1) / kElements;
+  const int mine = split < pieces ? (pieces - split + splits - 1) / splits : 0;
+
+  uint4* const ring = shared.ring + warp * kRing * kStepVectors;
+  const int64_t weight_row = (out0 + group) * p.weight_stride;
+  int fetched = 0, fetched_sources = 0, slot_in = 0;  // pieces of the present source; whole sources; place in the ring
+  const auto fetch_step = [&](int source) {
+    const int i = (split + fetched * splits) * kElements + lane % 4 * (16 / sizeof(T));
+    const T* weight = static_cast<const T*>(p.sources[source]) + weight_row;
+    uint4* to = ring + slot_in * kStepVectors + lane;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      fetch<Use::kOnce, kAligned>(to + 32 * h, weight + 8 * h * p.weight_stride, i, p.in_features,
+                                  out0 + group + 8 * h < p.out_features);
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+      const int row = row0 + 8 * t + group;
+      fetch<Use::kAgain, kAligned>(to + 32 * (2 + t), x + row * p.x_stride, i, p.in_features, row < p.rows);
+    }
+    if (++fetched == mine) fetched = 0, fetched_sources++;
+    if (++slot_in == kRing) slot_in = 0;
+  };
+
+  // A base that is not scaled is every row's first source: it is on its way while the list is made.
+  const int early = p.base_coeffs ? 0 : std::min(kRing - 1, mine);
+  for (int step = 0; step < early; step++) {
+    fetch_step(0);
+    cp_async_commit();
+  }
+  list_sources(p, shared, row0);
+  const int steps = *shared.num_used * mine;
+  for (int step = early; step < kRing - 1; step++) {
+    if (step < steps) fetch_step(shared.used[fetched_sources]);
+    cp_async_commit();
+  }
+
+  StreamTile<T, kTiles> tile;
+  const int* source = shared.used;
+  int left = mine, slot = 0;
+  for (int step = 0; step < steps; step++) {
+    cp_async_wait<kRing - 2>();
+    __syncwarp();  // the copies of all lanes are there, and the slot that is filled next has been read
+    if (step + kRing - 1 < steps) fetch_step(shared.used[fetched_sources]);
+    cp_async_commit();
+    tile.multiply(ring + slot * kStepVectors, lane);
+    if (++slot == kRing) slot = 0;
+    if (--left == 0) {
+      tile.fold(shared.coeffs + *source++ * kRows, lane);
+      left = mine;
+    }
+  }
+
+  // Each warp leaves its sums where its ring was.
+  cp_async_wait<0>();
+  __syncwarp();
+  constexpr int kSums = kRows * kOutputs, kWarpFloats = kRing * kStepVectors * 4;
+  static_assert(kSums <= kThreads && kSums <= kWarpFloats);
+  float* sums = reinterpret_cast<float*>(shared.ring);
+  tile.write(sums + warp * kWarpFloats, lane);
+  __syncthreads();
+  const int n = threadIdx.x;
+  float sum = 0.f;
+  if (n < kSums) {
+    for (int w = 0; w < kWarps; w++) sum += sums[w * kWarpFloats + n];
+    sums[n] = sum;  // over warp 0's, which nobody but this thread reads
+  }
+  if (p.cluster > 1) {
+    cluster_sync();
+    sum = 0.f;
+    // Each block finishes its share of the rows.
+    if (n < kSums && n * p.cluster / kSums == rank)
+      for (int k = 0; k < p.cluster; k++) sum += cluster_load(sums + n, k);
+  }
+  const int row = row0 + n / kOutputs, o = out0 + n % kOutputs;
+  if (n < kSums && n * p.cluster / kSums == rank && row < p.rows && o < p.out_features) {
+    if (p.bias) {
+      const int task = p.bias_stride ? task_of(p, row) : 0;
+      sum += to_wide(load(static_cast<const T*>(p.bias) + (task < 0 ? p.tasks : task) * p.bias_stride + o));
+    }
+    T y;
+    from_wide(sum, y);
+    store(static_cast<T*>(p.y) + int64_t{row} * p.out_features + o, y);
+  }
+  if (p.cluster > 1) cluster_sync();  // nobody leaves while others read its sums
+}
+
+/// Blocks that share one tile's in features: more where the tiles alone leave processors idle, as long as each warp
+/// keeps two steps of a source.
+int choose_cluster(const Device& device, int tiles, int pieces) {
+  int cluster = 1;
+  while (device.has_clusters && cluster < kMaxCluster && 2 * cluster * tiles <= 2 * device.processors &&
+         2 * cluster * kWarps * 2 <= pieces)
+    cluster *= 2;
+  return cluster;
+}
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+/// Whether each row of x and of each weight is whole 16-byte vectors.
+bool is_aligned(const StreamProblem& p) {
+  return (p.in_features | p.x_stride | p.weight_stride) * element_size(p.dtype) % 16 == 0 && is_aligned(p.x) &&
+         std::all_of(p.sources, p.sources + p.num_sources, [](const void* s) { return is_aligned(s); });
+}
+
+template <class T, int kTiles>
+void start(StreamProblem& p, void* cuda_stream) {
+  const int tiles = (p.out_features + kOutputs - 1) / kOutputs;
+  p.row_blocks = (p.rows + 8 * kTiles - 1) / (8 * kTiles);
+  p.cluster = choose_cluster(current_device(), tiles * p.row_blocks, p.in_features * sizeof(T) / kStepBytes);
+  const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<kTiles>::bytes(p.num_sources)};
+  const char* error = is_aligned(p) ? launch<stream_kernel<T, kTiles, true>>(grid, p, cuda_stream)
+                                    : launch<stream_kernel<T, kTiles, false>>(grid, p, cuda_stream);
+  check(!error, "linear_stream: stream_kernel did not start: ", error ? error : "", " (", name(p.dtype), ", rows ",
+        p.rows, ", base [", p.out_features, ", ", p.in_features, "], ", p.num_sources - 1, " deltas; ", grid.blocks,
+        " blocks in clusters of ", grid.cluster, ", ", grid.shared_bytes, " bytes of shared memory each)");
+}
+
+template <class T>
+void start(StreamProblem& p, void* cuda_stream) {
+  p.rows <= 8 ? start<T, 1>(p, cuda_stream) : start<T, 2>(p, cuda_stream);
+}
+
+}  // namespace
+
+void stream(StreamProblem problem, void* cuda_stream) {
+  switch (problem.dtype) {
+    case DType::kFloat32: return start<float>(problem, cuda_stream);
+    case DType::kBFloat16: return start<BFloat16>(problem, cuda_stream);
+    case DType::kFloat16: return start<Half>(problem, cuda_stream);
+    case DType::kFloat64: return;  // no row for it: the operator has refused
+  }
+}
+
+}  // namespace taps_fast::cuda

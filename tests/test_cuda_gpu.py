@@ -1,0 +1,156 @@
+"""The CUDA kernels on a device: the emulator's cases again, and what only a device can show."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from taps_fast import _ext, testing
+from taps_fast.functional import delta_linear
+from taps_fast.tasks import TaskBatch
+from taps_fast.testing import Case, assert_no_worse_than_torch
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TASKS = 4
+
+
+def stream(x: torch.Tensor, base: torch.Tensor, deltas: list[torch.Tensor], coeffs: torch.Tensor, **options: object):
+    with torch.no_grad():
+        return delta_linear(x, base, deltas, coeffs, backend="cuda", algorithm="stream", **options)
+
+
+def check(case: Case) -> None:
+    n = testing.make_inputs(case, "cuda")
+    with torch.no_grad():
+        y, again = (testing.ours("cuda", "stream")(n) for _ in range(2))
+        assert torch.equal(y, again)
+        ref = testing.oracle(n.to(torch.float64))
+        assert_no_worse_than_torch(y, ref, testing.plain_torch(n.to(case.dtype)))
+
+
+def test_the_extension_is_loaded():
+    """Every test below would otherwise only say that it is not."""
+    assert _ext.CUDA_LOADED, _ext.CUDA_ERROR
+
+
+@pytest.mark.parametrize("case", list(testing.linear_cases(DTYPES)), ids=str)
+def test_the_axes_of_the_design(case):
+    check(case)
+
+
+@pytest.mark.parametrize("rows", (1, 8, 16, 33))
+@pytest.mark.parametrize("shape", ((768, 768), (4096, 4096), (1000, 4099), (48, 16384)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_sizes(rows, shape, dtype):
+    """Full rings, clusters of every size, rows that are not whole vectors."""
+    check(Case(dtype, rows=rows, shape=shape, num_deltas=2))
+
+
+@pytest.mark.parametrize("deltas", (1, 33, 255))
+def test_many_deltas(deltas):
+    ids = tuple(range(-1, 15))
+    check(Case(torch.bfloat16, rows=16, shape=(64, 512), num_deltas=deltas, tasks=ids, num_tasks=15, bias="task"))
+
+
+@pytest.mark.parametrize(("samples", "num_tasks"), ((0, 3), (1, 1), (33, 300), (4096, 256), (65536, 4096)))
+def test_plan_sorts_as_pytorch_does(samples, num_tasks):
+    ids = torch.randint(-1, num_tasks, (samples,))
+    order, offsets, inverse, valid = (t.cpu() for t in torch.ops.taps_fast.task_plan(ids.cuda(), num_tasks))
+    expected = TaskBatch.from_ids(ids, num_tasks)
+    assert torch.equal(order, expected.order) and torch.equal(offsets, expected.offsets) and bool(valid)
+    assert torch.equal(inverse[order], torch.arange(samples))
+
+
+class Layer:
+    """A mixed-batch layer on tensors that stay where they are."""
+
+    def __init__(self, rows: int = 16, size: int = 512) -> None:
+        self.x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+        self.weights = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(1 + TASKS)]
+        self.coeffs = torch.eye(TASKS, device="cuda")
+        self.ids = torch.zeros(rows, dtype=torch.int64, device="cuda")
+
+    def change(self, seed: int) -> None:
+        g = torch.Generator("cuda").manual_seed(seed)
+        self.ids.random_(-1, TASKS, generator=g)
+        self.coeffs.copy_(torch.diag(torch.randint(0, 2, (TASKS,), generator=g, device="cuda").float()))
+
+    def __call__(self) -> torch.Tensor:
+        base, *deltas = self.weights
+        return stream(self.x, base, deltas, self.coeffs, tasks=TaskBatch.from_ids(self.ids, TASKS))
+
+
+def test_a_graph_replays_with_other_ids_and_gates():
+    torch.use_deterministic_algorithms(False)
+    layer = Layer()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    for seed in range(4):
+        layer.change(seed)
+        graph.replay()
+        assert torch.equal(captured.clone(), layer())
+
+
+def test_nothing_waits_for_the_host():
+    torch.use_deterministic_algorithms(False)
+    layer = Layer()
+    layer()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams_at_once():
+    """No scratch memory is shared, and the current stream is the one that is used."""
+    layers, streams = [Layer(), Layer()], [torch.cuda.Stream() for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        layer.change(seed)
+    expected = [layer() for layer in layers]
+    torch.cuda.synchronize()
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(50):
+        for n, (layer, on) in enumerate(zip(layers, streams, strict=True)):
+            with torch.cuda.stream(on):
+                found[n].append(layer())
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[n]) for n in range(2) for y in found[n])
+
+
+def test_tensors_decide_the_device():
+    """With one device this says little; with several, a launch on the current one would fail."""
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    x, base = torch.randn(2, 16, 16, device=last)
+    with torch.cuda.device(0):
+        y = stream(x, base, [], torch.empty(0, device=last))
+    assert y.device == last
+    assert_no_worse_than_torch(y, x.double() @ base.double().T, x @ base.T)
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    subset = "test_many_deltas or test_plan_sorts or (test_real_sizes and 768)"
+    done = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q", Path(__file__)]
+        + ["-k", f"({subset}) and not sanitizer"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

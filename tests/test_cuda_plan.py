@@ -1,0 +1,104 @@
+"""The index of a mixed batch, sorted by the CUDA kernel under emulation: the same as PyTorch's stable sort."""
+
+from __future__ import annotations
+
+import emulator
+import pytest
+import torch
+
+from taps_fast import _ext, tasks
+from taps_fast.tasks import TaskBatch
+
+emulated = emulator.load()
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    emulated.reset()
+    yield emulated.settings()
+    emulated.reset()
+
+
+def check(ids: torch.Tensor, num_tasks: int) -> None:
+    order, offsets, inverse, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
+    expected = TaskBatch.from_ids(ids, num_tasks)
+    assert torch.equal(order, expected.order)
+    assert torch.equal(offsets, expected.offsets)
+    assert torch.equal(inverse[order], torch.arange(ids.numel()))
+    assert valid.dtype == torch.bool and valid.shape == () and bool(valid)
+
+
+@pytest.mark.parametrize("samples", (0, 1, 2, 31, 32, 33, 64, 100, 1023, 1025, 2500))
+@pytest.mark.parametrize("num_tasks", (1, 2, 31, 33, 300))
+def test_sorts_as_pytorch_does(samples, num_tasks):
+    g = torch.Generator().manual_seed(samples)
+    check(torch.randint(-1, num_tasks, (samples,), generator=g), num_tasks)
+
+
+@pytest.mark.parametrize("task", (-1, 0, 6))
+def test_one_task_alone(task):
+    check(torch.full((70,), task), 7)
+
+
+def test_no_tasks_and_a_batch_of_the_base():
+    check(torch.full((40,), -1), 0)
+
+
+def test_many_tasks_take_fewer_warps(settings):
+    """Their counts share one block's memory, up to the largest that `TaskBatch` hands over."""
+    check(torch.arange(tasks.PLAN_TASKS - 1, -2, -1), tasks.PLAN_TASKS)
+    (launch,) = settings.launches
+    assert launch.blocks == 1 and launch.threads < 1024 and launch.shared_bytes <= 96 * 1024
+
+
+@pytest.mark.parametrize("order", ("backward", "random"))
+def test_the_order_of_threads_changes_nothing(settings, order):
+    settings.order = order
+    check(torch.randint(-1, 9, (300,)), 9)
+
+
+def test_strided_ids():
+    check(torch.randint(-1, 5, (2, 50))[:, ::2][1], 5)
+
+
+@pytest.mark.parametrize("bad", (-2, 4, 2**40, -(2**40)))
+def test_an_id_out_of_range_is_reported_and_harmless(bad):
+    ids = torch.tensor([0, 3, bad, 1, -1])
+    order, offsets, inverse, valid = torch.ops.taps_fast.task_plan(ids, 4)
+    assert not bool(valid)
+    assert order.tolist() == [2, 4, 0, 3, 1] and offsets.tolist() == [0, 2, 3, 4, 4, 5]
+    assert inverse[order].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_task_batch_uses_it_where_it_is_loaded(monkeypatch, settings):
+    """`is_cuda` is all that this machine lacks."""
+    monkeypatch.setattr(_ext, "CUDA_LOADED", True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    ids = torch.tensor([1, -1, 0, 1])
+    batch = TaskBatch.from_ids(ids, 2)
+    assert len(settings.launches) == 1
+    assert batch.order.tolist() == [1, 2, 0, 3] and batch.offsets.tolist() == [0, 1, 2, 4]
+    with pytest.raises(RuntimeError, match=r"TaskBatch: tasks must be ids in \[-1, 2\)"):
+        TaskBatch.from_ids(torch.tensor([2]), 2)
+    before = len(settings.launches)
+    TaskBatch.from_ids(ids, tasks.PLAN_TASKS + 1)
+    assert len(settings.launches) == before
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_tasks", "text"),
+    (
+        (torch.zeros(2, 2, dtype=torch.int64), 1, "task_plan: ids must have 1 dimension, got [2, 2]"),
+        (torch.zeros(2, dtype=torch.int32), 1, "task_plan: ids must have scalar type 4, got 3"),
+        (torch.zeros(2, dtype=torch.int64), -1, "task_plan: num_tasks must not be negative, got -1"),
+        (torch.zeros(2, dtype=torch.int64), 2**20, "task_plan: plan_kernel did not start: too much shared memory (2 "),
+    ),
+)
+def test_wrong_arguments_are_errors(ids, num_tasks, text):
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.taps_fast.task_plan(ids, num_tasks)
+    assert text in str(error.value)
+
+
+def test_shapes_while_tracing():
+    torch.library.opcheck(torch.ops.taps_fast.task_plan, (torch.tensor([0, 2, -1]), 3))
