@@ -317,7 +317,9 @@ def _buffer(like: Tensor) -> Tensor:
         return torch.empty_like(like)
     found: Tensor | None = _scratch.weights.get(like.dtype)
     if found is None or found.numel() < like.numel():
-        found = _scratch.weights[like.dtype] = like.new_empty(like.numel())
+        # An inference tensor could never be written to by a later call outside of inference mode.
+        with torch.inference_mode(False):
+            found = _scratch.weights[like.dtype] = like.new_empty(like.numel())
     if like.is_contiguous(memory_format=_layout(like)):
         return found.as_strided(like.shape, like.stride())
     return found[: like.numel()].view(like.shape)

@@ -146,6 +146,20 @@ def test_a_merged_weight_goes_into_one_buffer() -> None:
         kept = buffer.data_ptr()
 
 
+def test_training_follows_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer that inference mode made serves training, and the other way round."""
+    x, base = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
+    delta = torch.randn_like(base).requires_grad_()
+    for first, second in ((True, False), (False, True)):
+        monkeypatch.setattr(_aten, "_scratch", _aten._Scratch())
+        for inference in (first, second):
+            with torch.inference_mode(inference):
+                y = delta_conv2d(x, base, [delta], torch.ones(1))
+            assert torch.equal(y.detach(), F.conv2d(x, base + delta.detach()))
+            if not inference:
+                y.sum().backward()
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_nothing_but_inputs_is_saved_for_the_backward(kernel: int, mixed: bool) -> None:
