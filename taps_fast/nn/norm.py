@@ -64,11 +64,6 @@ class TaskNorm(PerTask):
         base, *tasks = self.in_order(mix.tasks)
         return [*tasks, base]
 
-    def _table(self, name: str, mix: Mix) -> Tensor | None:
-        """[T + 1, …]: one parameter or buffer of each task and of the base; None where they have none."""
-        values: list[Any] = [getattr(module, name, None) for module in self._groups(mix)]
-        return None if values[0] is None else torch.stack(values)
-
 
 class TaskLayerNorm(TaskNorm):
     """Layer and RMS norms: normalised once, then each sample's own scale and shift."""
@@ -88,7 +83,8 @@ class TaskLayerNorm(TaskNorm):
                 f"{self.path}: the batch axis must not be normalised over in a mixed batch, got axis {layout.axis} of "
                 f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
             )
-        tables = [self._table(name, mix) for name in ("weight", "bias")]
+        norms = self._groups(mix)
+        tables = [_table(norms, name) for name in ("weight", "bias")]
         if tables[0] is not None:
             batch = layout.spread(mix.batch, x.shape[layout.axis], self.path)
             flat = [None if t is None else t.flatten(1) for t in tables]
@@ -116,7 +112,8 @@ class TaskGroupNorm(TaskNorm):
         y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
         if norm.affine:
-            y = scale_shift(y, self._table("weight", mix), self._table("bias", mix), tasks=batch, inplace=True)
+            norms = self._groups(mix)
+            y = scale_shift(y, _table(norms, "weight"), _table(norms, "bias"), tasks=batch, inplace=True)
         return y.to(out)
 
     @property
@@ -140,7 +137,7 @@ class TaskBatchNorm(TaskNorm):
         norms[0]._check_input_dim(x)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
         own = [norm.training or norm.running_mean is None for norm in norms]
-        weight, bias = self._table("weight", mix), self._table("bias", mix)
+        weight, bias = _table(norms, "weight"), _table(norms, "bias")
         if any(own):
             running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
             eps = _column(norms, "eps", x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
@@ -203,6 +200,12 @@ class TaskBatchNorm(TaskNorm):
     @property
     def how(self) -> str:
         return "one a task; mixed batches gather scale and shift, and train on each task's own rows"
+
+
+def _table(norms: list[Any], name: str) -> Tensor | None:
+    """[T + 1, …]: one parameter or buffer of each task and of the base; None where they have none."""
+    values: list[Any] = [getattr(module, name, None) for module in norms]
+    return None if values[0] is None else torch.stack(values)
 
 
 def _check_first(module: PerTask, layout: Layout) -> None:
