@@ -4,27 +4,40 @@
 gradient of every coefficient in one more.
 """
 
+from .adamerging import adamerging
+from .adapt import Experts, agreement, entropy
+from .atlas import atlas, random_parts
 from .checkpoints import save_merged
 from .emr import emr
 from .fold import fold
 from .lines import block_depths, lines
 from .masks import MaskedDelta
+from .merged import MergedModel
 from .tall import consensus, tall_masks
 from .task_arithmetic import task_arithmetic
 from .ties import elected, ties
+from .tinting import tinting
 from .vectors import TaskVectors
 
 __all__ = [
+    "Experts",
     "MaskedDelta",
+    "MergedModel",
     "TaskVectors",
+    "adamerging",
+    "agreement",
+    "atlas",
     "block_depths",
     "consensus",
     "elected",
     "emr",
+    "entropy",
     "fold",
     "lines",
+    "random_parts",
     "save_merged",
     "tall_masks",
     "task_arithmetic",
     "ties",
+    "tinting",
 ]

@@ -1,0 +1,147 @@
+"""What the methods that train at test time share: losses over each task's rows, experts, and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..model import TapsModel
+from ..nn.layer import TapsLayer
+from .merged import adopt, own_head, place_of, run_each
+from .vectors import TaskVectors
+
+Batch = Mapping[str, Tensor]
+"""One step's unlabelled inputs by task."""
+Progress = Callable[[int, float], None]
+"""Called after each step with its number and loss."""
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The mean over rows of -Σ p·log p; 0 for no rows."""
+    if not logits.shape[0]:
+        return logits.sum()
+    logs = F.log_softmax(logits, -1)
+    return -(logs.exp() * logs).sum(-1).mean()
+
+
+def agreement(logits: Tensor, teacher: Tensor, confident: bool = False) -> Tensor:
+    """The mean cross-entropy against the teacher's labels; 0 where no row is left.
+
+    Args:
+        logits, teacher: [B, C]. confident: leave out the rows where the labels differ and the student's largest
+            probability exceeds the teacher's.
+    """
+    labels = teacher.argmax(-1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if confident:
+        student = logits.detach()
+        surer = student.softmax(-1).amax(-1) > teacher.softmax(-1).amax(-1)
+        keep = ~((student.argmax(-1) != labels) & surer)
+        return (losses * keep).sum() / keep.sum().clamp(min=1)
+    return losses.sum() / max(len(losses), 1)
+
+
+def optimise(
+    parameters: list[dict[str, object]],
+    batches: Iterable[Batch],
+    losses: Callable[[Batch], Tensor],
+    *,
+    sequential: bool = False,
+    weight_decay: float = 0.0,
+    progress: Progress | None = None,
+) -> None:
+    """Adam over the batches: one update a batch from all its tasks, or with ``sequential`` one after each task."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    for step, batch in enumerate(batches):
+        total = 0.0
+        for part in ({task: x} for task, x in batch.items()) if sequential else (batch,):
+            loss = losses(part)
+            optimizer.zero_grad()
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            total += float(loss.detach())
+        if progress is not None:
+            progress(step, total)
+
+
+class Experts(nn.Module):
+    """The frozen fine-tuned models, W0 + Δ_t with task t's own head, as one model.
+
+    Where Linear, Conv2d and norms hold all that was fine-tuned, a batch of all tasks runs as one mixed batch over base
+    and deltas, and nothing but norms is copied. Otherwise the tasks run one by one, each folded for its batch.
+
+    Args:
+        model, vectors, head: as in `MergedModel`.
+
+    >>> model = nn.Linear(4, 2)
+    >>> vectors = TaskVectors.from_checkpoints(model.state_dict(), {"a": nn.Linear(4, 2).state_dict()})
+    >>> x = torch.randn(3, 4)
+    >>> bool(torch.allclose(Experts(model, vectors)({"a": x})["a"], F.linear(x, *vectors.expert("a").values())))
+    True
+    """
+
+    def __init__(self, model: nn.Module, vectors: TaskVectors, head: str | None = None) -> None:
+        super().__init__()
+        self.vectors = vectors
+        self.network = TapsModel(model, head=head)
+        _add_tasks(self.network, vectors, head)
+        self.mixed = self._adapt()
+        self._places: dict[str, str] = {}
+        if not self.mixed:
+            self.network = TapsModel(model, head=head, include=[], norms="shared")
+            _add_tasks(self.network, vectors, head)
+            self._places = adopt(self.network, vectors)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Each task's logits for its own rows."""
+        if self.mixed:
+            return run_each(self.network, batch, lambda x, tasks: self.network(x, tasks=tasks))
+        return {task: self._alone(task, x) for task, x in batch.items()}
+
+    def _alone(self, task: str, x: Tensor) -> Tensor:
+        one = torch.zeros(len(self.vectors))
+        one[self.vectors.index(task)] = 1.0
+        folded = self.vectors.fold(one, names=[name for name in self.vectors.names if name in self._places])
+        weights = {self._places[name]: weight for name, weight in folded.items()}
+        return run_each(
+            self.network, {task: x}, lambda rows, tasks: functional_call(self.network, weights, rows, {"tasks": tasks})
+        )[task]
+
+    def _adapt(self) -> bool:
+        """Lets layers and norms of the network be the experts'; whether they hold all that was fine-tuned."""
+        adopt(self.network, self.vectors)
+        found = self.network.conversion
+        for name, deltas in self.vectors.deltas.items():
+            path, module, last = place_of(self.network, name, self.vectors.base[name])
+            norm = found.norms.get(path.removesuffix("base").removesuffix("."))
+            if isinstance(module, TapsLayer):
+                for task, delta in zip(self.vectors.tasks, deltas, strict=True):
+                    _open(module, task)
+                    (module.deltas if last == "base" else module.bias_deltas)[task] = nn.Parameter(delta, False)
+            elif norm is not None:
+                for task, delta in zip(self.vectors.tasks, deltas, strict=True):
+                    getattr(norm.tasks[task], last).data.copy_(self.vectors.base[name] + delta)
+            else:
+                return False
+        return True
+
+
+def _add_tasks(network: TapsModel, vectors: TaskVectors, head: str | None) -> None:
+    for task in vectors.tasks:
+        network.add_task(task, head=None if head is None else own_head(network, vectors, task), deltas=False)
+
+
+def _open(layer: TapsLayer, task: str) -> None:
+    """A gate that is open whatever the threshold, over zero deltas that share one element."""
+    if task not in layer.deltas:
+        layer.scores[task].data.fill_(1.0)
+        layer.deltas[task] = nn.Parameter(layer.base.new_zeros(()).expand_as(layer.base), False)
+        if layer.base_bias is not None:
+            layer.bias_deltas[task] = nn.Parameter(torch.zeros_like(layer.base_bias), False)
