@@ -8,8 +8,8 @@ This file needs torch alone. A schema is the contract that each backend implemen
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, and from plain PyTorch
   (`taps_fast._pointwise`) wherever no kernel is registered.
-* ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, and from plain PyTorch (`taps_fast._fold`)
-  wherever no kernel is registered.
+* ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
+  and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
 
 Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K deltas, T tasks, B samples):
 
@@ -52,6 +52,7 @@ valid, one bool: whether every id was in range.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,8 @@ for _name, _schema in SCHEMAS.items():
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
     elif _name.startswith("fold"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._fold", _name))
+        if importlib.util.find_spec("triton") is not None:
+            torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.fold", _name))
     elif not _name.startswith("linear"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
     else:

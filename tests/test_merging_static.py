@@ -12,12 +12,16 @@ SHAPES = {"stem.w": (5, 3), "blocks.0.w": (4, 4), "blocks.0.b": (4,), "blocks.1.
 K = 4
 
 
-@pytest.fixture(scope="module")
-def vectors():
+def random_vectors():
     g = torch.Generator().manual_seed(0)
     base = {n: torch.randn(s, generator=g) for n, s in SHAPES.items()}
     deltas = {n: [torch.randn(s, generator=g) for _ in range(K)] for n, s in SHAPES.items()}
     return TaskVectors(base, deltas, [f"t{k}" for k in range(K)], {f"t{k}": {"head": torch.ones(k)} for k in range(K)})
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return random_vectors()
 
 
 def flat(tensors):

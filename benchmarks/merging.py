@@ -1,0 +1,178 @@
+"""One step of layer-wise AdaMerging: ours against the two ways in which it is written, checked, timed and weighed.
+
+    python -m benchmarks.merging [--deltas 8] [--images 1 4] [--seconds 20] [--no-memory]
+
+A step is what changes the coefficients once: fold, forward of every task's images, entropy, backward to the
+coefficients of all tensors and tasks. The network is a ViT-S/16 at 224 pixels with random weights, 10 classes a task.
+
+    ours, whole     `MergedModel`: one fold, one mixed batch of all tasks, one gradient of all coefficients
+    ours, layer     the same; Linear and Conv2d layers sum their own deltas and store no weight
+    chain           fusion_bench's: K sums a tensor in autograd, one task after the other, backward of each with
+                    retain_graph
+    chain, summed   the same with the losses summed and one backward
+    matvec          W + (c @ D).view_as(W) with the deltas of a tensor as one matrix; losses summed, one backward
+    network         forward and backward of the base alone with the gradients of all its weights, as one batch: what a
+                    step takes without merging
+
+The gradients of all must agree before anything is timed. Rounds interleave; a time is the median. Memory is the peak
+of a process of its own beside what base and deltas take; `activations` is that of the layer route with one delta.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from taps_fast.merging import MergedModel, TaskVectors, entropy
+
+from .networks import ViT
+from .timing import Call, measure, peak_bytes
+
+CLASSES = 10
+
+
+def problem(num_deltas: int, images: int) -> tuple[nn.Module, TaskVectors, dict[str, Tensor]]:
+    """The network, K random deltas, and each task's images."""
+    torch.manual_seed(0)
+    model = ViT(384, 12, 6).eval().requires_grad_(False)
+    base = {name: t for name, t in model.state_dict().items() if not name.startswith("head")}
+    tasks = [f"task{k}" for k in range(num_deltas)]
+    deltas = {name: [torch.randn_like(t) * 2e-3 for _ in tasks] for name, t in base.items()}
+    heads = {
+        task: {"head.weight": torch.randn(CLASSES, 384) * 0.05, "head.bias": torch.zeros(CLASSES)} for task in tasks
+    }
+    return model, TaskVectors(base, deltas, tasks, heads), {task: torch.randn(images, 3, 224, 224) for task in tasks}
+
+
+def ours(route: str, num_deltas: int, images: int, tasks: int | None = None) -> Call:
+    model, vectors, inputs = problem(num_deltas, images)
+    if tasks is not None:  # as many images as with K deltas
+        inputs = {"task0": torch.cat([inputs["task0"]] * tasks)}
+    merged = MergedModel(model, vectors, head="head", route=route)
+
+    def step() -> Tensor:
+        merged.coeffs.grad = None
+        sum(entropy(y) for y in merged.each(inputs).values()).backward()
+        return merged.coeffs.grad
+
+    return step
+
+
+def summed(names: list[str], base: dict[str, Tensor], deltas: list[list[Tensor]], c: Tensor) -> dict[str, Tensor]:
+    merged = {}
+    for l, name in enumerate(names):
+        weight = base[name]
+        for k, delta in enumerate(deltas[l]):
+            weight = weight + c[l, k] * delta
+        merged[name] = weight
+    return merged
+
+
+def multiplied(names: list[str], base: dict[str, Tensor], deltas: list[Tensor], c: Tensor) -> dict[str, Tensor]:
+    return {name: base[name] + (c[l] @ deltas[l]).view_as(base[name]) for l, name in enumerate(names)}
+
+
+def rival(way: str, num_deltas: int, images: int) -> Call:
+    model, vectors, inputs = problem(num_deltas, images)
+    names, base = vectors.names, vectors.base
+    form = summed
+    stored = list(vectors.deltas.values())
+    if way == "matvec":
+        form, stored = multiplied, [torch.stack([d.flatten() for d in each]) for each in stored]
+    model.head = nn.Identity()
+    own, tasks = vectors.own, vectors.tasks
+    vectors.deltas.clear()
+    del vectors
+    coeffs = torch.full((len(names), num_deltas), 0.3, requires_grad=True)
+
+    def step() -> Tensor:
+        coeffs.grad = None
+        weights = form(names, base, stored, coeffs.clamp(0, 1))
+        losses = []
+        for task in tasks:
+            logits = nn.functional.linear(functional_call(model, weights, inputs[task]), *own[task].values())
+            losses.append(entropy(logits))
+            if way == "chain":
+                losses.pop().backward(retain_graph=True)
+        if losses:
+            sum(losses).backward()
+        return coeffs.grad
+
+    return step
+
+
+def network(images: int) -> Call:
+    model, _, inputs = problem(8, images)
+    batch = torch.cat(list(inputs.values()))
+    model.requires_grad_()
+
+    def step() -> None:
+        model.zero_grad()
+        entropy(model(batch)).backward()
+
+    return step
+
+
+def contenders(num_deltas: int, images: int) -> dict[str, Callable[[], Call]]:
+    return {
+        "ours, whole": functools.partial(ours, "whole", num_deltas, images),
+        "ours, layer": functools.partial(ours, "layer", num_deltas, images),
+        "chain": functools.partial(rival, "chain", num_deltas, images),
+        "chain, summed": functools.partial(rival, "chain, summed", num_deltas, images),
+        "matvec": functools.partial(rival, "matvec", num_deltas, images),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deltas", type=int, default=8)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="of each task")
+    parser.add_argument("--seconds", type=float, default=20, help="that one contender may take")
+    parser.add_argument("--no-memory", action="store_true")
+    args = parser.parse_args()
+    k = args.deltas
+    model, vectors, _ = problem(k, 1)
+    one = sum(t.nbytes for t in vectors.base.values())
+    largest = max(sum(t.nbytes for t in block.parameters()) for block in model.blocks)
+    del model, vectors
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, ViT-S/16, K = {k}, base {one / 2**20:.0f} MiB"
+    )
+    for images in args.images:
+        built = {name: build() for name, build in contenders(k, images).items()}
+        wanted = built["chain"]().clone()
+        for name, step in built.items():
+            error = float((step() - wanted).abs().max() / wanted.abs().max())
+            if not error < 1e-4:
+                raise SystemExit(f"{name}: wrong gradient, relative error {error:.2e}")
+        built["network"] = network(images)
+        times = measure({name: [step] for name, step in built.items()}, args.seconds, "cpu")
+        mine = times["ours, whole"].median
+        print(f"\n{images} image(s) a task{'':10}  ms   p20   p80   time / ours, whole")
+        for name, stats in times.items():
+            print(f"  {name:<18}{stats.median:8.0f}{stats.p20:6.0f}{stats.p80:6.0f}{stats.median / mine:8.2f}")
+    if args.no_memory:
+        return
+    images = args.images[0]
+    alone = peak_bytes(ours, "layer", 1, images, k, device="cpu")
+    if alone is None:
+        return
+    activations = alone - 2 * one
+    print(
+        f"\nmemory at {images} image(s) a task, MiB; base + {k} deltas {(k + 1) * one / 2**20:.0f}, activations ",
+        end="",
+    )
+    print(f"{activations / 2**20:.0f}, the largest block {largest / 2**20:.0f}")
+    for name, build in contenders(k, images).items():
+        peak = peak_bytes(build.func, *build.args, device="cpu")
+        beyond = peak - (k + 1) * one - activations
+        print(f"  {name:<18}{peak / 2**20:8.0f}   beyond base, deltas and activations {beyond / 2**20:8.0f}")
+
+
+if __name__ == "__main__":
+    main()
