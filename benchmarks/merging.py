@@ -1,9 +1,10 @@
 """One step of layer-wise AdaMerging: ours against the two ways in which it is written, checked, timed and weighed.
 
-    python -m benchmarks.merging [--deltas 8] [--images 1 4] [--seconds 20] [--no-memory]
+    python -m benchmarks.merging [--deltas 8] [--images 1] [--sizes 224 64] [--seconds 10] [--no-memory]
 
 A step is what changes the coefficients once: fold, forward of every task's images, entropy, backward to the
-coefficients of all tensors and tasks. The network is a ViT-S/16 at 224 pixels with random weights, 10 classes a task.
+coefficients of all tensors and tasks. The network is a ViT-S/16 with random weights, 10 classes a task. The first table
+is of the merging alone: fold, and the coefficients' gradients for weight gradients that are there already.
 
     ours, whole     `MergedModel`: one fold, one mixed batch of all tasks, one gradient of all coefficients
     ours, layer     the same; Linear and Conv2d layers sum their own deltas and store no weight
@@ -14,8 +15,9 @@ coefficients of all tensors and tasks. The network is a ViT-S/16 at 224 pixels w
     network         forward and backward of the base alone with the gradients of all its weights, as one batch: what a
                     step takes without merging
 
-The gradients of all must agree before anything is timed. Rounds interleave; a time is the median. Memory is the peak
-of a process of its own beside what base and deltas take; `activations` is that of the layer route with one delta.
+`time / network` says how much is left to gain: nobody can be faster than the network. The gradients of all must agree
+before anything is timed. Rounds interleave; a time is the median. Memory is the peak of a process of its own beside
+what base and deltas take; `activations` is that of the layer route with one delta and as many images.
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ from .timing import Call, measure, peak_bytes
 CLASSES = 10
 
 
-def problem(num_deltas: int, images: int) -> tuple[nn.Module, TaskVectors, dict[str, Tensor]]:
+def problem(num_deltas: int, images: int, size: int) -> tuple[nn.Module, TaskVectors, dict[str, Tensor]]:
     """The network, K random deltas, and each task's images."""
     torch.manual_seed(0)
-    model = ViT(384, 12, 6).eval().requires_grad_(False)
+    model = ViT(384, 12, 6, image=size).eval().requires_grad_(False)
     base = {name: t for name, t in model.state_dict().items() if not name.startswith("head")}
     tasks = [f"task{k}" for k in range(num_deltas)]
     deltas = {name: [torch.randn_like(t) * 2e-3 for _ in tasks] for name, t in base.items()}
     heads = {
         task: {"head.weight": torch.randn(CLASSES, 384) * 0.05, "head.bias": torch.zeros(CLASSES)} for task in tasks
     }
-    return model, TaskVectors(base, deltas, tasks, heads), {task: torch.randn(images, 3, 224, 224) for task in tasks}
+    return model, TaskVectors(base, deltas, tasks, heads), {task: torch.randn(images, 3, size, size) for task in tasks}
 
 
-def ours(route: str, num_deltas: int, images: int, tasks: int | None = None) -> Call:
-    model, vectors, inputs = problem(num_deltas, images)
+def ours(route: str, num_deltas: int, images: int, size: int, tasks: int | None = None) -> Call:
+    model, vectors, inputs = problem(num_deltas, images, size)
     if tasks is not None:  # as many images as with K deltas
         inputs = {"task0": torch.cat([inputs["task0"]] * tasks)}
     merged = MergedModel(model, vectors, head="head", route=route)
@@ -77,8 +79,8 @@ def multiplied(names: list[str], base: dict[str, Tensor], deltas: list[Tensor], 
     return {name: base[name] + (c[l] @ deltas[l]).view_as(base[name]) for l, name in enumerate(names)}
 
 
-def rival(way: str, num_deltas: int, images: int) -> Call:
-    model, vectors, inputs = problem(num_deltas, images)
+def rival(way: str, num_deltas: int, images: int, size: int) -> Call:
+    model, vectors, inputs = problem(num_deltas, images, size)
     names, base = vectors.names, vectors.base
     form = summed
     stored = list(vectors.deltas.values())
@@ -106,8 +108,8 @@ def rival(way: str, num_deltas: int, images: int) -> Call:
     return step
 
 
-def network(images: int) -> Call:
-    model, _, inputs = problem(8, images)
+def network(num_deltas: int, images: int, size: int) -> Call:
+    model, _, inputs = problem(num_deltas, images, size)
     batch = torch.cat(list(inputs.values()))
     model.requires_grad_()
 
@@ -118,60 +120,96 @@ def network(images: int) -> Call:
     return step
 
 
-def contenders(num_deltas: int, images: int) -> dict[str, Callable[[], Call]]:
+def alone(num_deltas: int) -> dict[str, Call]:
+    """Fold, and the coefficients' gradients from given weight gradients; the chain's once for each task."""
+    _, vectors, _ = problem(num_deltas, 1, 224)
+    names, base, stored = vectors.names, vectors.base, list(vectors.deltas.values())
+    flat = [torch.stack([d.flatten() for d in each]) for each in stored]
+    dweights = [torch.randn_like(base[name]) for name in names]
+    coeffs = torch.full((len(names), num_deltas), 0.3, requires_grad=True)
+
+    def step(form: Callable[..., dict[str, Tensor]], backwards: int = 1) -> Tensor:
+        weights = list(form(coeffs.clamp(0, 1)).values())
+        for _ in range(backwards):
+            (found,) = torch.autograd.grad(weights, coeffs, dweights, retain_graph=backwards > 1)
+        return found
+
+    chain = functools.partial(summed, names, base, stored)
     return {
-        "ours, whole": functools.partial(ours, "whole", num_deltas, images),
-        "ours, layer": functools.partial(ours, "layer", num_deltas, images),
-        "chain": functools.partial(rival, "chain", num_deltas, images),
-        "chain, summed": functools.partial(rival, "chain, summed", num_deltas, images),
-        "matvec": functools.partial(rival, "matvec", num_deltas, images),
+        "ours": functools.partial(step, vectors.fold),
+        "chain": functools.partial(step, chain, num_deltas),
+        "chain, summed": functools.partial(step, chain),
+        "matvec": functools.partial(step, functools.partial(multiplied, names, base, flat)),
+    }
+
+
+def contenders(num_deltas: int, images: int, size: int) -> dict[str, Callable[[], Call]]:
+    return {
+        "ours, whole": functools.partial(ours, "whole", num_deltas, images, size),
+        "ours, layer": functools.partial(ours, "layer", num_deltas, images, size),
+        "chain": functools.partial(rival, "chain", num_deltas, images, size),
+        "chain, summed": functools.partial(rival, "chain, summed", num_deltas, images, size),
+        "matvec": functools.partial(rival, "matvec", num_deltas, images, size),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deltas", type=int, default=8)
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="of each task")
-    parser.add_argument("--seconds", type=float, default=20, help="that one contender may take")
+    parser.add_argument("--images", type=int, default=1, help="of each task")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 64], help="pixels a side")
+    parser.add_argument("--seconds", type=float, default=10, help="that one contender may take")
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
     k = args.deltas
-    model, vectors, _ = problem(k, 1)
+    where = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(f"{where}, ViT-S/16, K = {k}, {args.images} image(s) a task")
+    race("merging alone", alone(k), "ours", args.seconds)
+    for size in args.sizes:
+        built = {name: build() for name, build in contenders(k, args.images, size).items()}
+        race(f"step, {size} pixels", built, "ours, whole", args.seconds, network(k, args.images, size))
+        del built
+    if not args.no_memory:
+        memory(k, args.images, args.sizes[0])
+
+
+def race(title: str, built: dict[str, Call], mine: str, seconds: float, limit: Call | None = None) -> None:
+    wanted = built["chain"]().clone()
+    for name, step in built.items():
+        error = float((step() - wanted).abs().max() / wanted.abs().max())
+        if not error < 1e-4:
+            raise SystemExit(f"{name}: wrong gradient, relative error {error:.2e}")
+    if limit is not None:
+        built = built | {"network": limit}
+    times = measure({name: [step] for name, step in built.items()}, seconds, "cpu")
+    print(f"\n{title:<20}      ms     p20     p80   time / {mine}{'   time / network' if limit else ''}")
+    for name, stats in times.items():
+        line = (
+            f"  {name:<18}{stats.median:8.0f}{stats.p20:8.0f}{stats.p80:8.0f}{stats.median / times[mine].median:8.2f}"
+        )
+        print(line + (f"{stats.median / times['network'].median:18.2f}" if limit else ""), flush=True)
+
+
+def memory(num_deltas: int, images: int, size: int) -> None:
+    model, vectors, _ = problem(num_deltas, 1, size)
     one = sum(t.nbytes for t in vectors.base.values())
     largest = max(sum(t.nbytes for t in block.parameters()) for block in model.blocks)
     del model, vectors
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, ViT-S/16, K = {k}, base {one / 2**20:.0f} MiB"
-    )
-    for images in args.images:
-        built = {name: build() for name, build in contenders(k, images).items()}
-        wanted = built["chain"]().clone()
-        for name, step in built.items():
-            error = float((step() - wanted).abs().max() / wanted.abs().max())
-            if not error < 1e-4:
-                raise SystemExit(f"{name}: wrong gradient, relative error {error:.2e}")
-        built["network"] = network(images)
-        times = measure({name: [step] for name, step in built.items()}, args.seconds, "cpu")
-        mine = times["ours, whole"].median
-        print(f"\n{images} image(s) a task{'':10}  ms   p20   p80   time / ours, whole")
-        for name, stats in times.items():
-            print(f"  {name:<18}{stats.median:8.0f}{stats.p20:6.0f}{stats.p80:6.0f}{stats.median / mine:8.2f}")
-    if args.no_memory:
+    peak = peak_bytes(ours, "layer", 1, images, size, num_deltas, device="cpu")
+    if peak is None:
         return
-    images = args.images[0]
-    alone = peak_bytes(ours, "layer", 1, images, k, device="cpu")
-    if alone is None:
-        return
-    activations = alone - 2 * one
+    activations = peak - 2 * one
     print(
-        f"\nmemory at {images} image(s) a task, MiB; base + {k} deltas {(k + 1) * one / 2**20:.0f}, activations ",
+        f"\nmemory, {size} pixels, MiB: base + {num_deltas} deltas {(num_deltas + 1) * one / 2**20:.0f}, activations ",
         end="",
     )
     print(f"{activations / 2**20:.0f}, the largest block {largest / 2**20:.0f}")
-    for name, build in contenders(k, images).items():
-        peak = peak_bytes(build.func, *build.args, device="cpu")
-        beyond = peak - (k + 1) * one - activations
-        print(f"  {name:<18}{peak / 2**20:8.0f}   beyond base, deltas and activations {beyond / 2**20:8.0f}")
+    for name, build in contenders(num_deltas, images, size).items():
+        peak = peak_bytes(build.func, *build.args, device="cpu") or 0
+        beyond = peak - (num_deltas + 1) * one - activations
+        print(
+            f"  {name:<18}{peak / 2**20:8.0f}   beyond base, deltas and activations {beyond / 2**20:8.0f}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..model import TapsModel
-from ..nn.layer import TapsLayer
-from .merged import adopt, own_head, place_of, run_each
+from .merged import adopt, run_each, shared_network
+from .serving import taps_model
 from .vectors import TaskVectors
 
 Batch = Mapping[str, Tensor]
@@ -88,13 +87,12 @@ class Experts(nn.Module):
     def __init__(self, model: nn.Module, vectors: TaskVectors, head: str | None = None) -> None:
         super().__init__()
         self.vectors = vectors
-        self.network = TapsModel(model, head=head)
-        _add_tasks(self.network, vectors, head)
-        self.mixed = self._adapt()
         self._places: dict[str, str] = {}
-        if not self.mixed:
-            self.network = TapsModel(model, head=head, include=[], norms="shared")
-            _add_tasks(self.network, vectors, head)
+        try:
+            self.network = taps_model(model, vectors, vectors.tasks, self._delta, head)
+            self.mixed = True
+        except ValueError:  # a tensor in which the samples of a batch cannot differ
+            self.network, self.mixed = shared_network(model, vectors, head), False
             self._places = adopt(self.network, vectors)
         self.requires_grad_(False).eval()
 
@@ -105,6 +103,9 @@ class Experts(nn.Module):
             return run_each(self.network, batch, lambda x, tasks: self.network(x, tasks=tasks))
         return {task: self._alone(task, x) for task, x in batch.items()}
 
+    def _delta(self, name: str, task: str) -> Tensor:
+        return self.vectors.deltas[name][self.vectors.index(task)]
+
     def _alone(self, task: str, x: Tensor) -> Tensor:
         one = torch.zeros(len(self.vectors))
         one[self.vectors.index(task)] = 1.0
@@ -113,35 +114,3 @@ class Experts(nn.Module):
         return run_each(
             self.network, {task: x}, lambda rows, tasks: functional_call(self.network, weights, rows, {"tasks": tasks})
         )[task]
-
-    def _adapt(self) -> bool:
-        """Lets layers and norms of the network be the experts'; whether they hold all that was fine-tuned."""
-        adopt(self.network, self.vectors)
-        found = self.network.conversion
-        for name, deltas in self.vectors.deltas.items():
-            path, module, last = place_of(self.network, name, self.vectors.base[name])
-            norm = found.norms.get(path.removesuffix("base").removesuffix("."))
-            if isinstance(module, TapsLayer):
-                for task, delta in zip(self.vectors.tasks, deltas, strict=True):
-                    _open(module, task)
-                    (module.deltas if last == "base" else module.bias_deltas)[task] = nn.Parameter(delta, False)
-            elif norm is not None:
-                for task, delta in zip(self.vectors.tasks, deltas, strict=True):
-                    getattr(norm.tasks[task], last).data.copy_(self.vectors.base[name] + delta)
-            else:
-                return False
-        return True
-
-
-def _add_tasks(network: TapsModel, vectors: TaskVectors, head: str | None) -> None:
-    for task in vectors.tasks:
-        network.add_task(task, head=None if head is None else own_head(network, vectors, task), deltas=False)
-
-
-def _open(layer: TapsLayer, task: str) -> None:
-    """A gate that is open whatever the threshold, over zero deltas that share one element."""
-    if task not in layer.deltas:
-        layer.scores[task].data.fill_(1.0)
-        layer.deltas[task] = nn.Parameter(layer.base.new_zeros(()).expand_as(layer.base), False)
-        if layer.base_bias is not None:
-            layer.bias_deltas[task] = nn.Parameter(torch.zeros_like(layer.base_bias), False)

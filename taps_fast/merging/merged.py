@@ -79,7 +79,7 @@ class MergedModel(nn.Module):
         if clamp is not None and not clamp[0] <= init <= clamp[1]:
             raise ValueError(f"MergedModel: init must be in the clamp {clamp}, got {init}: it could never move")
         self.vectors, self.clamp, self.parts, self.own = vectors, clamp, parts, own
-        self.network = _network(model, vectors, head, own)
+        self.network = shared_network(model, vectors, head, own)
         self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init))
         self._running = Running()
         self._places = adopt(self.network, vectors)
@@ -181,7 +181,9 @@ def _own_width(network: TapsModel, task: str, y: Tensor) -> Tensor:
     return y if width is None else y[..., :width] if y.dim() == 2 else y[:, :width]
 
 
-def _network(model: nn.Module, vectors: TaskVectors, head: str | None, own: str | None) -> TapsModel:
+def shared_network(
+    model: nn.Module, vectors: TaskVectors, head: str | None = None, own: str | None = None
+) -> TapsModel:
     """The model with each task's head and own layer; the rest is shared."""
     if head is None and any(vectors.own.values()):
         raise ValueError("MergedModel: head must be given, got none for vectors with tensors of each task's own")
