@@ -205,7 +205,10 @@ def memory(num_deltas: int, images: int, size: int) -> None:
     )
     print(f"{activations / 2**20:.0f}, the largest block {largest / 2**20:.0f}")
     for name, build in contenders(num_deltas, images, size).items():
-        peak = peak_bytes(build.func, *build.args, device="cpu") or 0
+        peak = peak_bytes(build.func, *build.args, device="cpu")
+        if peak is None:
+            print(f"  {name:<18}{'':8}   not measured: its process ended before its time")
+            continue
         beyond = peak - (num_deltas + 1) * one - activations
         print(
             f"  {name:<18}{peak / 2**20:8.0f}   beyond base, deltas and activations {beyond / 2**20:8.0f}", flush=True

@@ -172,7 +172,7 @@ def run_each(network: TapsModel, inputs: Mapping[str, Tensor], call: Callable[..
         return {task: _own_width(network, task, call(x, task)) for task, x in inputs.items()}
     ids = [network.tasks.index(task) for task, x in inputs.items() for _ in range(len(x))]
     y = call(torch.cat(list(inputs.values())), torch.tensor(ids, dtype=torch.int64))
-    parts = y.split([len(x) for x in inputs.values()])
+    parts = torch.split(y, [len(x) for x in inputs.values()])
     return {task: _own_width(network, task, part) for task, part in zip(inputs, parts, strict=True)}
 
 
