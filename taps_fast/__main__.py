@@ -1,4 +1,4 @@
-"""The command line: ``python -m taps_fast info | demo | inspect | bench``."""
+"""The command line: ``python -m taps_fast info | demo | train | inspect | bench``."""
 
 from __future__ import annotations
 
@@ -37,11 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="what this machine can run, and how to get what is missing")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="train four tasks on one pretrained network, then run a mixed batch")
-    if arguments[:1] == ["demo"]:  # its imports are the demo's own
-        module = importlib.import_module("taps_fast.demo")
-        module.add_arguments(demo)
-        demo.set_defaults(run=module.run)
+    for name, module_name, help in (
+        ("demo", "taps_fast.demo", "train four tasks on one pretrained network, then run a mixed batch"),
+        ("train", "taps_fast.train.command", "train a task on your images and any backbone; go on after a kill"),
+    ):
+        command = commands.add_parser(name, help=help)
+        if arguments[:1] == [name]:  # its imports are its own
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
 
     inspect = commands.add_parser(
         "inspect",

@@ -102,8 +102,8 @@ def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
     folder.mkdir(parents=True, exist_ok=True)
     target = _tensor_file(folder, document["tensors"])
     old = _old_tensor_file(folder)
-    _write(target, lambda path: save_file(tensors, path))
-    _write(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(target, lambda path: save_file(tensors, path))
+    write_whole(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
     if old is not None and old != target:
         old.unlink(missing_ok=True)
 
@@ -271,7 +271,7 @@ def _old_tensor_file(folder: Path) -> Path | None:
         return None
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Puts a whole file at ``path`` in one step, on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..model import TapsModel
+from ..train import loop
+from ..train.loop import WARMUP, schedules
 from .data import Split, Task
 
 HEAD = "_fc"
@@ -28,12 +29,7 @@ STEPS = 12
 """Of an epoch, whatever the task: a small task is seen more often, so that every task gets the same budget."""
 LR = 2.5e-3
 HEAD_LR = 1e-2  # where nothing else moves
-WARMUP = 0.1
-"""The part of the steps in which the learning rate rises and scores pay no penalty."""
 SCORE_LR = 0.8
-"""Of plain SGD, which keeps the size of a score's gradient: layers that help hold out against the penalty."""
-SETTLED = 0.5
-"""The part of the steps after which scores rest, so that weights and norms train on for the gates that stayed open."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,7 @@ def taps(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> TapsMod
     torch.manual_seed(plan.seed)
     model.add_task(task.name, classes=task.classes)
     weights, scores = model.task_parameters(task.name)
-    rest = SETTLED * plan.epochs * STEPS
-    optimizer = torch.optim.SGD(scores["params"], lr=SCORE_LR)
-    schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / rest))
-    fit(model, [weights], task, plan, progress, (schedule, lambda: model.penalty(task.name, plan.lam)))
+    fit(model, [weights], task, plan, progress, (scores, lambda: model.penalty(task.name, plan.lam)))
     return model
 
 
@@ -109,18 +102,14 @@ def fit(
     task: Task,
     plan: Plan,
     progress: Progress,
-    scores: tuple[LRScheduler, Callable[[], Tensor]] | None = None,
+    scores: tuple[dict[str, Any], Callable[[], Tensor]] | None = None,
 ) -> None:
-    """AdamW under one cycle of the learning rate; ``scores``: how they are trained besides, and their penalty.
+    """The optimisers of ``python -m taps_fast train``; ``scores``: their group and their penalty, after the warm-up.
 
     ``progress`` gets each epoch's mean loss, without the penalty.
     """
     total = plan.epochs * STEPS
-    adam = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
-    peaks = [group["lr"] for group in adam.param_groups]
-    schedules: list[LRScheduler] = [OneCycleLR(adam, peaks, total_steps=total + 1, pct_start=WARMUP)]
-    if scores is not None:
-        schedules.append(scores[0])
+    moving = schedules(groups, scores and scores[0], steps=total, lr=LR, score_lr=SCORE_LR)
     images, labels = task.train.images.to(plan.device), task.train.labels.to(plan.device)
     losses: list[Tensor] = []
     for step, rows in enumerate(_batches(len(labels), total, plan.seed)):
@@ -129,7 +118,7 @@ def fit(
         if scores is not None and step >= WARMUP * total:
             loss = loss + scores[1]()
         loss.backward()  # type: ignore[no-untyped-call]
-        for schedule in schedules:
+        for schedule in moving:
             schedule.optimizer.step()
             schedule.optimizer.zero_grad()
             schedule.step()
@@ -146,12 +135,7 @@ def _batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
     yield from order[: steps * BATCH].view(steps, BATCH)
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: Split, device: torch.device, **tasks: str) -> float:
     """The fraction of a split that the model gets right; ``tasks=`` is for a `TapsModel`."""
-    model.eval()
-    right = 0
-    for start in range(0, len(split.labels), 128):
-        rows = slice(start, start + 128)
-        right += int((model(split.images[rows].to(device), **tasks).argmax(-1).cpu() == split.labels[rows]).sum())
-    return right / len(split.labels)
+    batches = zip(torch.split(split.images, 128), torch.split(split.labels, 128), strict=True)
+    return loop.accuracy(model, batches, device, **tasks)
