@@ -39,7 +39,9 @@ def dataset(classes: int, count: int = 192) -> TensorDataset:
 def train(accelerator: Accelerator, model: TapsModel, task: str, data: TensorDataset, options) -> list[float]:
     """The loss of each step, mean over its samples in all processes."""
     groups = model.task_parameters(task)
-    optimizer = torch.optim.AdamW([groups[0], {**groups[1], "lr": options.score_lr, "weight_decay": 0.0}], lr=options.lr)
+    optimizer = torch.optim.AdamW(
+        [groups[0], {**groups[1], "lr": options.score_lr, "weight_decay": 0.0}], lr=options.lr
+    )
     loader = DataLoader(data, options.batch, shuffle=True)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     gates, losses = GateLog(model, task), []

@@ -53,7 +53,9 @@ def test_version(capsys):
     assert (done.value.code, capsys.readouterr().out) == (0, f"taps_fast {taps_fast.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["train", "--help"], ["inspect", "--help"]]
+)
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as done:
         main(arguments)
@@ -61,7 +63,7 @@ def test_help(capsys, arguments):
     text = capsys.readouterr().out
     assert text.startswith("usage: python -m taps_fast")
     if arguments == ["--help"]:
-        assert all(f"\n    {command}" in text for command in ("info", "demo", "inspect"))
+        assert all(f"\n    {command}" in text for command in ("info", "demo", "train", "inspect"))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_commands_of_the_readme_exist(capsys):
     from taps_fast.__main__ import main
 
     commands = re.findall(r"python -m taps_fast (\w+)", read("README.md"))
-    assert set(commands) == {"info", "inspect", "demo"}
+    assert set(commands) == {"info", "inspect", "train"}
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = capsys.readouterr().out

@@ -16,8 +16,9 @@ LAYERS = {"_problem", "functional", "nn", "norms", "tasks"}
 MODEL = {"_folder", "_probe", "convert", "model", "sharing", "store"}
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
-    "__main__": {"__init__", "_dispatch", "_problem", "demo", *MODEL},
-    "demo": {"__init__", *LAYERS, *MODEL},
+    "__main__": {"__init__", "_dispatch", "_problem", "demo", "train", *MODEL},
+    "demo": {"__init__", "train", *LAYERS, *MODEL},
+    "train": {"__init__", *LAYERS, *MODEL},
     "merging": {"__init__", *LAYERS, *MODEL},
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,

@@ -1,0 +1,94 @@
+"""The examples: they run in seconds, learn, and save tasks that load. What they need is not installed: not run."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from taps_fast import TapsModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) <= 120
+
+
+def test_plain(tmp_path, capsys):
+    module = example("plain")
+    model, losses = module.main(["--epochs", "4", "--out", str(tmp_path)])
+    assert losses["two"] < 0.5 and losses["three"] < 0.9
+    assert "closed: " in capsys.readouterr().out
+    again = TapsModel(module.backbone(), head="7")
+    for task in model.tasks:
+        again.load_task(tmp_path / task)
+    x = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(again.eval()(x, tasks=[0, 1, 1, 0]), model(x, tasks=[0, 1, 1, 0]))
+    with pytest.raises(SystemExit) as done:
+        module.main(["--help"])
+    assert done.value.code == 0
+
+
+def test_accelerate_averages_micro_batches(tmp_path):
+    """The steps of one batch of 32 and of micro-batches of 16 or 12 (the last 8) are the same, to rounding."""
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    module = example("accelerated")
+    options = ["--cpu", "--epochs", "2", "--out", str(tmp_path)]
+    model, whole = module.main([*options, "--batch", "32", "--accumulate", "1"])
+    _, halves = module.main([*options, "--batch", "16", "--accumulate", "2"])
+    assert len(whole) == 12 and whole == pytest.approx(halves, rel=1e-4)
+    _, low = module.main([*options, "--batch", "32", "--accumulate", "1", "--precision", "bf16"])
+    assert low == pytest.approx(whole, rel=0.1) and low != whole
+    assert whole[-1] < whole[0] and TapsModel(module.backbone(), head="7").tasks == [] and model.tasks == ["three"]
+
+
+def test_accelerate_with_two_processes_is_one(tmp_path):
+    """Two processes of 16 images take the steps of one process of 32, whatever the order of the images in it."""
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    module = example("accelerated")
+    code = (
+        "import sys, accelerate; sys.path.insert(0, sys.argv[1]); import accelerated; "
+        "accelerate.notebook_launcher(accelerated.main, (['--cpu', '--epochs', '2', '--batch', '16', '--accumulate', "
+        "'1', '--out', sys.argv[2]],), num_processes=2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model, _ = module.main(
+        ["--cpu", "--epochs", "2", "--batch", "32", "--accumulate", "1", "--out", str(tmp_path / "one")]
+    )
+    from taps_fast import store
+
+    two, one = (store.read_task(tmp_path / name)[0] for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_lightning_trains_jointly(tmp_path):
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    module = example("lightning_module")
+    model, metrics = module.main(["--epochs", "5", "--out", str(tmp_path)])
+    assert metrics["loss"] < 0.7 and metrics["two/layers"] == metrics["three/layers"] == 2
+    shared = module.backbone()
+    assert not torch.equal(shared[0].weight, model.conversion.layers["0"].base)
+    shared.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True))
+    again = TapsModel(shared, head="7")
+    for task in model.tasks:
+        again.load_task(tmp_path / task)
+    x = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(again.eval()(x, tasks=[0, 1, 1, 0]), model.eval()(x, tasks=[0, 1, 1, 0]))
