@@ -170,3 +170,13 @@ def test_pytest_benchmark_runs_the_same_cells():
 def test_unknown_name_is_a_value_error():
     with pytest.raises(UnknownName, match="known: a, b"):
         raise workloads.unknown("thing", "x", ["b", "a"])
+
+
+def test_the_table_of_accuracies_is_that_of_its_results(tmp_path, monkeypatch, capsys):
+    accuracy = pytest.importorskip("benchmarks.accuracy")
+    assert accuracy.main(["--check"]) == 0
+    page = tmp_path / "README.md"
+    page.write_text(accuracy.PAGE.read_text().replace("| full |", "| fuller |"))
+    monkeypatch.setattr(accuracy, "PAGE", page)
+    assert accuracy.main(["--check"]) == 1
+    assert len({accuracy.key(record) for record in accuracy.read()}) == len(accuracy.read())
