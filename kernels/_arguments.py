@@ -7,8 +7,9 @@ them: up to ARGUMENTS pointers directly, longer lists by a kernel that writes it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,20 +32,43 @@ def pointers(tensors: Sequence[Tensor]) -> Pointers:
     if len(tensors) <= ARGUMENTS:
         return Pointers(tuple(tensors), 0)
     addresses = [t.data_ptr() for t in tensors]
-    lowest_bit = 16
+    return Pointers(table(addresses, tensors[0].device), common_power(addresses))
+
+
+def common_power(addresses: Sequence[int]) -> int:
+    """The largest power of two up to 16 that divides every address."""
+    bits = 16
     for address in addresses:
-        lowest_bit |= address
-    return Pointers(table(addresses, tensors[0].device), lowest_bit & -lowest_bit)
+        bits |= address
+    return bits & -bits
 
 
 def table(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [>= len(values)] on the device, written by kernels of ARGUMENTS values each."""
+    """int64 [>= len(values)] on the device, written by kernels of ARGUMENTS values each.
+
+    A table of the same values is written once and kept. Not while a graph is captured: what a graph reads must be
+    its own, and what it would write only its replays do.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _written(tuple(values), device)
+        return _kept(tuple(values), device, torch.cuda.current_stream(device).cuda_stream)
+    return _written(tuple(values), device)
+
+
+def _written(values: tuple[int, ...], device: torch.device) -> Tensor:
     written = torch.empty(triton.cdiv(len(values), ARGUMENTS) * ARGUMENTS, dtype=torch.int64, device=device)
     for first in range(0, len(values), ARGUMENTS):
         some = [_disguise(v) for v in values[first : first + ARGUMENTS]]
         some += [_disguise(0)] * (ARGUMENTS - len(some))
         write_kernel[(1,)](written[first:], tuple(some), COUNT=ARGUMENTS, num_warps=1)
     return written
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """One for each stream, since another would not wait until it is written."""
+    return _written(values, device)
 
 
 def _disguise(value: int) -> int:
@@ -61,3 +85,14 @@ def write_kernel(table_ptr, values, COUNT: tl.constexpr):
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+
+    @functools.wraps(run)
+    def guarded(first: Any, *rest: Any) -> Any:
+        with torch.cuda.device_of(first[0] if isinstance(first, Sequence) else first):
+            return run(first, *rest)
+
+    return guarded

@@ -1,7 +1,7 @@
-"""Tile sizes of every kernel: one short table a chip, a rule for what fits, and a formula for the rest. No search.
+"""Tile sizes of every kernel: entries of `tuned.json`, a rule for what fits, and a formula for the rest. No search.
 
-`TABLE` holds predictions from compiled code (registers, shared memory, instructions), to be replaced by what
-`python -m benchmarks.tune` measures. The tests compile each entry for each chip.
+The entries that nobody has measured are predictions from compiled code (registers, shared memory, instructions). The
+tests compile each one for its chip.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+
+from taps_fast import _tuned
 
 Capability = tuple[int, int]
 
@@ -31,6 +33,8 @@ class Config:
     block_i: int
     warps: int
     stages: int
+    registers: int | None = None
+    """What the assembler may use for a thread. Left to its own guess it spills in some kernels that need not."""
 
     def shared_bytes(self, kernel: str, itemsize: int) -> int:
         """Both operands of one step, once a stage."""
@@ -45,45 +49,24 @@ def supports(config: Config, kernel: str, itemsize: int, capability: Capability)
     return config.shared_bytes(kernel, itemsize) <= limit
 
 
-# (kernel, bytes an element) -> [(rows up to, config)], the last for any number of rows.
-Table = dict[tuple[str, int], tuple[tuple[float, Config], ...]]
-ANY = float("inf")
-
-HOPPER: Table = {
-    ("split", 2): (
-        (16, Config(16, 64, 128, 4, 4)),
-        (32, Config(32, 64, 128, 4, 4)),
-        (64, Config(64, 64, 128, 8, 4)),
-        (ANY, Config(64, 128, 64, 8, 4)),
-    ),
-    ("dx", 2): (
-        (16, Config(16, 64, 128, 4, 4)),
-        (32, Config(32, 64, 128, 4, 4)),
-        (64, Config(64, 64, 128, 8, 4)),
-        (ANY, Config(64, 128, 64, 8, 4)),
-    ),
-    ("dw", 2): ((ANY, Config(64, 128, 128, 8, 4)),),
-    ("split", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
-    ("dx", 4): ((16, Config(16, 64, 32, 4, 4)), (ANY, Config(64, 64, 32, 8, 4))),
-    ("dw", 4): ((ANY, Config(32, 64, 64, 8, 3)),),
-}
-AMPERE: Table = HOPPER | {
-    ("dw", 2): ((ANY, Config(32, 128, 128, 8, 4)),),
-    ("dw", 4): ((ANY, Config(16, 64, 64, 8, 3)),),
-}
-BLACKWELL: Table = HOPPER | {
-    ("split", 2): (*HOPPER["split", 2][:2], (ANY, Config(64, 64, 128, 8, 4))),
-    ("dx", 2): ((16, Config(16, 64, 128, 8, 4)), *HOPPER["dx", 2][1:]),
-}
-ELSEWHERE: Table = AMPERE
-TABLE: dict[Capability, Table] = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL}
+@functools.cache
+def entries(kernel: str, itemsize: int, capability: Capability) -> list[tuple[float, Config]]:
+    """(rows up to, config) in ascending order, the last for any number of rows."""
+    found: dict[str, list[tuple[float, Config]]] = {}
+    for e in _tuned.DATA["configs"]:
+        if (e["kernel"], e["bytes"]) == (kernel, itemsize):
+            rows = float("inf") if e["rows"] is None else e["rows"]
+            config = Config(*e["blocks"], e["warps"], e["stages"], e.get("registers"))
+            found.setdefault(e["arch"], []).append((rows, config))
+    own = found.get(_tuned.arch_of(capability), found[_tuned.OTHER])
+    return sorted(own, key=lambda entry: entry[0])
 
 
 @functools.lru_cache(maxsize=1024)
 def choose(kernel: str, rows: int, itemsize: int, capability: Capability) -> Config:
-    """The table's entry for this many rows, made to fit the chip."""
-    entries = TABLE.get(capability, ELSEWHERE)[kernel, itemsize]
-    return fitted(next(config for most, config in entries if rows <= most), kernel, itemsize, capability)
+    """The entry for this many rows, made to fit the chip."""
+    config = next(config for most, config in entries(kernel, itemsize, capability) if rows <= most)
+    return fitted(config, kernel, itemsize, capability)
 
 
 def fitted(config: Config, kernel: str, itemsize: int, capability: Capability) -> Config:
@@ -100,9 +83,10 @@ def fitted(config: Config, kernel: str, itemsize: int, capability: Capability) -
 
 def shipped(capability: Capability) -> Iterator[tuple[str, int, Config]]:
     """(kernel, bytes an element, config) of everything `choose` can return on a chip."""
-    for (kernel, itemsize), entries in TABLE.get(capability, ELSEWHERE).items():
-        for _, config in entries:
-            yield kernel, itemsize, fitted(config, kernel, itemsize, capability)
+    for kernel in KERNELS:
+        for itemsize in (2, 4):
+            for _, config in entries(kernel, itemsize, capability):
+                yield kernel, itemsize, fitted(config, kernel, itemsize, capability)
 
 
 def splits(programs: int, steps: int, processors: int) -> int:

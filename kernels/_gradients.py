@@ -123,6 +123,7 @@ def _dw_by_task(
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
         num_stages=_stages(config, rows),
+        maxnreg=config.registers,
         **how,
     )
     if splits > 1:
@@ -181,6 +182,7 @@ def _dw_shared(dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: list[i
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
         num_stages=_stages(config, rows),
+        maxnreg=config.registers,
     )
 
 

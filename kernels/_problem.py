@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 
@@ -52,3 +53,12 @@ class Weight(NamedTuple):
     @property
     def tasks(self) -> int:
         return self.coeffs.shape[0] if self.coeffs.dim() == 2 else 1
+
+    @property
+    def source_block(self) -> int:
+        """How many coefficients of a row a kernel looks at together."""
+        return source_block(len(self.sources))
+
+
+def source_block(sources: int) -> int:
+    return min(32, triton.next_power_of_2(sources))

@@ -1,4 +1,4 @@
-"""A network's deltas folded into its weights, and the gradients of the coefficients; one launch a tensor."""
+"""A network's deltas folded into its weights, and the gradients of the coefficients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import merge
 from ._arguments import pointers
 from ._tiles import pick
 
@@ -91,7 +92,10 @@ def fold_grad_kernel(
 def fold(
     bases: list[Tensor], deltas: list[Tensor], coeffs: Tensor, parts: list[Tensor], masks: list[Tensor]
 ) -> list[Tensor]:
-    """Each base and delta is read once, each weight written once."""
+    """Each base and delta is read once, each weight written once; without parts and masks all tensors in one launch."""
+    types = {base.dtype for base in bases}
+    if not parts and not masks and len(types) == 1 and types != {torch.float64}:
+        return merge.fold(bases, deltas, coeffs)
     return [_folded(l, base, deltas, coeffs, parts, masks, product=False) for l, base in enumerate(bases)]
 
 

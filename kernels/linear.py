@@ -6,21 +6,22 @@ value, so a captured CUDA graph replays with others.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from taps_fast import _tuned
+
 from . import _configs
-from ._arguments import pointers, triton_dtype
+from ._arguments import on_its_device, pointers
 from ._gradients import linear_dw
-from ._merge import merge_kernel
 from ._problem import Rows, Weight
 from ._split import split_kernel, sum_splits_kernel
+from .merge import merged
 
 if TYPE_CHECKING:
     from taps_fast._problem import Problem
@@ -39,22 +40,11 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"counts rows and features in 31 bits, got {problem.rows} rows and weight {problem.shape}"
     if (problem.num_tasks or 0) >= 2**16 - 1:
         yield f"takes fewer than {2**16 - 1} tasks, got {problem.num_tasks}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        yield f"needs compute capability 8.0 or newer, the device has {torch.cuda.get_device_capability()}"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties().major < 8:
+        yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch()}"
 
 
-def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, wherever the tensors are."""
-
-    @functools.wraps(run)
-    def guarded(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return run(first, *rest)
-
-    return guarded
-
-
-@_on_its_device
+@on_its_device
 def linear_fwd(
     x: Tensor,
     base: Tensor,
@@ -75,7 +65,7 @@ def linear_fwd(
     return _split("split", x, weight, rows, bias, base.shape[0], *weight.stride)
 
 
-@_on_its_device
+@on_its_device
 def linear_dx(
     dy: Tensor,
     base: Tensor,
@@ -95,7 +85,7 @@ def linear_dx(
     return _split("dx", dy, weight, rows, None, base.shape[1], *reversed(weight.stride))
 
 
-linear_dw = _on_its_device(linear_dw)
+linear_dw = on_its_device(linear_dw)
 
 
 def _algorithm(algorithm: str) -> str:
@@ -153,7 +143,7 @@ def _split(
         BLOCK_M=config.block_m,
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
-        BLOCK_S=_source_block(weight),
+        BLOCK_S=weight.source_block,
         SPLITS=splits,
         MIXED=rows.mixed,
         BAKED=weight.base_coeffs is not None,
@@ -162,6 +152,7 @@ def _split(
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
     )
     if splits > 1:
         block_m, block_o = min(16, triton.next_power_of_2(M)), 128
@@ -183,43 +174,6 @@ def _split(
             num_warps=4,
         )
     return y
-
-
-def _source_block(weight: Weight) -> int:
-    return min(32, triton.next_power_of_2(len(weight.sources)))
-
-
-def merged(weight: Weight, rows: Rows) -> Tensor:
-    """Each group's weight [T + 1, O, I] (one weight: [1, O, I]), closed gates skipped, groups without rows unwritten.
-
-    The result comes from PyTorch's caching allocator: freed after use, it is the next layer's scratch.
-    """
-    sources = weight.sources
-    base = sources[0]
-    transposed = base.t().is_contiguous() and not base.is_contiguous()
-    if not transposed:
-        sources = [s.contiguous() for s in sources]
-    slots = weight.tasks + 1 if rows.mixed else 1
-    bank = base.new_empty(slots, *(base.shape[::-1] if transposed else base.shape))
-    found = pointers(sources)
-    block = 2048
-    merge_kernel[(triton.cdiv(base.numel(), block), slots)](
-        bank,
-        found.argument,
-        weight.coeffs,
-        weight.base_coeffs,
-        rows.offsets,
-        base.numel(),
-        len(sources) - 1,
-        dtype=triton_dtype(base.dtype),
-        BLOCK=block,
-        BLOCK_S=_source_block(weight),
-        MIXED=rows.mixed,
-        BAKED=weight.base_coeffs is not None,
-        TABLE=found.table,
-        num_warps=4,
-    )
-    return bank.transpose(1, 2) if transposed else bank
 
 
 def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, *, transposed: bool) -> Tensor:
@@ -276,6 +230,6 @@ def _task_of_row(rows: Rows) -> Tensor:
 
 def _grouped_mm_fits(x: Tensor, bank: Tensor) -> bool:
     """Whether F.grouped_mm runs this as one kernel; where it would not, it loops on the host and stalls the stream."""
-    if x.dtype != torch.bfloat16 or any(size * 2 % 16 for size in bank.shape[1:]):
+    if x.dtype != torch.bfloat16 or any(size * 2 % 16 for size in bank.shape[1:]) or bank.shape[0] >= 1024:
         return False
     return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _ext
+from . import _ext, _tuned
 from ._problem import Problem
 
 
@@ -100,15 +100,22 @@ def _triton(problem: Problem) -> Iterator[str]:
     yield from linear.not_supported_reasons(problem)
 
 
-SPLIT_ROWS = 420
-"""Rows a task up to which a second product costs less than writing and reading a summed weight.
-
-From a model of an H200 (4.3 TB/s, 600 TFLOP/s), not from a measurement.
-"""
-
-
 def _few_rows(problem: Problem) -> bool:
-    return problem.rows < SPLIT_ROWS * max(problem.num_tasks or 1, 1)
+    return problem.rows < _crossover(problem).rows * max(problem.num_tasks or 1, 1)
+
+
+def _crossover(problem: Problem) -> _tuned.Crossover:
+    return _tuned.crossover(problem.op, _tuned.arch(), problem.dtype)
+
+
+def _split_why(problem: Problem) -> str:
+    rows, source = _crossover(problem)
+    return f"two products into one accumulator: bound by bytes while rows a task < {rows} ({source})"
+
+
+def _merge_why(problem: Problem) -> str:
+    rows, source = _crossover(problem)
+    return f"weights summed into scratch, then the vendor GEMM: from {rows} rows a task ({source})"
 
 
 ROWS_WEIGHTS = (1 << 13, 1 << 19)
@@ -137,7 +144,7 @@ class _Row(NamedTuple):
     algorithm: str
     preferred: Callable[[Problem], bool]
     """Whether "auto" may take this row."""
-    why: str
+    why: str | Callable[[Problem], str]
 
 
 _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
@@ -153,8 +160,8 @@ TABLE = (
     _Row("cpu", "blend", _weights_differ, "one product; the weight is summed in float32 while it is packed"),
     _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
     _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
-    _Row("triton", "split", _few_rows, "two products into one accumulator: bound by bytes while rows are few"),
-    _Row("triton", "merge", lambda p: True, "weights summed into scratch, then the vendor GEMM: rows are many"),
+    _Row("triton", "split", _few_rows, _split_why),
+    _Row("triton", "merge", lambda p: True, _merge_why),
     _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
     _Row(
         "aten",
@@ -223,10 +230,10 @@ def explain(problem: Problem) -> str:
         reasons = list(_REASONS[row.backend](problem))
         if reasons:
             verdict, text = "no ", "; ".join(reasons)
-        elif not taken and row.preferred(problem):
-            verdict, text, taken = "-> ", row.why, True
         else:
-            verdict, text = "yes", row.why
+            chosen = not taken and row.preferred(problem)
+            verdict, taken = "-> " if chosen else "yes", taken or chosen
+            text = row.why if isinstance(row.why, str) else row.why(problem)
         lines.append(f"  {verdict} {row.backend:<9} {row.algorithm:<6} {text}")
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "norms": {"_autograd", "_problem", "tasks"},
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
-    "_dispatch": {"_ext", "_problem", "kernels"},
+    "_dispatch": {"_ext", "_problem", "_tuned", "kernels"},
     "_problem": {"tasks"},
     "tasks": {"_ext"},
     "_ops": {"_aten", "_fold", "_pointwise", "kernels"},  # when an operator first runs
@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "_fold": set(),
     "_pointwise": {"tasks"},
     "_ext": set(),
-    "kernels": {"_problem"},
+    "_tuned": set(),
+    "kernels": {"_problem", "_tuned"},
 }
 
 

@@ -156,6 +156,7 @@ def test_grouped_gemm_serves_merged_weights():
     assert linear._grouped_mm_fits(n.x, bank)
     assert not linear._grouped_mm_fits(n.x, bank[:, :, 1:])
     assert not linear._grouped_mm_fits(n.x.float(), bank.float())
+    assert not linear._grouped_mm_fits(n.x, bank[:1].expand(1024, -1, -1))
     assert_close_to_oracle(case, "triton", "merge", DEVICE)
     index = TaskBatch.from_ids(torch.tensor(ids, device=DEVICE), 4).tensors
     joined, _, offsets = linear._joined(

@@ -1,0 +1,241 @@
+"""Searches tile sizes and crossovers on this machine's GPU, and writes them into `taps_fast/tuned.json`.
+
+    python -m benchmarks.tune                          everything, about ten minutes
+    python -m benchmarks.tune --kernels split          tile sizes of one kernel
+    python -m benchmarks.tune --kernels --dtypes bfloat16      no tile sizes, crossovers of one dtype
+
+Run `make test-triton` on the result: it compiles every entry and reads its machine code.
+Without a GPU it says so and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from taps_fast import _tuned
+from taps_fast.functional import delta_linear
+from taps_fast.testing import assert_no_worse_than_torch
+
+from . import timing
+
+BUCKETS = {"split": (16, 32, 64, None), "dx": (16, 32, 64, None), "dw": (None,)}
+"""Rows up to which an entry holds; None: any number. `MANY` stands for it while timing."""
+MANY = 1024
+SIZES = (1024, 4096)
+"""Out and in features that a config is judged on, by the geometric mean of its times."""
+TASKS = 4
+GAIN = 1.02
+"""How many times faster than the entry there is a config must be to replace it."""
+MOST_ROWS = 8192
+
+Timer = Callable[[Any], float]
+"""Seconds of a candidate; infinite for one that does not compile, does not fit or is wrong."""
+
+
+def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any], bool]) -> Iterator[Any]:
+    """The configs worth timing: rows in one block where they are few, tiles that the chip holds."""
+    from taps_fast.kernels._configs import Config
+
+    steps = (64, 128) if itemsize == 2 else (32, 64)
+    if kernel == "dw":
+        blocks: Iterable[tuple[int, int, int]] = itertools.product((steps[0] // 2, steps[0]), (64, 128), (64, 128))
+    else:
+        blocks = itertools.product((64, 128) if rows is None else (rows,), (64, 128), steps)
+    for (m, o, i), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):
+        # Below 8 accumulators a thread, warps idle; beyond 128, they spill.
+        kept = o * i if kernel == "dw" else m * o
+        if not 8 <= kept // (32 * warps) <= 128:
+            continue
+        config = Config(m, o, i, warps, stages, 255 if itemsize == 4 else None)
+        if fits(config):
+            yield config
+
+
+def best(options: Iterable[Any], present: Any, timer: Timer) -> Any:
+    """The fastest of ``options``, or ``present`` where none beats it by `GAIN`."""
+    times = {option: timer(option) for option in options}
+    fastest = min(times, key=times.__getitem__, default=present)
+    held = timer(present)
+    return fastest if times.get(fastest, math.inf) * GAIN < held else present
+
+
+def crossover(split: Callable[[int], float], merge: Callable[[int], float], most: int = MOST_ROWS) -> int:
+    """The first number of rows, to an eighth, at which merge is faster than split; ``most`` if there is none.
+
+    Doubles until merge wins, then halves what is left. Between, one of them may win by turns: what counts is that
+    merge wins from there on by doubling.
+    """
+    low, high = 0, 16
+    while high < most and split(high) <= merge(high):
+        low, high = high, 2 * high
+    if high >= most and split(most) <= merge(most):
+        return most
+    while high - low > max(high // 8, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if split(middle) <= merge(middle) else (low, middle)
+    return high
+
+
+def entry_of(config: Any, kernel: str, arch: str, itemsize: int, rows: int | None) -> dict[str, Any]:
+    """A config as it stands in `tuned.json`."""
+    entry = {"kernel": kernel, "arch": arch, "bytes": itemsize, "rows": rows}
+    entry |= {"blocks": [config.block_m, config.block_o, config.block_i]}
+    entry |= {"warps": config.warps, "stages": config.stages}
+    return entry if config.registers is None else entry | {"registers": config.registers}
+
+
+def replaced(data: dict[str, Any], configs: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Any:
+    """``data`` with new entries in place of those for the same thing; a chip new to it gets a copy of "other" first."""
+    data = {name: list(entries) for name, entries in data.items()}
+    keys = {"configs": ("kernel", "arch", "bytes", "rows"), "crossovers": ("op", "arch", "dtype")}
+    for name, new in (("configs", configs), ("crossovers", measured)):
+        for arch in dict.fromkeys(entry["arch"] for entry in new):
+            if all(entry["arch"] != arch for entry in data[name]):
+                data[name] += [e | {"arch": arch} for e in data[name] if e["arch"] == _tuned.OTHER]
+        old = {tuple(entry[k] for k in keys[name]): entry for entry in data[name]}
+        for entry in new:
+            place = tuple(entry[k] for k in keys[name])
+            # What a crossover was modelled from stays beside the measurement.
+            old[place] = old.get(place, {}) | entry if name == "crossovers" else entry
+        data[name] = list(old.values())
+    return data
+
+
+class Measured:
+    """The timers of a GPU: whole operators as graph replays, each candidate checked against float64 first."""
+
+    def __init__(self, seconds: float) -> None:
+        from taps_fast.kernels import _configs, linear
+
+        self.linear, self.configs, self.seconds = linear, _configs, seconds
+        self.capability = torch.cuda.get_device_capability()
+
+    def fits(self, kernel: str, itemsize: int) -> Callable[[Any], bool]:
+        return lambda config: self.configs.supports(config, kernel, itemsize, self.capability)
+
+    def present(self, kernel: str, itemsize: int, rows: int | None) -> Any:
+        return self.configs.choose(kernel, rows or 2 * MANY, itemsize, self.capability)
+
+    def config_timer(self, kernel: str, dtype: torch.dtype, rows: int | None) -> Timer:
+        cells = [self._cell(kernel, dtype, rows or MANY, size) for size in SIZES]
+
+        def timer(config: Any) -> float:
+            chosen = self.configs.choose
+            self.configs.choose = lambda *_: config
+            try:
+                return statistics.geometric_mean(cell() for cell in cells)
+            except Exception as error:  # of the compiler, the launch or the check: not a candidate
+                print(f"  {config}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}")
+                return math.inf
+            finally:
+                self.configs.choose = chosen
+
+        return timer
+
+    def _cell(self, kernel: str, dtype: torch.dtype, rows: int, size: int) -> Callable[[], float]:
+        x, dy = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(2))
+        base, delta = (torch.randn(2, size, size, device="cuda", dtype=dtype) * size**-0.5).unbind()
+        none = (None, None, None)
+        one = (base, [delta], torch.ones(1, device="cuda"), None)
+        call, result, ref, low = {
+            "split": (
+                functools.partial(self.linear.linear_fwd, x, *one, None, *none, 1, "split"),
+                lambda y: y,
+                x.double() @ (base.double() + delta.double()).T,
+                x @ (base + delta).T,
+            ),
+            "dx": (
+                functools.partial(self.linear.linear_dx, dy, *one, *none, 1, "split"),
+                lambda y: y,
+                dy.double() @ (base.double() + delta.double()),
+                dy @ (base + delta),
+            ),
+            "dw": (
+                functools.partial(self.linear.linear_dw, dy, x, *one, *none, 1, [], [0], True, False),
+                lambda y: y[1][0],
+                dy.double().T @ x.double(),
+                dy.T @ x,
+            ),
+        }[kernel]
+
+        def run() -> float:
+            assert_no_worse_than_torch(result(call()), ref, low)
+            return self._time(call)
+
+        return run
+
+    def _time(self, call: Callable[[], object]) -> float:
+        return timing.measure({"it": [timing.graph(call)]}, self.seconds, "cuda")["it"].median / 1e3
+
+    def crossover_timers(self, dtype: torch.dtype, size: int) -> tuple[Callable[[int], float], Callable[[int], float]]:
+        """Seconds of each algorithm by rows a task, `TASKS` tasks to a batch."""
+        base, *deltas = (torch.randn(1 + TASKS, size, size, device="cuda", dtype=dtype) * size**-0.5).unbind()
+        coeffs = torch.eye(TASKS, device="cuda")
+
+        def of(algorithm: str) -> Callable[[int], float]:
+            @functools.cache
+            def timed(rows: int) -> float:
+                x = torch.randn(rows * TASKS, size, device="cuda", dtype=dtype)
+                ids = torch.arange(TASKS, device="cuda")
+                how: Any = {"tasks": ids, "backend": "triton", "algorithm": algorithm}
+                return self._time(lambda: delta_linear(x, base, deltas, coeffs, **how))
+
+            return timed
+
+        return of("split"), of("merge")
+
+
+def tune(gpu: Measured, arch: str, device: str, kernels: Sequence[str], dtypes: Sequence[str]) -> tuple[list, list]:
+    """(configs, crossovers) as entries. Configs are searched once for each size of element, crossovers with them."""
+    configs, crossovers = [], []
+    searched = set()
+    for kernel, name in itertools.product(kernels, dtypes):
+        itemsize = _tuned.ITEMSIZE[name]
+        if (kernel, itemsize) in searched:
+            continue
+        searched.add((kernel, itemsize))
+        for rows in BUCKETS[kernel]:
+            options = candidates(kernel, itemsize, rows, gpu.fits(kernel, itemsize))
+            timer = gpu.config_timer(kernel, getattr(torch, name), rows)
+            config = best(options, gpu.present(kernel, itemsize, rows), timer)
+            print(f"{kernel}, {itemsize} bytes, rows {'more' if rows is None else f'<= {rows}'}: {config}", flush=True)
+            configs.append(entry_of(config, kernel, arch, itemsize, rows))
+    date = datetime.date.today().isoformat()
+    for name in dtypes:
+        found = [crossover(*gpu.crossover_timers(getattr(torch, name), size)) for size in SIZES]
+        rows = round(statistics.geometric_mean(found))
+        print(f"{name}: split up to {rows} rows a task (by size: {dict(zip(SIZES, found, strict=True))})", flush=True)
+        entry = {"op": "linear", "arch": arch, "dtype": name, "measured": rows, "device": device, "date": date}
+        crossovers.append(entry)
+    return configs, crossovers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernels", nargs="*", choices=BUCKETS, default=list(BUCKETS))
+    parser.add_argument("--dtypes", nargs="*", choices=_tuned.ITEMSIZE, default=list(_tuned.ITEMSIZE))
+    parser.add_argument("--seconds", type=float, default=0.02, help="how long to time one candidate on one size")
+    chosen = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tune: there is no CUDA device, so nothing was measured and tuned.json is as it was", file=sys.stderr)
+        return 1
+    found = tune(Measured(chosen.seconds), _tuned.arch(), torch.cuda.get_device_name(), chosen.kernels, chosen.dtypes)
+    _tuned.save(replaced(_tuned.DATA, *found))
+    print(f"written to {_tuned.PATH}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
