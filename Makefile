@@ -44,6 +44,10 @@ demo: $(VENV)/.taps_fast_demo $(EXT)
 bench: install
 	$(PY) -m benchmarks.run $(ARGS)
 
+# On a CUDA machine, with the Python that holds its PyTorch, and without a network; see benchmarks/gpu.py.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
 lint: install $(VENV)/.taps_fast_dev
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
@@ -73,6 +77,6 @@ test-triton-%: install build/triton-%
 clean:
 	rm -rf build *.egg-info taps_fast/*.so taps_fast/*_error.txt $(VENV)/.taps_fast_*
 
-.PHONY: install test demo bench lint asan test-triton clean
+.PHONY: install test demo bench gpu lint asan test-triton clean
 .DELETE_ON_ERROR:
 .PRECIOUS: build/triton-% $(VENV)/.taps_fast_%

@@ -1,0 +1,236 @@
+"""`make gpu`: builds, tests and measures on a CUDA machine, without a network, and writes one file of results.
+
+    python -m benchmarks.gpu            all of it, nine minutes at most
+    python -m benchmarks.gpu --minutes 5
+
+Needs PyTorch 2.10 with CUDA, Triton 3.6, numpy and pytest; for the C++ extensions a compiler and nvcc. Whatever else
+is not installed is named and left out. It succeeds only if every Triton kernel was launched on the device, every test
+passed, no test marked ``gpu`` was skipped, and each benchmarked cell of ours ran on a kernel and was right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[1]
+WORK = CHECKOUT / "build" / "gpu"
+NEEDED = {"torch": (2, 10), "triton": (3, 6), "numpy": (), "pytest": ()}
+SUITES = ("rows", "decode", "mixes", "merging", "linear", "train")
+"""Of `benchmarks.workloads`, the most telling first: what the time does not allow is named in the results."""
+SECONDS = "0.1"
+Report = dict[str, Any]
+
+
+def missing(version_of: Callable[[str], str | None], has_device: Callable[[], bool]) -> list[str]:
+    """What keeps this machine from running at all."""
+    found = []
+    for name, least in NEEDED.items():
+        version = version_of(name)
+        if version is None:
+            found.append(f"{name} is not installed")
+        elif tuple(int(n) for n in re.findall(r"\d+", version)[: len(least)]) < least:
+            found.append(f"{name} must be {'.'.join(map(str, least))} or newer, found {version}")
+    if not found and not has_device():
+        found.append("PyTorch sees no CUDA device")
+    return found
+
+
+def _version_of(name: str) -> str | None:
+    return importlib.import_module(name).__version__ if importlib.util.find_spec(name) else None
+
+
+def _has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run(command: Sequence[str], seconds: float, **env: str) -> subprocess.CompletedProcess[str]:
+    """A step, with what it prints; 124 if it takes longer than it may."""
+    try:
+        return subprocess.run(
+            command, cwd=CHECKOUT, env=os.environ | env, timeout=seconds, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        out = expired.stdout or b""
+        return subprocess.CompletedProcess(command, 124, out.decode() if isinstance(out, bytes) else out)
+
+
+def build(seconds: float) -> Report:
+    """The extensions. One that this machine has no compiler for is left out by name; another failure is a failure."""
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, TAPS_FAST_EXT="auto")
+    notes = {p.name.removesuffix("_error.txt"): p.read_text().strip() for p in CHECKOUT.glob("taps_fast/*_error.txt")}
+    has_compiler = {"_C": bool(shutil.which("c++")), "_C_cuda": bool(shutil.which("nvcc"))}
+    failed = {name: note for name, note in notes.items() if has_compiler.get(name, True)}
+    return {"exit": done.returncode, "log": done.stdout[-2000:], "left_out": notes, "failed": failed}
+
+
+def test(seconds: float, shards: int) -> list[Report]:
+    """The whole suite, in as many processes as the machine has room for."""
+    deadline = time.monotonic() + seconds
+    reports = [WORK / f"tests-{n}.json" for n in range(shards)]
+    running = []
+    for n, report in enumerate(reports):
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "launches", "--report", str(report)]
+        log = report.with_suffix(".log").open("w")
+        env = os.environ | {"PYTHONPATH": "tests", "TAPS_FAST_EXT": "auto"}
+        process = subprocess.Popen(
+            [*command, "--shard", f"{n}/{shards}"], cwd=CHECKOUT, env=env, stdout=log, stderr=subprocess.STDOUT
+        )
+        running.append(process)
+    for process in running:
+        try:
+            process.wait(max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return [json.loads(r.read_text()) if r.is_file() else {"exit": 124, "log": r.stem} for r in reports]
+
+
+def bench(seconds: float, out: Path) -> Report:
+    """The benchmark's layers, suite by suite while time is left, each in a process that counts its launches."""
+    deadline = time.monotonic() + seconds
+    out.unlink(missing_ok=True)
+    launches: collections.Counter[str] = collections.Counter()
+    exits: dict[str, int] = {}
+    for suite in SUITES:
+        left = deadline - time.monotonic()
+        if left < 10:
+            exits[suite] = 124
+            continue
+        done = run([sys.executable, "-m", "benchmarks.gpu", "--suite", suite, "--out", str(out)], left)
+        exits[suite] = done.returncode
+        print(done.stdout[-6000:], flush=True)
+        counted = WORK / f"launches-{suite}.json"
+        if counted.is_file():
+            launches.update(json.loads(counted.read_text()))
+    records = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    return {"exits": exits, "launches": launches, "records": records}
+
+
+def _suite(name: str, out: Path) -> int:
+    """What `bench` starts: one suite, with Triton's launches counted."""
+    sys.path.insert(0, str(CHECKOUT / "tests"))
+    from launches import Launches
+
+    from . import run as runner
+
+    launches = Launches().install()
+    code = runner.main([name, "--device", "cuda", "--no-memory", "--seconds", SECONDS, "--out", str(out)])
+    (WORK / f"launches-{name}.json").write_text(json.dumps(launches))
+    return code
+
+
+def kernels() -> set[str]:
+    """The name of every Triton kernel of the library."""
+    return {
+        name
+        for path in (CHECKOUT / "kernels").glob("*.py")
+        for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+
+
+def verdict(report: Report, expected: set[str]) -> list[str]:
+    """Why this run is no success; empty if it is one."""
+    reasons = [f"{name} was not built: {note}" for name, note in report["build"]["failed"].items()]
+    if report["build"]["exit"] != 0:
+        reasons.append(f"the build ended with {report['build']['exit']}")
+    launched: collections.Counter[str] = collections.Counter()
+    gpu: dict[str, str] = {}
+    for n, shard in enumerate(report["tests"]):
+        if shard["exit"] not in (0, 5):  # 5: a shard that no test fell to
+            reasons.append(f"tests, part {n}: pytest ended with {shard['exit']}, see build/gpu/tests-{n}.log")
+        launched.update(shard.get("launches", {}))
+        gpu |= shard.get("gpu", {})
+    if not gpu:
+        reasons.append("no test marked gpu ran")
+    reasons += [f"{name}: {outcome}" for name, outcome in gpu.items() if outcome != "passed"]
+    reasons += [f"{name} was never launched on the device by a test" for name in sorted(expected - launched.keys())]
+    ran = report["bench"]
+    reasons += [f"benchmark {name} ended with {code}" for name, code in ran["exits"].items() if code not in (0, 124)]
+    ours = [r for r in ran["records"] if r["provider"] == "taps_fast" and not r["graph"]]
+    if not any(r["status"] == "ok" for r in ours):
+        reasons.append("the benchmark measured nothing of ours")
+    for r in ours:
+        if r["status"] != "ok":
+            reasons.append(f"{r['workload']}: {r['status']}: {r['reason']}")
+        elif r["op"] == "linear" and r["backend"] not in ("triton", "cuda"):
+            reasons.append(f"{r['workload']}: ran on {r['backend']}, not on a kernel")
+    if not sum(ran["launches"].values()):
+        reasons.append("no kernel was launched while the benchmark ran")
+    return reasons
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--suite", choices=SUITES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(argv)
+    if reasons := missing(_version_of, _has_device):
+        print("gpu: nothing was run: " + "; ".join(reasons), file=sys.stderr)
+        return 2
+    if chosen.suite:
+        return _suite(chosen.suite, chosen.out)
+    WORK.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * chosen.minutes
+    report: Report = {"build": build(0.3 * 60 * chosen.minutes)}
+    print("built; " + "; ".join(f"{n} left out: {why}" for n, why in report["build"]["left_out"].items()), flush=True)
+    shards = max(1, min(8, (os.cpu_count() or 1) // 2))
+    report["tests"] = test(0.65 * (end - time.monotonic()), shards)
+    report["bench"] = bench(end - time.monotonic() - 10, WORK / "bench.jsonl")
+    reasons = verdict(report, kernels())
+    path = write(report, reasons)
+    for reason in reasons:
+        print(f"gpu: {reason}", file=sys.stderr)
+    print(f"{'FAILED' if reasons else 'all passed'}; written to {path}")
+    return 1 if reasons else 0
+
+
+def write(report: Report, reasons: list[str]) -> Path:
+    """One file: where, what ran, what was left out, how often each kernel was launched, and every measurement."""
+    import torch
+
+    from . import results
+
+    total: collections.Counter[str] = collections.Counter()
+    outcomes: collections.Counter[str] = collections.Counter()
+    for shard in report["tests"]:
+        total.update(shard.get("launches", {}))
+        outcomes.update(shard.get("outcomes", {}))
+    left_out = {k: v for shard in report["tests"] for k, v in shard.get("left_out", {}).items()}
+    summary = results.environment("cuda") | {
+        "success": not reasons,
+        "reasons": reasons,
+        "left_out": report["build"]["left_out"] | left_out,
+        "outcomes": dict(outcomes),
+        "launches_in_tests": dict(total),
+        "launches_in_benchmark": dict(report["bench"]["launches"]),
+        "suites": report["bench"]["exits"],
+        "records": report["bench"]["records"],
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = results.FOLDER / f"gpu-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

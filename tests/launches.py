@@ -1,0 +1,91 @@
+"""A pytest plugin for runs on a CUDA device (`-p launches`): counts what is launched there, and forgives nothing.
+
+    python -m pytest -p launches --report build/gpu/tests-0.json --shard 0/8
+
+Triton calls its launch hook for what it puts on a device's stream, and never in its interpreter. The report holds the
+number of launches of each kernel, the outcome of each test marked ``gpu``, and files left out for want of an optional
+package. Without a device nothing runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+OPTIONAL = {
+    *("safetensors", "matplotlib", "sklearn", "skimage", "mlxtend", "efficientnet_lite_pytorch", "pytest_benchmark"),
+    *("ninja", "pybind11", "peft", "timm", "transformers", "torchvision", "PIL"),
+}
+"""Modules whose absence leaves out a file of tests. That of any other is an error."""
+
+
+class Launches(collections.Counter):
+    """Launches on the device by kernel name."""
+
+    def install(self) -> Launches:
+        import triton
+
+        triton.knobs.runtime.launch_enter_hook.add(self._count)
+        return self
+
+    def _count(self, metadata) -> None:
+        self[metadata.get()["name"]] += 1
+
+
+class Plugin:
+    def __init__(self, report: Path, shard: tuple[int, int]) -> None:
+        self.report, self.shard = report, shard
+        self.launches = Launches().install()
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.gpu: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.marked: set[str] = set()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items) -> None:
+        which, of = self.shard
+        items[:] = items[which::of]
+        self.marked = {item.nodeid for item in items if item.get_closest_marker("gpu")}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector):
+        report = yield
+        missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.outcome == "failed" else None
+        if missing and missing[1] in OPTIONAL:
+            self.left_out[collector.nodeid] = missing[1]
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+        return report
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
+            if report.nodeid in self.marked:
+                self.gpu[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self, exitstatus) -> None:
+        found = {
+            "exit": int(exitstatus),
+            "outcomes": self.outcomes,
+            "gpu": self.gpu,
+            "left_out": self.left_out,
+            "launches": self.launches,
+        }
+        self.report.parent.mkdir(parents=True, exist_ok=True)
+        self.report.write_text(json.dumps(found, indent=1))
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--report", type=Path, required=True)
+    parser.addoption("--shard", default="0/1", help="which part of the tests, of how many")
+
+
+def pytest_configure(config) -> None:
+    if not torch.cuda.is_available():
+        pytest.exit("launches: there is no CUDA device", returncode=3)
+    which, of = map(int, config.getoption("--shard").split("/"))
+    config.pluginmanager.register(Plugin(config.getoption("--report"), (which, of)), "launch-counter")

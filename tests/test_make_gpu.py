@@ -1,0 +1,124 @@
+"""`make gpu` where there is no GPU: it fails with its reason, and nothing short of a whole run counts as success."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+ROOT = Path(gpu.__file__).parents[1]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+RECORD = {
+    "provider": "taps_fast", "graph": False, "status": "ok", "op": "linear", "backend": "triton", "workload": "w",
+    "reason": None,
+}  # fmt: skip
+GOOD = {
+    "build": {"exit": 0, "failed": {}, "left_out": {}},
+    "tests": [
+        {"exit": 0, "gpu": {"a": "passed"}, "launches": {"split_kernel": 3}, "outcomes": {"passed": 9}},
+        {"exit": 5, "gpu": {}, "launches": {"merge_kernel": 1}},
+    ],
+    "bench": {"exits": {"rows": 0, "train": 124}, "launches": {"split_kernel": 7}, "records": [RECORD]},
+}
+KERNELS = {"split_kernel", "merge_kernel"}
+
+
+@without_gpu
+def test_without_a_device_it_says_so_and_fails(capsys):
+    assert gpu.main([]) == 2
+    assert "nothing was run: PyTorch sees no CUDA device" in capsys.readouterr().err
+
+
+@without_gpu
+def test_its_tests_do_not_run_without_a_device(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-p", "launches", "--report", str(tmp_path / "r.json")]
+    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
+    done = subprocess.run([*command, "tests/test_docs.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 3, done.stdout
+    assert "there is no CUDA device" in done.stdout + done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_what_is_missing_is_named():
+    versions = {"torch": "2.9.1+cu130", "triton": "3.6.0", "numpy": "2.4", "pytest": None}
+    assert gpu.missing(versions.get, lambda: True) == [
+        "torch must be 2.10 or newer, found 2.9.1+cu130",
+        "pytest is not installed",
+    ]
+    fine = versions | {"torch": "2.11.0+cu130", "pytest": "8"}
+    assert gpu.missing(fine.get, lambda: True) == []
+    assert gpu.missing(fine.get, lambda: False) == ["PyTorch sees no CUDA device"]
+
+
+def test_a_whole_run_is_a_success():
+    assert gpu.verdict(GOOD, KERNELS) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    (
+        (("build", "exit"), 1, "the build ended with 1"),
+        (("build", "failed"), {"_C_cuda": "nvcc failed"}, "_C_cuda was not built: nvcc failed"),
+        (("tests", 0, "exit"), 1, "tests, part 0: pytest ended with 1"),
+        (("tests", 0, "exit"), 124, "pytest ended with 124"),
+        (("tests", 0, "gpu"), {}, "no test marked gpu ran"),
+        (("tests", 0, "gpu"), {"a": "skipped"}, "a: skipped"),
+        (("tests", 1, "launches"), {}, "merge_kernel was never launched on the device"),
+        (("bench", "exits"), {"rows": 1}, "benchmark rows ended with 1"),
+        (("bench", "records"), [], "measured nothing of ours"),
+        (("bench", "records"), [RECORD, RECORD | {"backend": "reference"}], "w: ran on reference, not on a kernel"),
+        (("bench", "records"), [RECORD, RECORD | {"status": "wrong", "reason": "x"}], "w: wrong: x"),
+        (("bench", "launches"), {}, "no kernel was launched while the benchmark ran"),
+    ),
+    ids=str,
+)
+def test_anything_less_is_none(path, value, reason):
+    report = copy.deepcopy(GOOD)
+    place = report
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (found,) = gpu.verdict(report, KERNELS)
+    assert reason in found
+
+
+def test_every_kernel_is_expected():
+    assert gpu.kernels() >= {"split_kernel", "sum_splits_kernel", "merge_kernel", "sum_slots_kernel", "write_kernel"}
+
+
+def test_a_step_that_takes_too_long_is_ended():
+    assert gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5).returncode == 124
+
+
+def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path):
+    """The plugin on a run of its own, with a device made up: a launch, a gpu test, two absent packages."""
+    (tmp_path / "conftest.py").write_text(
+        "import sys, torch, triton\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "torch.cuda.is_available = lambda: True\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: on a device\n")
+    (tmp_path / "test_a.py").write_text(
+        "import pytest, triton\n@pytest.mark.gpu\ndef test_a():\n"
+        "    class Meta:\n        def get(self): return {'name': 'split_kernel'}\n"
+        "    triton.knobs.runtime.launch_enter_hook(Meta())\n"
+    )
+    (tmp_path / "test_b.py").write_text("import peft_is_not_here\n")
+    (tmp_path / "test_c.py").write_text("import pybind11.nothing_like_it\n")
+    command = [sys.executable, "-c", "import torch; torch.cuda.is_available = lambda: True; import pytest, sys; "]
+    command[-1] += "sys.exit(pytest.main(sys.argv[1:]))"
+    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
+    arguments = ["-q", "-p", "launches", "--report", "r.json", "--continue-on-collection-errors"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["launches"] == {"split_kernel": 1}, done.stdout
+    assert report["gpu"] == {"test_a.py::test_a": "passed"}
+    assert report["left_out"] == {"test_c.py": "pybind11"}
+    assert report["exit"] == 1  # a module that is not optional is an error
