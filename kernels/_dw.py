@@ -7,15 +7,7 @@ Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a s
 import triton
 import triton.language as tl
 
-from ._tiles import coefficient, inside, locate, pick, weighted
-
-
-@triton.jit
-def group_range(group, offsets_ptr, rows_per_sample):
-    """Positions [start, stop) of a group in the grouped order: group 0 is the base's, group t + 1 task t's."""
-    start = tl.load(offsets_ptr + group) * rows_per_sample
-    stop = tl.load(offsets_ptr + group + 1) * rows_per_sample
-    return start.to(tl.int32), stop.to(tl.int32)
+from ._tiles import coefficient, group_range, inside, locate, pick, weighted
 
 
 @triton.jit

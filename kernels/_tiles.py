@@ -43,6 +43,14 @@ def locate(position, ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED: tl.co
 
 
 @triton.jit
+def group_range(group, offsets_ptr, rows_per_sample):
+    """Positions [start, stop) of a group in the grouped order: group 0 is the base's, group t + 1 task t's."""
+    start = tl.load(offsets_ptr + group) * rows_per_sample
+    stop = tl.load(offsets_ptr + group + 1) * rows_per_sample
+    return start.to(tl.int32), stop.to(tl.int32)
+
+
+@triton.jit
 def coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED: tl.constexpr):
     """float32: what multiplies ``source`` for ``task``, of any shapes that broadcast; task -1 is the base alone."""
     own = task >= 0

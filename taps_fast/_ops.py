@@ -6,8 +6,8 @@ This file needs torch alone. A schema is the contract that each backend implemen
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
-* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, and from plain PyTorch
-  (`taps_fast._pointwise`) wherever no kernel is registered.
+* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, on CUDA from Triton, and from plain
+  PyTorch (`taps_fast._pointwise`) for float64 there and wherever no kernel is registered.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
   and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
 
@@ -213,6 +213,17 @@ def _from(module: str, name: str) -> Callable[..., Any]:
 _COMPILED = {"linear_stream", "task_plan"}
 """Operators that a compiled extension alone implements; its loading registers them."""
 
+
+def _triton_or(plain: str, module: str, name: str) -> Callable[..., Any]:
+    """What an operator with a plain form runs on CUDA: Triton where it is installed, but for float64."""
+
+    def run(*args: Any) -> Any:
+        there = args[0].dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        return _from(module if there else plain, name)(*args)
+
+    return run
+
+
 for _name, _schema in SCHEMAS.items():
     _op = f"taps_fast::{_name}"
     torch.library.define(_op, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -227,5 +238,6 @@ for _name, _schema in SCHEMAS.items():
             torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.fold", _name))
     elif not _name.startswith("linear"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
+        torch.library.impl(_op, "CUDA", _triton_or("taps_fast._pointwise", "taps_fast.kernels.pointwise", _name))
     else:
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 from sass_hazards import hazards, spills_in_loops
-from taps_fast.kernels import _arguments, _configs, _gradients, linear, merge
+from taps_fast.kernels import _arguments, _configs, _gradients, linear, merge, pointwise
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -36,7 +36,7 @@ from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
 PROCESSORS = 132
-HOSTS = (linear, merge, _gradients, _arguments)
+HOSTS = (linear, merge, pointwise, _gradients, _arguments)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
@@ -151,6 +151,15 @@ def _exercise() -> None:
             linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
             merge.merged(merge.Weight.of(base, deltas, one, None), merge.Rows(*none, rows, 1))
             merge.merged(merge.Weight.of(base, deltas, each, one), merge.Rows(*index, rows, 1))
+            for image in (dy[:, :, None, None].expand(-1, -1, 16, 1).contiguous(), dy):
+                table, groups = torch.ones(4, dy.shape[1]), (*index, rows // 16, "relu")
+                pointwise.scale_shift(image, table, table, *groups)
+                pointwise.scale_shift_dx(image, image, table, table, table, table, *groups[:-1], "gelu")
+                pointwise.scale_shift_sums(image, image, table, table, *groups[:-1], "silu")
+                pointwise.moments(image, *groups[:-1])
+            pointwise.scale_shift(dy[:1], table[0], None, *none, 1, "relu")
+            pointwise.moments(dy[:1], *none, 1)
+            merge.fold([base], [base], torch.ones(1, 1, 1))
             merge.fold([base] * 53, [base] * 53, torch.ones(53, 1, 1))
 
 
