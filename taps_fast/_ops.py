@@ -1,13 +1,13 @@
 """Every operator of the library: its schema, its output under tracing, and where its kernels live.
 
-This file needs torch alone. A schema is the contract that each backend implements:
+A schema is the contract that each backend implements:
 
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
-* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extension on CPU, on CUDA from Triton, and from plain
-  PyTorch (`taps_fast._pointwise`) for float64 there and wherever no kernel is registered.
+* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton, or from
+  plain PyTorch (`taps_fast._pointwise`) for float64; from plain PyTorch wherever no kernel is registered.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
   and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
 
@@ -59,6 +59,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
+
+from . import _ext
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
@@ -238,6 +240,7 @@ for _name, _schema in SCHEMAS.items():
             torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.fold", _name))
     elif not _name.startswith("linear"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
-        torch.library.impl(_op, "CUDA", _triton_or("taps_fast._pointwise", "taps_fast.kernels.pointwise", _name))
+        if not _ext.CUDA_LOADED:
+            torch.library.impl(_op, "CUDA", _triton_or("taps_fast._pointwise", "taps_fast.kernels.pointwise", _name))
     else:
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))

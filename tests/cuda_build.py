@@ -23,7 +23,13 @@ from sass_hazards import hazards
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/cuda"
 CHIPS = ("80", "90a", "100")
-THREADS = {"stream_kernel": 256, "plan_kernel": 1024}
+THREADS = {
+    "stream_kernel": 256,
+    "plan_kernel": 1024,
+    "pointwise_kernel": 256,
+    "group_sums_kernel": 256,
+    "add_splits_kernel": 256,
+}
 REGISTERS = 65536
 """Of a processor; a block that wants more cannot start."""
 

@@ -30,8 +30,11 @@ def code(built):
 
 def test_every_kernel_compiles_for_every_chip_and_spills_nothing(built):
     facts = cuda_build.facts(built[1])
-    # float32, bfloat16 and float16, for 8 and 16 rows, aligned and not.
-    kernels = {"stream_kernel": 12, "plan_kernel": 1}
+    # stream: three types, for 8 and 16 rows, aligned and not. Norms: four types, forward and backward; pointwise also
+    # aligned and not.
+    kernels = {
+        "stream_kernel": 12, "plan_kernel": 1, "pointwise_kernel": 16, "group_sums_kernel": 8, "add_splits_kernel": 8,
+    }  # fmt: skip
     wanted = {(chip, kernel): n for chip in cuda_build.CHIPS for kernel, n in kernels.items()}
     assert Counter((f.chip, f.kernel) for f in facts) == wanted
     assert [(f, reasons) for f in facts if (reasons := cuda_build.failures(f))] == []

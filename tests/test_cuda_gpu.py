@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taps_fast import _ext, testing
+from taps_fast import _ext, _pointwise, testing
 from taps_fast.functional import delta_linear
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import Case, assert_no_worse_than_torch
@@ -65,6 +65,35 @@ def test_plan_sorts_as_pytorch_does(samples, num_tasks):
     expected = TaskBatch.from_ids(ids, num_tasks)
     assert torch.equal(order, expected.order) and torch.equal(offsets, expected.offsets) and bool(valid)
     assert torch.equal(inverse[order], torch.arange(samples))
+
+
+@pytest.mark.parametrize("shape", ((50, 768), (50, 7), (50, 64, 14, 14), (50, 3, 31, 29)))
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels last"))
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+def test_norms(shape, last, dtype):
+    ids = (2, 0, -1, 2, 2)
+    groups = (*TaskBatch.from_ids(torch.tensor(ids, device="cuda"), TASKS).tensors, 10)
+    x, dy = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    if last:
+        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, shift = torch.randn(2, TASKS + 1, shape[1], device="cuda", dtype=wide)
+    size = float(x.double().norm() * dy.double().norm())
+    for name, args in (
+        ("scale_shift", (x, scale, shift, *groups, "silu")),
+        ("scale_shift_dx", (dy, x, scale, shift, scale, shift, *groups, "gelu")),
+        ("scale_shift_sums", (dy, x, scale, shift, None, *groups, "relu")),
+        ("moments", (x, *groups)),
+    ):
+        wide_args = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        results = [getattr(torch.ops.taps_fast, name)(*args)] + [
+            getattr(_pointwise, name)(*a) for a in (wide_args, args)
+        ]
+        if name in ("scale_shift", "scale_shift_dx"):
+            assert_no_worse_than_torch(*results, name=name)
+            continue
+        for got, ref, low in zip(*results, strict=True):
+            assert_no_worse_than_torch(got, ref, low, scale=size, name=name)
 
 
 class Layer:
@@ -146,7 +175,7 @@ def test_compute_sanitizer_finds_nothing(tool):
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    subset = "test_many_deltas or test_plan_sorts or (test_real_sizes and 768)"
+    subset = "test_many_deltas or test_plan_sorts or (test_norms and bfloat16) or (test_real_sizes and 768)"
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q", Path(__file__)]
         + ["-k", f"({subset}) and not sanitizer"],

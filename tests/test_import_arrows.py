@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "_dispatch": {"_ext", "_problem", "_tuned", "kernels"},
     "_problem": {"tasks"},
     "tasks": {"_ext"},
-    "_ops": {"_aten", "_fold", "_pointwise", "kernels"},  # when an operator first runs
+    "_ops": {"_ext", "_aten", "_fold", "_pointwise", "kernels"},  # all but _ext when an operator first runs
     "_aten": {"tasks"},
     "_fold": set(),
     "_pointwise": {"tasks"},

@@ -50,6 +50,12 @@ __device__ __forceinline__ T load(const T* p) {
   }
 }
 
+/// Memory that nobody but this thread may write meanwhile.
+template <class T>
+__device__ __forceinline__ T load_own(const T* p) {
+  return *p;
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* p, T x) {
   *p = x;

@@ -29,7 +29,15 @@ SOURCES = [
     ROOT / "tests/emulator/emulator.cpp",
     ROOT / "tests/emulator/harness.cpp",
 ]
-OPERATORS = ("linear_stream", "task_plan")
+OPERATORS = (
+    "linear_stream",
+    "task_plan",
+    "scale_shift",
+    "scale_shift_",
+    "scale_shift_dx",
+    "scale_shift_sums",
+    "moments",
+)
 FLAGS = [
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas",
     "-DTAPS_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY",

@@ -39,6 +39,11 @@ T load(const T* p) {
 }
 
 template <class T>
+T load_own(const T* p) {
+  return load(p);
+}
+
+template <class T>
 void store(T* p, T x) {
   emulator::touch(p, sizeof(T), true);
   *p = x;

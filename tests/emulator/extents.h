@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cuda/norm.h"
 #include "cuda/plan.h"
 #include "cuda/stream.h"
 #include "emulator.h"
@@ -33,6 +34,40 @@ inline std::vector<emulator::Extent> extents(const PlanProblem& p) {
       {p.offsets, 1, 0, 8 * (p.tasks + 2), true},
       {p.valid, 1, 0, 1, true},
   };
+}
+
+inline void add_lines(std::vector<emulator::Extent>& memory, const Lines& in) {
+  if (!in.mixed) return;
+  memory.push_back({in.ids, 1, 0, 8 * in.batch});
+  memory.push_back({in.order, 1, 0, 8 * in.batch});
+  memory.push_back({in.offsets, 1, 0, 8 * (in.tasks + 2)});
+}
+
+inline void add_table(std::vector<emulator::Extent>& memory, const Lines& in, const Table& table) {
+  const int64_t bytes = in.dtype == DType::kFloat64 ? 8 : 4, rows = table.row_stride ? in.tasks + 1 : 1;
+  if (table.data) memory.push_back({table.data, rows, table.row_stride * bytes, in.channels * bytes});
+}
+
+inline std::vector<emulator::Extent> extents(const PointwiseProblem& p) {
+  const int64_t bytes = p.in.rows * p.in.channels * p.in.pixels * element_size(p.in.dtype);
+  std::vector<emulator::Extent> memory = {{p.x, 1, 0, bytes}, {p.out, 1, 0, bytes, true}};
+  if (p.dy) memory.push_back({p.dy, 1, 0, bytes});
+  add_lines(memory, p.in);
+  for (const Table& table : {p.scale, p.shift, p.slope, p.offset}) add_table(memory, p.in, table);
+  return memory;
+}
+
+inline std::vector<emulator::Extent> extents(const SumsProblem& p) {
+  const int64_t bytes = p.in.rows * p.in.channels * p.in.pixels * element_size(p.in.dtype);
+  const int64_t sums = p.in.groups() * p.in.channels * (p.in.dtype == DType::kFloat64 ? 8 : 4);
+  std::vector<emulator::Extent> memory = {{p.x, 1, 0, bytes},
+                                          {p.first, 1, 0, sums, true},
+                                          {p.second, 1, 0, sums, true},
+                                          {p.partial, 1, 0, 2 * p.splits * sums, true}};
+  if (p.dy) memory.push_back({p.dy, 1, 0, bytes});
+  add_lines(memory, p.in);
+  for (const Table& table : {p.scale, p.shift, p.center}) add_table(memory, p.in, table);
+  return memory;
 }
 
 }  // namespace taps_fast::cuda
