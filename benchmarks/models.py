@@ -35,12 +35,16 @@ class NetworkProblem:
         self.train = workload.phase == "train"
         _, head, size = NETWORKS[workload.layer]
         self.base = build(workload.layer).to(device, self.dtype).train(self.train)
+        if len(size) == 3:
+            self.base = self.base.to(memory_format=torch.channels_last)
         self.model = taps_fast.TapsModel(self.base, head=head)
         self._draw = torch.Generator().manual_seed(0)
         for t in range(workload.tasks or 0):
             self.model.add_task(f"task{t}")
             self._adapt(t)
         self.images = self._randn(workload.samples, *size)
+        if len(size) == 3:
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.ids = torch.tensor(workload.ids(), device=device)
         self.labels = torch.randint(1000, (workload.samples,), generator=self._draw).to(device)
 
@@ -50,8 +54,8 @@ class NetworkProblem:
     @torch.no_grad()
     def _adapt(self, task: int) -> None:
         name, layers = f"task{task}", list(self.model.conversion.layers.values())
-        if self.workload.gates == "taps":
-            opened = open_layers(task, len(layers))
+        if isinstance(self.workload.gates, str):
+            opened = open_layers(task, len(layers), self.workload.gates)
         else:
             opened = set(range(len(layers))) if task in self.workload.open_tasks() else set()
         for i, layer in enumerate(layers):

@@ -194,6 +194,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]]
     "vit_s16": (lambda: ViT(384, 12, 6), "head", (3, 224, 224)),
     "resnet34": (lambda: ResNet(BasicBlock, (3, 4, 6, 3)), "fc", (3, 224, 224)),
     "resnet50": (lambda: ResNet(Bottleneck, (3, 4, 6, 3)), "fc", (3, 224, 224)),
+    "resnet50.112": (lambda: ResNet(Bottleneck, (3, 4, 6, 3)), "fc", (3, 112, 112)),
     "densenet121": (DenseNet, "classifier", (3, 224, 224)),
     "efficientnet_lite0": (EfficientNetLite0, "classifier", (3, 224, 224)),
     "tiny": (lambda: ViT(64, 2, 2, image=32, patch=8), "head", (3, 32, 32)),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import optimization
 
 from taps_fast import testing
 
@@ -57,6 +58,14 @@ def _ours(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]
     return lambda: model(p.images, tasks=ids), [model]
 
 
+@network("taps_fast-prepared", "ours", "forward", only=lambda workload: not _is_norm(workload))
+def _ours_prepared(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
+    model, ids = copy.deepcopy(p.model), p.ids  # others run it as it is
+    model.prepare_inference(originals="discard")
+    model(p.images, tasks=ids)  # verifies what it folded, and finds the batch axes, once
+    return lambda: model(p.images, tasks=ids), [model]
+
+
 @network("taps_fast-compiled", "ours", "forward", quick=False)
 def _ours_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     _ours(p)
@@ -68,6 +77,13 @@ def _ours_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn
 def _copies(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """One merged network a task, called in turn: what users do."""
     networks = p.copies
+    return lambda: _in_turn(p, lambda task, images: networks[task](images)), networks
+
+
+@network("merged-copies-folded", "merged", "forward", only=lambda workload: not _is_norm(workload))
+def _copies_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
+    """The same, each batch norm that follows a convolution folded into its weight."""
+    networks = [folded(network) for network in p.copies]
     return lambda: _in_turn(p, lambda task, images: networks[task](images)), networks
 
 
@@ -133,6 +149,24 @@ def _base(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]
     """The network without tasks."""
     plain = copy.deepcopy(p.base)
     return lambda: plain(p.images), [plain]
+
+
+@network("base-folded", "floor", "forward", only=lambda workload: not _is_norm(workload))
+def _base_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
+    """The network without tasks, its batch norms folded, in the slices that ours takes on a CPU."""
+    plain = folded(p.base)
+    p.model(p.images, tasks=p.ids)  # finds the size of a slice
+    count = p.model.slice_of(p.images, len(p.images)) or len(p.images)
+    return lambda: torch.cat([plain(part) for part in p.images.split(count)]), [plain]
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """``network`` with each batch norm that follows a convolution folded into it, by PyTorch's own function."""
+    return optimization.fuse(network) if _follows(network) else copy.deepcopy(network)
+
+
+def _follows(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
 @contextlib.contextmanager

@@ -76,12 +76,13 @@ LAYERS: dict[str, Layer] = {
 
 # Whole networks, built by benchmarks.networks; norms are networks of one module.
 NETWORKS = (
-    *("vit_s16", "resnet34", "resnet50", "densenet121", "efficientnet_lite0", "tiny"),
+    *("vit_s16", "resnet34", "resnet50", "resnet50.112", "densenet121", "efficientnet_lite0", "tiny"),
     *("batchnorm256", "layernorm384"),
 )
 
 # Open convolutions of ResNet-50 in the order of its modules, counted from 0: two tasks read from a published figure
-# of TAPS (arXiv 2203.16708). Even tasks of a workload with gates "taps" are like CUBS, odd ones like Cars.
+# of TAPS (arXiv 2203.16708). Even tasks of a workload with gates "taps" are like CUBS, odd ones like Cars; with gates
+# "cubs" or "cars" all are alike.
 GATE_PATTERNS = {
     "cubs": (25, 26, 27, 40, 43, 44, 45, 46, 47, 48, 49, 51, 52),
     "cars": (44, 45, 46, 49, 52),
@@ -103,7 +104,7 @@ class Workload:
     """T; None: one weight for all rows, summed from ``deltas`` deltas (model merging)."""
     mix: str = "uniform"
     gates: int | str = 25
-    """Per cent of the tasks whose gate is open, or "taps": the published patterns (networks only)."""
+    """Per cent of the tasks whose gate is open, or "taps", "cubs", "cars": the published patterns (networks only)."""
     dtype: str = "float32"
     phase: str = "forward"
     cold: bool = True
@@ -150,9 +151,9 @@ class Workload:
         return [i * self.tasks // count for i in range(count)]
 
 
-def open_layers(task: int, layers: int) -> set[int]:
+def open_layers(task: int, layers: int, gates: str = "taps") -> set[int]:
     """The layers that ``task`` opens in a network of ``layers``, in the place that the published patterns open."""
-    pattern = GATE_PATTERNS["cars" if task % 2 else "cubs"]
+    pattern = GATE_PATTERNS[gates if gates != "taps" else "cars" if task % 2 else "cubs"]
     return {i * layers // PATTERN_LAYERS for i in pattern}
 
 
@@ -243,6 +244,14 @@ def _serve() -> Iterator[Workload]:
         yield Workload(layer, 32, 8, gates=100, memory=True)
 
 
+def _prepared() -> Iterator[Workload]:
+    """ResNet-50 prepared for inference, 8 tasks with the same published pattern, few images of each."""
+    for gates in ("cubs", "cars"):
+        for layer in ("resnet50.112", "resnet50"):
+            for samples in (8, 32):
+                yield Workload(layer, samples, 8, gates=gates)
+
+
 def _learn() -> Iterator[Workload]:
     """Whole networks: one training step of one task."""
     for layer in ("vit_s16", "resnet50"):
@@ -288,6 +297,7 @@ SUITES = {
     "merging": _merging,
     "norms": _norms,
     "serve": _serve,
+    "prepared": _prepared,
     "learn": _learn,
     "scaling": _scaling,
     "quick": _quick,

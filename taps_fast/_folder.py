@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._prepare import original
 from .nn import TaskHead, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.head import new_head
@@ -52,7 +53,7 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
         if layer.is_open(task):
-            tensors[f"{path}.delta"] = layer.deltas[task]
+            tensors[f"{path}.delta"] = original(model, path, layer, task)
             if task in layer.bias_deltas:
                 tensors[f"{path}.bias_delta"] = layer.bias_deltas[task]
     for path, module in model.modules_of(task).items():

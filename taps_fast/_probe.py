@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ._prepare import own_forwards
+from ._slices import Slicing
 from .nn.context import Layout, Selection
 from .nn.layer import TapsLayer
 
@@ -56,18 +58,21 @@ def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> N
     """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart."""
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
-    with _undisturbed(model):
+    with _undisturbed(model), own_forwards(model):
         samples = [(leaf, leaf, leaf) if a is None else _samples(leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
         one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
         try:
-            shapes = _run(model, one, lambda path, call, x, y: (tuple(x.shape), y.numel()))
-            grown = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
-            mixed = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+            largest = _Largest()
+            shapes, single = _run(model, one, largest.see)
+            grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
+            mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
         except Exception as error:
             raise ValueError(
                 "TapsModel.probe: the model must run on one and on two samples of its input, got "
                 f"{type(error).__name__}: {error} (call model.probe(...) with an input that it takes so)"
             ) from error
+    numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
+    model.slicing = Slicing(axes, _output_axes(single, double, differing), largest.bytes / max(numel, 1))
     for path, module in located.items():
         module.layouts, module.refusal = {}, None
         if isinstance(module, TapsLayer):
@@ -127,8 +132,40 @@ def _digest(x: Tensor, shapes: Calls, path: str, call: int) -> tuple[tuple[int, 
     return tuple(x.shape), (flat * weights.to(x.device)).sum(1)
 
 
-def _run(model: TapsModel, inputs: Any, see: Any) -> Calls:
-    """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart."""
+class _Largest:
+    """Shapes of one sample's calls, and the most bytes that one call of a module reads and writes."""
+
+    bytes = 0
+
+    def see(self, path: str, call: int, x: Tensor, y: Tensor) -> tuple[tuple[int, ...], int]:
+        self.bytes = max(self.bytes, x.nbytes + y.nbytes)
+        return tuple(x.shape), y.numel()
+
+
+def _output_axes(single: Any, double: Any, differing: Any) -> list[int] | None:
+    """The batch axis of each tensor in the output; None unless all have one and samples do not meet in them."""
+    axes = []
+    for one, twice, two in zip(tree_leaves(single), tree_leaves(double), tree_leaves(differing), strict=False):
+        both = isinstance(one, Tensor) and isinstance(twice, Tensor) and isinstance(two, Tensor)
+        axis = _grown(tuple(one.shape), tuple(twice.shape)) if both else None
+        if axis is None or two.shape != twice.shape or not _same_first(twice, two, axis):
+            return None
+        axes.append(axis)
+    counts = {len(tree_leaves(output)) for output in (single, double, differing)}
+    return axes if counts == {len(axes)} else None
+
+
+def _same_first(twice: Tensor, two: Tensor, axis: int) -> bool:
+    """Whether the first sample's entries do not depend on the second's."""
+    half = twice.shape[axis] // 2
+    return torch.equal(twice.narrow(axis, 0, half), two.narrow(axis, 0, half))
+
+
+def _run(model: TapsModel, inputs: Any, see: Any) -> tuple[Calls, Any]:
+    """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart.
+
+    Returns what was seen, and the model's output.
+    """
     calls: Calls = {}
     handles = []
     thread = threading.get_ident()
@@ -149,13 +186,13 @@ def _run(model: TapsModel, inputs: Any, see: Any) -> Calls:
         args, kwargs = inputs
         previous = model.context.enter(Selection())
         try:
-            model.model(*args, **kwargs)
+            output = model.model(*args, **kwargs)
         finally:
             model.context.enter(previous)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, output
 
 
 def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:

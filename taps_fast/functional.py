@@ -223,6 +223,8 @@ def _run(
         index = batch.tensors
     flat = [] if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
 
+    # Without a delta one weight serves all rows, whatever their task.
+    one = not deltas and base_coeffs is None and (bias is None or bias.dim() == 1)
     grad = torch.is_grad_enabled() and _any_requires_grad(rows, base, coeffs, bias, deltas)
     problem = Problem(
         "conv2d" if conv else "linear",
@@ -231,7 +233,7 @@ def _run(
         base.shape,
         rows.shape[0],
         len(deltas),
-        num_tasks,
+        None if one else num_tasks,
         grad,
         conv[3] if conv else 1,
         bool(conv) and _pixels_are_rows(x, base, conv),
@@ -247,7 +249,7 @@ def _run(
             backend=None, algorithm="auto",
         )  # fmt: skip
         return y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
-    if choice == ("aten", "merge") and not deltas and base_coeffs is None and (bias is None or bias.dim() == 1):
+    if choice == ("aten", "merge") and one:
         y = F.conv2d(x, base, bias, *conv)  # one weight as it is: nothing of ours to do
         return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
     if choice.backend == "reference":
@@ -256,6 +258,8 @@ def _run(
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     # The one kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
     call = Call(index, inner, flat, "depthwise" if conv and choice.backend == "cpu" else choice.algorithm, conv)
+    if one:
+        call, coeffs = call._replace(batch=(None, None, None), inner=1), coeffs.flatten()
     if grad:
         y = cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import _folder, store
+from ._inference import PreparedModel
+from ._prepare import detach_regions
 from ._probe import batch_of, probe
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
-from .nn.context import BASE_NAME, Selection, TaskNames
+from .nn.context import BASE_NAME, TaskNames
 from .nn.head import new_head
 from .nn.per_task import PerTask
 from .sharing import Sharing
@@ -34,7 +36,7 @@ class Loaded(NamedTuple):
         return f"{self.task}: {self.tensors} tensors matched, {self.open_layers} of {self.layers} layers open"
 
 
-class TapsModel(nn.Module):
+class TapsModel(PreparedModel):
     """An adapted copy of ``model``: frozen base, and for each task gated deltas, norms and a head.
 
     Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and
@@ -51,6 +53,10 @@ class TapsModel(nn.Module):
         exclude: which modules, norms too, stay shared.
         norms: "task" (each task has its own) or "shared" (the base's, frozen and in eval mode).
         threshold, initial_score, gate: as `FastTapsLinear`.
+        slice: how many samples of a mixed batch run together in eval mode; None or 0: all. "auto": on a CPU, as many
+            as keep the largest layer's input and output under 24 MiB, elsewhere all. Samples go by task, and outputs
+            come back in the batch's order. Training, compiled models, and models whose output's batch axis the probe
+            cannot tell, are not sliced.
 
     Raises:
         ValueError: a head or pattern that matches nothing, a lazy or already adapted model.
@@ -80,8 +86,9 @@ class TapsModel(nn.Module):
         threshold: float = 0.1,
         initial_score: float = 0.15,
         gate: str = "ste",
+        slice: int | str | None = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(slice)
         self.context = TaskContext("TapsModel")
         self.threshold, self.gate = threshold, gate
         options = {"threshold": threshold, "initial_score": initial_score, "gate": gate}
@@ -108,8 +115,8 @@ class TapsModel(nn.Module):
 
         Args:
             *args, **kwargs: what the model takes.
-            tasks: one name for all samples ("base": none); a list of B names, ids or None (the base); a [B] tensor
-                of ids, which index `tasks` (-1: the base) and do not recompile a compiled model; or a `TaskBatch`.
+            tasks: one name for all samples ("base": none); a list of B names, ids or None (the base); a [B] tensor of
+                ids, which index `tasks` (-1: the base) and do not recompile a compiled model; or a `TaskBatch`.
                 Default: the task of `set_task`, else the only one, else (no task at all) the base.
 
         Returns:
@@ -122,15 +129,19 @@ class TapsModel(nn.Module):
                 said, a layer whose batch axis is not known (see `probe`).
         """
         # Ids go to the device once here, not once a layer.
-        device = next((t.device for t in (*args, *kwargs.values(), *self.parameters()) if isinstance(t, Tensor)), None)
-        selection = self.context.resolve(tasks, device)
-        if selection.mix is not None and not self.probed and not torch.compiler.is_compiling():
-            probe(self, args, kwargs, batch_of(args, kwargs, selection.mix.batch.size))
-        previous = self.context.enter(selection)
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            self.context.enter(previous)
+        first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
+        selection = self.context.resolve(tasks, None if first is None else first.device)
+        if selection.mix is None or torch.compiler.is_compiling():
+            return self._run(selection, args, kwargs)
+        count = selection.mix.batch.size
+        if not self.probed:
+            probe(self, args, kwargs, batch_of(args, kwargs, count))
+        elif selection.uniform:
+            self.input_axes(args, kwargs, count)  # no layer will look at the ids
+        most = None if first is None or self.training else self.slice_of(first, count)
+        if most is None:
+            return self._run(selection, args, kwargs)
+        return self._in_slices(selection.mix, args, kwargs, most)
 
     def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
         """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
@@ -150,18 +161,6 @@ class TapsModel(nn.Module):
         if first is None:
             raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
         probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
-
-    def checkpoint_context(self) -> tuple[Any, Any]:
-        """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
-        return contextlib.nullcontext(), self._running(self.context.active)
-
-    @contextlib.contextmanager
-    def _running(self, selection: Selection | None) -> Iterator[None]:
-        previous = self.context.enter(selection)
-        try:
-            yield
-        finally:
-            self.context.enter(previous)
 
     def set_task(self, task: str | None) -> None:
         """The task of forwards that name none; None: none, so that they must name one."""
@@ -183,6 +182,7 @@ class TapsModel(nn.Module):
 
         Cost: one delta for each adapted layer; the tasks there are do not matter.
         """
+        self._unprepared("add_task")
         own = self.conversion.head
         if own is None and (classes is not None or head is not None):
             raise ValueError(
@@ -202,6 +202,7 @@ class TapsModel(nn.Module):
 
     def remove_task(self, task: str) -> None:
         """Forgets all that belongs to a task. The ids of the tasks after it go down by one."""
+        self._unprepared("remove_task")
         self.context.tasks.remove(self.context.check(task))
         if self.context.default == task:
             self.context.default = None
@@ -213,6 +214,7 @@ class TapsModel(nn.Module):
 
         A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
         """
+        self._unprepared("reopen")
         self.context.check(task)
         for layer in self.conversion.layers.values():
             if not layer.is_open(task):
@@ -229,6 +231,7 @@ class TapsModel(nn.Module):
         >>> groups[1]["lr"] = 0.01  # scores at a rate of their own
         >>> optimizer = torch.optim.Adam(groups, lr=1e-3)
         """
+        self._unprepared("task_parameters")
         self.context.check(task)
         layers = self.conversion.layers.values()
         weights = [owned[task] for layer in layers for owned in (layer.deltas, layer.bias_deltas) if task in owned]
@@ -313,7 +316,10 @@ class TapsModel(nn.Module):
         for module in self.model.modules():
             if isinstance(module, PerTask):
                 memo[id(module)] = copy.deepcopy(module.of(name), memo)
+        if self.prepared is not None:
+            memo |= {id(region): region for region in self.prepared.regions}
         plain: nn.Module = copy.deepcopy(self.model, memo)
+        detach_regions(plain)
         for path, attribute, value in self.conversion.restored:
             setattr(plain.get_submodule(path), attribute, value)
         for parameter in plain.parameters():
@@ -353,6 +359,7 @@ class TapsModel(nn.Module):
             TaskFolderError (a ValueError): not a whole task folder, another base, threshold, gate or conversion.
             ValueError: a name in use.
         """
+        self._unprepared("load_task")
         tensors, meta = store.read_task(folder)
         for key, value in (("threshold", self.threshold), ("gate", self.gate)):
             if meta.get(key) != value:

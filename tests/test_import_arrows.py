@@ -13,7 +13,7 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 # Each part, and the parts that it may import: user-facing parts first, what they are made of below.
 CALL = {"_autograd", "_dispatch", "_problem", "reference", "tasks"}
 LAYERS = {"_problem", "functional", "nn", "norms", "tasks"}
-MODEL = {"_folder", "_probe", "convert", "model", "sharing", "store"}
+MODEL = {"_folder", "_inference", "_prepare", "_probe", "_regions", "_slices", "convert", "model", "sharing", "store"}
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
     "__main__": {"__init__", "_dispatch", "_problem", "demo", "train", *MODEL},

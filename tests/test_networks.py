@@ -71,13 +71,16 @@ def test_mixed_batch_is_separate_models(name, tasks):
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
-def test_channels_last(name):
+def test_channels_last_and_prepared(name):
     model = network(name, 2, channels_last=True)
     names = ["task1", "task0", "base", "task1"]
     x = torch.randn(len(names), 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
     with torch.no_grad():
         y = assert_rows_as_separate(model, x, names)
         torch.testing.assert_close(model(x.contiguous(), tasks=names), y)
+        report = model.prepare_inference(x)
+        assert len(report.of("folded")) == len(model.conversion.layers) and not report.of("left")
+        torch.testing.assert_close(model(x, tasks=names), y)
 
 
 @pytest.mark.parametrize("name", ALL)

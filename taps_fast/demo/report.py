@@ -62,7 +62,7 @@ def _against(what: str, results: Sequence[Result]) -> str:
 
 
 def compare(model: TapsModel, tasks: Sequence[Task], count: int, device: torch.device) -> str:
-    """One batch of ``count`` test images of all tasks in turn: the model at once, against one merged model a task.
+    """One batch of ``count`` test images of all tasks in turn: the prepared model, against one merged model a task.
 
     The merged models are the harder rival: ordinary modules without a gate. Each runs its own images, and gathering
     those and putting the logits back in place belongs to its time, as sorting by task does to the mixed batch's.
@@ -84,14 +84,15 @@ def compare(model: TapsModel, tasks: Sequence[Task], count: int, device: torch.d
             y[index, : task.classes] = module(images[index])
         return y
 
-    model.eval()
     with torch.inference_mode():
+        prepared = model.eval().prepare_inference(images[: len(tasks)])
         ours, theirs = together(), apart()
         seconds = _medians([together, apart], device)
     finite = theirs.isfinite()
     difference = (ours - theirs)[finite].abs().max()
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    held = [_held([model]), _held(merged)]
+    held = [_held([model]) + prepared.table_bytes, _held(merged)]
+    model.unprepare()
     return "\n".join(
         [
             f"One mixed batch of {count} images of {len(tasks)} tasks, against {len(tasks)} separate merged models:",

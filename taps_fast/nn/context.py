@@ -30,8 +30,15 @@ class Selection(NamedTuple):
     """The tasks of one forward: one for the whole batch, or one a sample."""
 
     task: str | None = None
-    """The task of every sample; None is the base. Means nothing where ``mix`` is given."""
+    """The task of every sample; None is the base. Means nothing where ``mix`` is given, unless ``uniform``."""
     mix: Mix | None = None
+    uniform: bool = False
+    """Whether all samples of ``mix`` are known to be of ``task``."""
+
+    @property
+    def mixed(self) -> Mix | None:
+        """The mix, where samples may differ in their task."""
+        return None if self.uniform else self.mix
 
 
 class TaskContext:
@@ -44,6 +51,8 @@ class TaskContext:
         self.owner = owner
         self.tasks: list[str] = []
         self.default: str | None = None
+        self.frozen = False
+        """Whether layers hold tables of all tasks, made once: ids then count all tasks, not those present."""
         self._running = threading.local()
         for task in tasks:
             self.add(task)
@@ -89,17 +98,29 @@ class TaskContext:
         if not isinstance(tasks, Tensor):
             tasks = torch.tensor([self._id(task) for task in tasks], dtype=torch.int64)
         if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
-            return Selection(mix=self._present(TaskBatch.from_ids(tasks, len(self.tasks)), device))
+            return self._on_host(TaskBatch.from_ids(tasks, len(self.tasks)), self.tasks, device)
         return Selection(mix=Mix(TaskBatch.from_ids(tasks, len(self.tasks), device=device), tuple(self.tasks)))
 
-    def _present(self, batch: TaskBatch, device: torch.device | None) -> Mix:
+    def part(self, mix: Mix, samples: slice | Tensor) -> Selection:
+        """The selection of some samples of a mix."""
+        batch = TaskBatch.from_ids(mix.batch.ids[samples], mix.batch.num_tasks)
+        if batch.ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._on_host(batch, mix.tasks, None)
+        return Selection(mix=Mix(batch, mix.tasks))
+
+    def _on_host(self, batch: TaskBatch, names: Sequence[str], device: torch.device | None) -> Selection:
         """The same samples with ids that count the tasks present: absent ones cost nothing and get no gradient."""
-        present = [t for t in sorted(set(batch.ids.tolist())) if t != BASE]
-        if len(present) < batch.num_tasks:
+        found = sorted(set(batch.ids.tolist()))
+        present = [t for t in found if t != BASE]
+        if self.frozen:
+            present = list(range(batch.num_tasks))
+        elif len(present) < batch.num_tasks:
             renumbered = torch.searchsorted(torch.tensor(present, dtype=torch.int64), batch.ids)
             ids = torch.where(batch.ids == BASE, BASE, renumbered)
             batch = TaskBatch.from_ids(ids, len(present))
-        return Mix(batch if device is None else batch.to(device), tuple(self.tasks[t] for t in present))
+        mix = Mix(batch if device is None else batch.to(device), tuple(names[t] for t in present))
+        uniform = len(found) == 1
+        return Selection(names[found[0]] if uniform and found[0] != BASE else None, mix, uniform)
 
     def _id(self, task: str | int | None) -> int:
         if task is None or task == BASE_NAME:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import delta_conv2d
 from .context import TaskContext, TaskNames
+from .folded import Epilogue
 from .layer import TapsLayer, fill
 
 Pair = int | tuple[int, int]
@@ -96,16 +97,17 @@ class FastTapsConv2d(TapsLayer):
         self._reversed_padding = list(conv._reversed_padding_repeated_twice)
         self._adopt(conv.weight, conv.bias)
 
-    def forward(self, input: Tensor, tasks: TaskNames | None = None) -> Tensor:
+    def forward(self, input: Tensor, tasks: TaskNames | None = None, *, after: Epilogue | None = None) -> Tensor:
         """y [N, O, H', W'] for input [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
-        gated = self.gated(self.selected(tasks, input.device))
+        selection = self.selected(tasks, input.device)
+        gated = self.gated(selection, grouped=after is not None)
         batch, _ = self.place(input, gated, None if tasks is None else 0)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding, mode=self.padding_mode), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
-        options = {"tasks": batch, "pairs": gated.pairs}
-        return self.run(delta_conv2d, input, self.base, gated.deltas, gated.coeffs, gated.bias, *conv, **options)
+        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
+        return self.run(delta_conv2d, input, *gated.weight, *conv, **options)
 
     def merged(self, task: str | None) -> nn.Conv2d:
         weight, bias = self.effective(task)

@@ -54,6 +54,8 @@ class TaskHead(PerTask):
     its whole weight and the base coefficient is 0. Other heads run task by task.
     """
 
+    padded = True
+
     def __init__(self, base: nn.Module, context: TaskContext, path: str) -> None:
         super().__init__(base, context, path)
         self.widest = width_of(base) or 0

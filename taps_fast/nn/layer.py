@@ -19,11 +19,36 @@ from .context import Layout, Located, Mix, Selection, TaskContext
 class Gated(NamedTuple):
     """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
 
+    base: Tensor
     deltas: list[Tensor]
     coeffs: Tensor
     bias: Tensor | None
     tasks: TaskBatch | None = None
     pairs: list[tuple[int, int]] | None = None
+    base_coeffs: Tensor | None = None
+
+    @property
+    def weight(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """base, deltas, coeffs and bias."""
+        return self[:4]
+
+    def options(self, batch: TaskBatch | None) -> dict[str, Any]:
+        """The arguments by name, for the ids along the input's batch axis."""
+        return {"tasks": batch, "pairs": self.pairs, "base_coeffs": self.base_coeffs}
+
+    def detached(self) -> Gated:
+        """The same values, of which nothing is recorded."""
+        bias = None if self.bias is None else self.bias.detach()
+        deltas = [delta.detach() for delta in self.deltas]
+        return self._replace(base=self.base.detach(), deltas=deltas, coeffs=self.coeffs.detach(), bias=bias)
+
+
+class Frozen(NamedTuple):
+    """What `Gated` is for every selection, made once for inference."""
+
+    single: dict[str | None, Gated]
+    mixed: Gated
+    """Of all tasks; lacks ``tasks``, which come with each batch."""
 
 
 class Scores(nn.ParameterDict):
@@ -56,6 +81,8 @@ class TapsLayer(Located, nn.Module):
     """Where the parameters of the ordinary layer are kept."""
     macs: int | None = None
     """Multiply-adds of the base for one sample, as seen by the probe."""
+    frozen: Frozen | None = None
+    """Set while the model is prepared for inference."""
 
     def _start(self, context: TaskContext | None, threshold: float, initial_score: float, gate: str) -> None:
         if gate not in gates.GATES:
@@ -68,6 +95,8 @@ class TapsLayer(Located, nn.Module):
         self._locate_in(TaskContext(name) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = nn.ParameterDict(), nn.ParameterDict(), Scores()
+        self.baked: set[str] = set()
+        """Tasks whose "delta" is, for inference, their whole weight."""
 
     def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes weight and bias as the frozen base, in the storage they are in."""
@@ -137,26 +166,69 @@ class TapsLayer(Located, nn.Module):
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
         gated = self._single(task)
         if not gated.deltas:
-            return self.base, self.base_bias
+            return gated.base, gated.bias
         return (self.base + gated.coeffs * gated.deltas[0]).to(self.base.dtype), gated.bias
 
-    def gated(self, selection: Selection) -> Gated:
-        """Deltas, coefficients and bias for one forward."""
-        host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
-        if host and self.gate == "ste" and not torch.is_grad_enabled():
-            return self._open(selection)
-        return self._single(selection.task) if selection.mix is None else self._mixed(selection.mix)
+    def gated(self, selection: Selection, *, grouped: bool = False) -> Gated:
+        """Base, deltas, coefficients and bias for one forward; ``grouped``: with ids, even if no layer is open."""
+        mix, frozen = selection.mixed, self.frozen
+        if frozen is None:
+            host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
+            if host and self.gate == "ste" and not torch.is_grad_enabled():
+                return self._open(selection)
+            return self._single(selection.task) if mix is None else self._mixed(mix)
+        if mix is None:
+            return frozen.single[selection.task]
+        if not frozen.mixed.deltas and not grouped:
+            return frozen.single[None]
+        return frozen.mixed._replace(tasks=mix.batch)
+
+    @torch.no_grad()
+    def freeze(self, tasks: Sequence[str]) -> None:
+        """Makes the tables of every selection of ``tasks`` once; until `thaw`, parameters are not looked at again."""
+        opened = [task for task in tasks if self.is_open(task)]
+        single = {task: self._single(task if task in opened else None).detached() for task in (None, *tasks)}
+        coeffs = self._coefficients(opened)
+        baked = torch.tensor([task in self.baked for task in opened], device=coeffs.device)
+        pairs = [(tasks.index(task), k) for k, task in enumerate(opened)]
+        table, scales = coeffs.new_zeros(len(tasks), len(opened)), coeffs.new_ones(len(tasks))
+        for (t, k), c, whole in zip(pairs, coeffs, baked, strict=True):
+            table[t, k] = torch.where(whole, 1.0, c)
+            scales[t] = torch.where(whole, 0.0, 1.0)
+        bias = self.base_bias
+        if bias is not None and opened:
+            bias = torch.stack([b for task in (*tasks, None) if (b := single[task].bias) is not None])
+        deltas = [self.deltas[task] for task in opened]
+        base_coeffs = scales if self.baked else None
+        mixed = Gated(self.base, deltas, table, bias, pairs=pairs, base_coeffs=base_coeffs).detached()
+        self.frozen = Frozen(single, mixed)
+
+    def thaw(self) -> None:
+        """Looks at the parameters again in every forward."""
+        self.frozen = None
+
+    @torch.no_grad()
+    def bake(self, task: str) -> None:
+        """Puts the whole weight of ``task`` where its delta was. Whoever calls this keeps the delta."""
+        self.deltas[task].copy_(self.effective(task)[0])
+        self.baked.add(task)
+
+    @torch.no_grad()
+    def unbake(self, task: str, delta: Tensor) -> None:
+        """Puts ``delta`` back."""
+        self.deltas[task].copy_(delta)
+        self.baked.remove(task)
 
     def _open(self, selection: Selection) -> Gated:
         """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
-        dtype, bias, mix = self.base.dtype, self.base_bias, selection.mix
+        dtype, bias, mix = self.base.dtype, self.base_bias, selection.mixed
         if mix is None:
             task = selection.task
             if task is None or not self.is_open(task):
                 return self._single(None if task is None or task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated([self.deltas[task]], _table(dtype, 1, [0]), bias)
+            return Gated(self.base, [self.deltas[task]], _table(dtype, 1, [0]), bias)
         places = [t for t, task in enumerate(mix.tasks) if self.is_open(task)]
         if not places:
             return self._single(None)
@@ -167,7 +239,8 @@ class TapsLayer(Located, nn.Module):
             bias = torch.stack(rows)
         count = len(places)
         table = _table(dtype, len(mix.tasks) * count, [t * count + k for k, t in enumerate(places)])
-        return Gated([self.deltas[mix.tasks[t]] for t in places], table.view(-1, count), bias, mix.batch)
+        deltas = [self.deltas[mix.tasks[t]] for t in places]
+        return Gated(self.base, deltas, table.view(-1, count), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -182,12 +255,14 @@ class TapsLayer(Located, nn.Module):
         if task is not None and task not in self.scores:
             raise ValueError(f"{self.path}: task must be one it has, got {task!r}")
         if task is None or task not in self.deltas:
-            return Gated([], self._coefficients([]), self.base_bias)
+            return Gated(self.base, [], self._coefficients([]), self.base_bias)
         coeffs = self._coefficients([task])
         bias = self.base_bias
         if bias is not None:
             bias = (bias + coeffs * self.bias_deltas[task]).to(bias.dtype)
-        return Gated([self.deltas[task]], coeffs, bias)
+        if task in self.baked:
+            return Gated(self.deltas[task], [], self._coefficients([]), bias)
+        return Gated(self.base, [self.deltas[task]], coeffs, bias)
 
     def _mixed(self, mix: Mix) -> Gated:
         """A row of coefficients for each task of the mix: its gate at its own delta, 0 elsewhere."""
@@ -205,7 +280,7 @@ class TapsLayer(Located, nn.Module):
             bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
         table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(t, k) for k, t in enumerate(places)]
-        return Gated([self.deltas[task] for task in mine], table, bias, batch, pairs)
+        return Gated(self.base, [self.deltas[task] for task in mine], table, bias, batch, pairs)
 
     def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
         """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""

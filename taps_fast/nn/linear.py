@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import delta_linear
 from .context import TaskContext, TaskNames
+from .folded import Epilogue
 from .layer import TapsLayer, fill
 
 
@@ -80,7 +81,9 @@ class FastTapsLinear(TapsLayer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._adopt(linear.weight, linear.bias)
 
-    def forward(self, input: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0) -> Tensor:
+    def forward(
+        self, input: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0, *, after: Epilogue | None = None
+    ) -> Tensor:
         """y [..., O] for input [..., I].
 
         Args:
@@ -88,14 +91,16 @@ class FastTapsLinear(TapsLayer):
             tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
             batch_dim: the axis of input that ``tasks`` given here goes along.
+            after: what `TapsModel.prepare_inference` folds into this layer.
 
         Raises:
             ValueError: an unknown task, several tasks and none said, ids that do not divide the batch.
         """
-        gated = self.gated(self.selected(tasks, input.device))
+        selection = self.selected(tasks, input.device)
+        gated = self.gated(selection, grouped=after is not None)
         batch, axis = self.place(input, gated, None if tasks is None else batch_dim)
-        options = {"tasks": batch, "pairs": gated.pairs, "batch_dim": axis}
-        return self.run(delta_linear, input, self.base, gated.deltas, gated.coeffs, gated.bias, **options)
+        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
+        return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
 
     def merged(self, task: str | None) -> nn.Linear:
         weight, bias = self.effective(task)

@@ -42,9 +42,12 @@ class PerTask(Located, nn.Module):
         """The module of ``task``; the base for None, and for every task where none has its own."""
         return self.tasks[task] if task is not None and len(self.tasks) else self.base
 
+    padded = False
+    """Whether outputs of a batch with ids differ from those of a task alone, even if all samples are of one task."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         selection = self.selected()
-        if selection.mix is None:
+        if selection.mix is None or (selection.uniform and not self.padded):
             return self.of(selection.task)(x, *args, **kwargs)
         if not len(self.tasks):
             return self.untold(x, *args, **kwargs)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..functional import delta_conv2d, delta_linear
 from .context import Layout, TaskContext, task_by_task
+from .folded import Epilogue
 from .layer import Gated, TapsLayer, fill
 
 _METADATA = (
@@ -83,7 +84,7 @@ class WrappedLayer(TapsLayer):
         self._start(context, **settings)
         self.module = module
         self.images_first = isinstance(module, nn.Conv2d)
-        self.fused, self.why = trial(module)
+        self.fused, self.why, self.last = trial(module)
         self.train(module.training)
 
     @property
@@ -94,14 +95,17 @@ class WrappedLayer(TapsLayer):
     def base_bias(self) -> Tensor | None:  # type: ignore[override]
         return self.module.bias
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, after: Epilogue | None = None, **kwargs: Any) -> Tensor:
         """What the module's own forward gives with the weight of the active task."""
         selection = self.selected()
-        gated = self.gated(selection)
+        gated = self.gated(selection, grouped=after is not None)
         if self.fused:
+            options = {} if after is None else after.options(selection)
+            made: list[Tensor] = []
 
             def replacement(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
-                return self._fused(inner, x.shape, gated, with_bias, conv)
+                made.append(self._fused(inner, x.shape, gated, with_bias, conv, options))
+                return made[0]
 
             intercept = _Intercept(self.module, replacement)
             try:
@@ -111,10 +115,13 @@ class WrappedLayer(TapsLayer):
                 raise RuntimeError(self._changed(f"in {use}")) from None
             if intercept.calls == 0:
                 raise RuntimeError(self._changed("in nothing"))
+            if after is not None and y is not made[0]:
+                raise RuntimeError(self._changed("in a call that is not its last"))
             return y
-        if selection.mix is None or not gated.deltas:
-            return self._materialised(selection.task, x, *args, **kwargs)
-        batch, tasks = selection.mix
+        mix = selection.mixed
+        if mix is None or not gated.deltas:
+            return self._materialised(selection.task if mix is None else None, x, *args, **kwargs)
+        batch, tasks = mix
         layout = self.layout(x, batch)
 
         def run(task: int, rows: Tensor) -> Tensor:
@@ -123,8 +130,16 @@ class WrappedLayer(TapsLayer):
 
         return task_by_task(x, batch, layout, self.path, run)
 
-    def _fused(self, x: Tensor, outer: torch.Size, gated: Gated, with_bias: bool, conv: tuple[Any, ...]) -> Tensor:
-        bias = gated.bias if with_bias else None
+    def _fused(
+        self,
+        x: Tensor,
+        outer: torch.Size,
+        gated: Gated,
+        with_bias: bool,
+        conv: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Tensor:
+        gated = gated if with_bias else gated._replace(bias=None)
         linear = isinstance(self.module, nn.Linear)
         batch, layout = gated.tasks, Layout()
         if batch is not None:
@@ -135,10 +150,10 @@ class WrappedLayer(TapsLayer):
                 )
             layout = self.layout(x, batch)
             batch = layout.spread(batch, x.shape[layout.axis], self.path)
-        weights = (x, self.base, gated.deltas, gated.coeffs, bias)
+        options = {**gated.options(batch), **options}
         if linear:
-            return self.run(delta_linear, *weights, tasks=batch, pairs=gated.pairs, batch_dim=layout.axis)
-        return self.run(delta_conv2d, *weights, *conv, tasks=batch, pairs=gated.pairs)
+            return self.run(delta_linear, x, *gated.weight, batch_dim=layout.axis, **options)
+        return self.run(delta_conv2d, x, *gated.weight, *conv, **options)
 
     def _materialised(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = self.effective(task)
@@ -177,8 +192,12 @@ class WrappedLayer(TapsLayer):
 UNUSED = "its forward does not use its weight"
 
 
-def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
-    """Whether a forward on made-up input hands the weight, unchanged, to exactly one call; and if not, why."""
+def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str, bool]:
+    """Whether a forward on made-up input hands the weight, unchanged, to exactly one call; and if not, why.
+
+    Also whether that call's result is the forward's.
+    """
+    made: list[Tensor] = []
     twin = copy.deepcopy(module).eval()
     if isinstance(module, nn.Conv2d):
         extent = [
@@ -190,20 +209,23 @@ def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str]:
 
     def original(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
         bias = twin.bias if with_bias else None
-        if isinstance(twin, nn.Conv2d):
-            return F.conv2d(inner, twin.weight, bias, *conv)
-        return F.linear(inner, twin.weight, bias)
+        made.append(
+            F.conv2d(inner, twin.weight, bias, *conv)
+            if isinstance(twin, nn.Conv2d)
+            else F.linear(inner, twin.weight, bias)
+        )
+        return made[-1]
 
     intercept = _Intercept(twin, original)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), intercept:
-            twin(x)
+            y = twin(x)
     except _OtherUse as use:
-        return False, f"its weight goes through {use}"
+        return False, f"its weight goes through {use}", False
     except Exception as error:  # whatever a user's forward raises on a made-up input
-        return False, f"a trial forward raised {type(error).__name__}"
+        return False, f"a trial forward raised {type(error).__name__}", False
     if intercept.calls == 0:
-        return False, UNUSED
+        return False, UNUSED, False
     if intercept.calls > 1:
-        return False, f"its weight is used by {intercept.calls} calls"
-    return True, ""
+        return False, f"its weight is used by {intercept.calls} calls", False
+    return True, "", y is made[0]

@@ -1,0 +1,154 @@
+"""How a `TapsModel` runs: one selection of tasks a forward, prepared for inference, in slices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from . import _prepare
+from ._prepare import Preparation
+from ._probe import batch_of
+from ._slices import Slicing, images_a_slice, in_slices
+from .nn import TaskContext
+from .nn.context import Mix, Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .convert import Conversion
+
+
+class PreparedModel(nn.Module):
+    """The part of `TapsModel` that runs forwards."""
+
+    model: nn.Module
+    context: TaskContext
+    conversion: Conversion
+
+    def __init__(self, slice: int | str | None) -> None:
+        super().__init__()
+        self.slicing: Slicing | None = None
+        self.prepared: Preparation | None = None
+        if not (slice in ("auto", None) or (isinstance(slice, int) and slice >= 0)):
+            raise ValueError(f"TapsModel: slice must be 'auto', None or a number of samples, got {slice!r}")
+        self.slice = slice
+
+    def prepare_inference(
+        self, *args: Any, bake: bool | None = None, originals: str = "disk", **kwargs: Any
+    ) -> Preparation:
+        """Makes forwards in eval mode faster, with the same results but for rounding; ``print`` what it returns.
+
+        * *Baked*: behind an open gate the whole weight takes the place of the delta, at the same memory, so that a
+          task's rows need one product. `bake` None: for weights of 32 bits and more; 16 bits would round the delta.
+        * *Folded*: a batch norm (in eval mode a scale and a shift for each task and channel) and a ReLU, ReLU6, SiLU
+          or GELU are computed with the convolution or linear layer before them, where `torch.fx` proves that nothing
+          else reads its output. The first forward verifies that by running both ways.
+        * *Frozen*: what each forward made of scores, biases and folded norms is made once. Parameters that
+          change afterwards are not seen until `unprepare` or `train`, which undo all of this bit for bit.
+
+        Tasks cannot be added, loaded or removed meanwhile. Saved tasks and state dicts hold the original deltas.
+
+        Args:
+            *args, **kwargs: an input of the model, to verify at once instead of in the first forward.
+            bake: True, False, or None for the rule above.
+            originals: where the deltas are meanwhile: "disk" (a temporary folder), "memory" (of the host: on a CPU
+                this doubles the memory of open deltas) or "discard" (then nothing can be saved or undone).
+
+        Raises:
+            ValueError: a model in training mode, or an unknown ``originals``.
+
+        Cost: one pass over the deltas, which are written to disk or copied once; tables of [tasks + 1, channels].
+
+        >>> import torch
+        >>> from taps_fast import TapsModel
+        >>> model = TapsModel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), ["cubs", "cars"]).eval()
+        >>> report = model.prepare_inference(torch.randn(1, 3, 8, 8))
+        >>> [(row.path, row.reason) for row in report.of("folded")]
+        [('0', 'with 1 and relu')]
+        >>> model.unprepare()
+        """
+        return _prepare.prepare(self, args, kwargs, bake=bake, originals=originals)
+
+    def unprepare(self) -> None:
+        """Undoes `prepare_inference`; without one it does nothing.
+
+        Raises:
+            RuntimeError: the deltas were discarded.
+        """
+        _prepare.unprepare(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; training undoes `prepare_inference`."""
+        if mode:
+            self.unprepare()
+        return super().train(mode)
+
+    def _unprepared(self, function: str) -> None:
+        if self.prepared is not None:
+            raise RuntimeError(
+                f"TapsModel.{function}: the model must not be prepared for inference, got one that is (unprepare() "
+                "first, and prepare_inference() again afterwards)"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._unprepared("to")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.state_dict``; of a prepared model too it holds the deltas."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for path, layer in self.conversion.layers.items():
+            for task in layer.baked:
+                state[f"{prefix}model.{path}.deltas.{task}"] = _prepare.original(self, path, layer, task)
+        return state
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unprepared("load_state_dict")
+        super()._load_from_state_dict(*args)
+
+    def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
+        previous = self.context.enter(selection)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.context.enter(previous)
+
+    def slice_of(self, x: Tensor, count: int) -> int | None:
+        """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""
+        return images_a_slice(self.slice, self.slicing, x, count)
+
+    def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None]:
+        """The batch axis of each part of an input of ``count`` samples, as the probe saw it.
+
+        Raises:
+            ValueError: an input of another number of samples.
+        """
+        leaves, known = tree_leaves((args, kwargs)), [] if self.slicing is None else self.slicing.input_axes
+        fits = (a is None or leaf.shape[a : a + 1] == (count,) for leaf, a in zip(leaves, known, strict=False))
+        return known if len(known) == len(leaves) and all(fits) else batch_of(args, kwargs, count)
+
+    def _in_slices(self, mix: Mix, args: Any, kwargs: Any, most: int) -> Any:
+        assert self.slicing is not None and self.slicing.output_axes is not None
+
+        def run(samples: slice | Tensor, own_args: Any, own_kwargs: Any) -> Any:
+            return self._run(self.context.part(mix, samples), own_args, own_kwargs)
+
+        axes = self.input_axes(args, kwargs, mix.batch.size)
+        return in_slices(run, mix.batch, args, kwargs, axes, self.slicing.output_axes, most)
+
+    def checkpoint_context(self) -> tuple[Any, Any]:
+        """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
+        return contextlib.nullcontext(), self._running(self.context.active)
+
+    @contextlib.contextmanager
+    def _running(self, selection: Selection | None) -> Iterator[None]:
+        previous = self.context.enter(selection)
+        try:
+            yield
+        finally:
+            self.context.enter(previous)

@@ -1,0 +1,252 @@
+"""What `TapsModel.prepare_inference` does to a model, its report, and how all of it is undone."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ._regions import Region, regions
+from .convert import Row
+from .nn.context import Selection
+from .nn.layer import TapsLayer
+from .sharing import readable_bytes
+
+if TYPE_CHECKING:
+    from ._inference import PreparedModel
+
+ORIGINALS = ("disk", "memory", "discard")
+
+
+class Originals:
+    """The deltas that baked weights stand in for, bit for bit, by name.
+
+    Args:
+        where: "disk" (a temporary folder, removed with the last model that needs it), "memory" (of the host) or
+            "discard".
+        tensors: by name. On disk each is written alone, so that no second copy of all is ever held.
+    """
+
+    def __init__(self, where: str, tensors: Mapping[str, Tensor]) -> None:
+        self.where = where
+        self.bytes = sum(t.nbytes for t in tensors.values())
+        self._names = {name: i for i, name in enumerate(tensors)}
+        self._held: dict[str, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="taps_fast-") if where == "disk" and tensors else None
+        for name, t in tensors.items():
+            if self._folder is not None:
+                # The order in memory needs no copy to be written: channels may be the last axis there.
+                order = sorted(range(t.dim()), key=lambda axis: -t.stride()[axis])
+                save_file(
+                    {"delta": t.detach().permute(order).contiguous(), "order": torch.tensor(order)}, self._file(name)
+                )
+            elif where == "memory":
+                self._held[name] = t.detach().to("cpu", copy=True)
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{self._names[name]}.safetensors"
+
+    def read(self, name: str) -> Tensor:
+        """
+        Raises:
+            RuntimeError: deltas were discarded.
+        """
+        if self.where == "discard":
+            raise RuntimeError(
+                "TapsModel: deltas must be kept to be saved or put back, got a model prepared with originals='discard'"
+            )
+        if self._folder is None:
+            return self._held[name]
+        found = load_file(self._file(name))
+        delta: Tensor = found["delta"].permute(found["order"].argsort().tolist())
+        return delta
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
+        return self  # never changed, and the folder lives as long as somebody needs it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process may not have the folder: what is pickled holds the tensors."""
+        if self._folder is None:
+            return self.__dict__
+        held = {name: self.read(name) for name in self._names}
+        return {**self.__dict__, "where": "memory", "_folder": None, "_held": held}
+
+
+@dataclass
+class Preparation:
+    """What `TapsModel.prepare_inference` made of a model; ``print`` shows one row a module.
+
+    Attributes:
+        rows: path, type, verdict ("folded", "baked", "frozen" or "left") and why.
+        baked_bytes: of the deltas that now hold whole weights: no byte more than before.
+        table_bytes: of the tables of scale and shift, which are new.
+        originals: where the deltas are: "disk", "memory" or "discard".
+    """
+
+    originals: str
+    found: list[Row] = field(default_factory=list)
+    baked_bytes: int = 0
+    regions: list[Region] = field(default_factory=list)
+    kept: Originals | None = None
+    types: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(region.bytes for region in self.regions)
+
+    @property
+    def rows(self) -> list[Row]:
+        rows = list(self.found)
+        for region in self.regions:
+            for fold in region.folds:
+                parts = [part for part in (fold.norm, fold.activation) if part is not None]
+                what = f"with {' and '.join(parts)}" if parts else "one pass over tables of scale and shift"
+                verdict = ("folded", what) if region.gave_up is None else ("left", region.gave_up)
+                rows.append(Row(fold.path, self.types.get(fold.path, ""), *verdict))
+        return rows
+
+    def of(self, verdict: str) -> list[Row]:
+        """The rows with this verdict."""
+        return [row for row in self.rows if row.verdict == verdict]
+
+    def __str__(self) -> str:
+        rows = self.rows
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        lines = [f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]}" for r in rows]
+        counts = Counter(row.verdict for row in rows)
+        total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("folded", "baked", "left"))
+        where = {
+            "disk": "a temporary folder on disk",
+            "memory": "host memory, besides",
+            "discard": "nowhere: save_task and unprepare cannot work",
+        }
+        unverified = sum(not r.verified and r.gave_up is None for r in self.regions)
+        waiting = f"; to be verified by the first forward: {unverified} traced" if unverified else ""
+        return "\n".join(
+            [
+                *lines,
+                f"{total}{waiting}",
+                f"whole weights in place of deltas: {readable_bytes(self.baked_bytes)}, no more than before; the "
+                f"deltas ({readable_bytes(self.baked_bytes)}) are in {where[self.originals]}",
+                f"tables of scale and shift: {readable_bytes(self.table_bytes)} more",
+            ]
+        )
+
+
+def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, originals: str) -> Preparation:
+    """Bakes, folds and freezes; see `TapsModel.prepare_inference`."""
+    if originals not in ORIGINALS:
+        raise ValueError(f"TapsModel.prepare_inference: originals must be {', '.join(ORIGINALS)}, got {originals!r}")
+    if model.training or any(m.training for m in model.model.modules()):
+        raise ValueError("TapsModel.prepare_inference: the model must be in eval mode, got one in training mode")
+    unprepare(model)
+    report = Preparation(originals, types={row.path: row.type for row in model.conversion.rows})
+    tasks = model.context.tasks
+    with torch.inference_mode(False), torch.no_grad():
+        _bake(model, report, bake)
+        for layer in model.conversion.layers.values():
+            layer.freeze(tasks)
+        for found in regions(model.model, tasks):
+            if isinstance(found, Region):
+                found.module.__dict__["forward"] = found
+                report.regions.append(found)
+            else:
+                path, why = found
+                report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
+    model.context.frozen = True
+    model.prepared = report
+    if args or kwargs:
+        previous = model.context.enter(Selection())
+        try:
+            with torch.no_grad():
+                model.model(*args, **kwargs)
+        finally:
+            model.context.enter(previous)
+    return report
+
+
+def unprepare(model: PreparedModel) -> None:
+    """Deltas, norms and forwards as they were."""
+    report = model.prepared
+    if report is None:
+        return
+    baked = [(path, layer, task) for path, layer in model.conversion.layers.items() for task in sorted(layer.baked)]
+    if baked and report.kept is not None:
+        report.kept.read(_name(*baked[0][::2]))  # raises before anything changes
+    with torch.inference_mode(False):
+        for path, layer, task in baked:
+            layer.unbake(task, report.kept.read(_name(path, task)))  # type: ignore[union-attr]
+    for layer in model.conversion.layers.values():
+        layer.thaw()
+    detach_regions(model.model)
+    model.context.frozen = False
+    model.prepared = None
+
+
+def original(model: PreparedModel, path: str, layer: TapsLayer, task: str) -> Tensor:
+    """The delta of ``task``, also while its place holds a whole weight."""
+    if task not in layer.baked:
+        held: Tensor = layer.deltas[task]
+        return held
+    assert model.prepared is not None and model.prepared.kept is not None
+    found: Tensor = model.prepared.kept.read(_name(path, task))
+    return found
+
+
+@contextlib.contextmanager
+def own_forwards(model: PreparedModel) -> Iterator[None]:
+    """Every module runs its own forward meanwhile, so that hooks see all calls."""
+    paused = [] if model.prepared is None else model.prepared.regions
+    try:
+        for region in paused:
+            region.paused = True
+        yield
+    finally:
+        for region in paused:
+            region.paused = False
+
+
+def detach_regions(module: nn.Module) -> None:
+    """Gives every module in it its own forward again."""
+    for part in module.modules():
+        if isinstance(part.__dict__.get("forward"), Region):
+            del part.__dict__["forward"]
+
+
+def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
+    """The rule: a gate is baked if it is open and its weight is not 16 bits wide, where a sum loses part of a delta.
+
+    A product with one whole weight reads half the bytes of base and delta and does no more arithmetic, so there is no
+    size from which it stops to pay.
+    """
+    chosen: list[tuple[str, TapsLayer, str]] = []
+    for path, layer in model.conversion.layers.items():
+        opened = [task for task in model.context.tasks if layer.is_open(task)]
+        kind = report.types.get(path, type(layer).__name__)
+        if not opened:
+            continue
+        if bake is False:
+            report.found.append(Row(path, kind, "left", "not baked: bake=False"))
+        elif bake is None and layer.base.dtype.itemsize < 4:
+            report.found.append(Row(path, kind, "left", f"not baked: {layer.base.dtype} would round the delta"))
+        else:
+            chosen += [(path, layer, task) for task in opened]
+            report.found.append(Row(path, kind, "baked", f"for {', '.join(opened)}"))
+    tensors = {_name(path, task): layer.deltas[task] for path, layer, task in chosen}
+    report.kept = Originals(report.originals, tensors)
+    report.baked_bytes = report.kept.bytes
+    for _, layer, task in chosen:
+        layer.bake(task)
+
+
+def _name(path: str, task: str) -> str:
+    return f"{path}.{task}"
