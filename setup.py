@@ -44,6 +44,7 @@ ISA = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
+ISA["avx512bf16"] = [*ISA["avx512"], "-mavx512bf16"]
 
 
 class Unavailable(Exception):

@@ -46,10 +46,9 @@ DType dtype_of(const char* op, ScalarType type) {
 
 const FoldKernels& fold_kernels() {
   static const FoldKernels& chosen = []() -> const FoldKernels& {
-    const std::string name = kernels().name;
 #if defined(__x86_64__)
-    if (name == "avx512") return fold_avx512();
-    if (name == "avx2") return fold_avx2();
+    if (kernels().vector_bytes == 64) return fold_avx512();
+    if (kernels().vector_bytes == 32) return fold_avx2();
 #endif
     return fold_generic();
   }();

@@ -20,13 +20,18 @@ const Kernels& choose() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   offer(avx2, kernels_avx2());
-  offer(avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-        kernels_avx512());
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  offer(avx512, kernels_avx512());
+  // VDPBF16PS multiplies two pairs a lane. AMD runs it at the rate of a float32 multiply-add, Intel's cores at half of
+  // that, which gains nothing and rounds the summed weight: there it has to be asked for.
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  offer(pairs && (__builtin_cpu_is("amd") || !wanted.empty()), kernels_avx512bf16());
 #endif
   if (!best)
     throw std::runtime_error(
-        "taps_fast: TAPS_FAST_CPU_ISA must be generic, avx2 or avx512, and one this CPU has, got '" + wanted + "'");
+        "taps_fast: TAPS_FAST_CPU_ISA must be generic, avx2, avx512 or avx512bf16, and one this CPU has, got '" +
+        wanted + "'");
   return *best;
 }
 

@@ -14,17 +14,20 @@ namespace {
 
 constexpr int kDotRows = kRegisters == 32 ? 12 : 8;  // most rows that take this path
 constexpr int kDotTile = kRegisters == 32 ? 12 : 4;  // most rows that keep their sums in registers
-constexpr int kDotTerms = 2;                         // terms summed in one pass; more take several
+/// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
+template <class S>
+constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
 
 /// Weight rows that a tile of m input rows can afford.
 constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
 
 /// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored.
 template <class S, int kRows, int kTerms>
-TAPS_INLINE void dot_tile(const Compute<S>* a, const Term* terms, int64_t row, int64_t num_columns, int64_t column,
+TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, int64_t num_columns, int64_t column,
                           int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
-  constexpr int lanes = kLanes<C>, columns = dot_columns(kRows);
+  using E = Element<S>;
+  constexpr int lanes = kLanes<C>, span = lanes * kDepths<E>, columns = dot_columns(kRows);
   const S* w[kTerms][columns];
   C coeff[kTerms];
   Vec<C> sum[kRows][columns];
@@ -48,49 +51,52 @@ TAPS_INLINE void dot_tile(const Compute<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 8
       for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
         __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 2);
-      weight[n] = coeff[0] * read(w[0][n] + p);
+      weight[n] = read(w[0][n] + p);
+      if constexpr (kDepths<E> == 1) weight[n] = coeff[0] * weight[n];
       if constexpr (kTerms == 2) weight[n] += coeff[1] * read(w[1][n] + p);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
-      const Vec<C> x = load(a + p * kRows + m * lanes);
+      const Vec<C> x = load(a + p / kDepths<E> * kRows + m * lanes);
 #pragma GCC unroll 16
-      for (int n = 0; n < columns; n++) sum[m][n] += x * weight[n];
+      for (int n = 0; n < columns; n++) sum[m][n] = multiply_add<E>(sum[m][n], x, weight[n]);
     }
   };
   int64_t p = 0;
-  for (; p + lanes <= depth; p += lanes) step(p, [](const S* q) __attribute__((always_inline)) { return load(q); });
-  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return load_partial(q, depth - p); });
+  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
+  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
 
   for (int m = 0; m < kRows; m++)
     for (int n = 0; n < columns; n++)
       if (n < num_columns) {
         C* y = out + m * out_stride + n;
-        *y = sum_lanes(sum[m][n]) + (accumulate ? *y : C(0));
+        const C total = sum_lanes(sum[m][n]);
+        *y = (kDepths<E> == 1 ? total : coeff[0] * total) + (accumulate ? *y : C(0));
       }
 }
 
 /// Interleaves row m < num_rows of a group as dot_rows reads it; `in` holds depth elements.
 template <class S>
-void interleave(Compute<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {
-  constexpr int64_t lanes = kLanes<Compute<S>>;
+void interleave(Element<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {
+  constexpr int64_t lanes = kLanes<Compute<S>>, depths = kDepths<Element<S>>, span = lanes * depths;
   int64_t p = 0;
-  for (; p + lanes <= depth; p += lanes) store(group + p * num_rows + m * lanes, load(in + p));
-  if (p < depth) store(group + p * num_rows + m * lanes, load_partial(in + p, depth - p));
+  for (; p + span <= depth; p += span) store(group + p / depths * num_rows + m * lanes, elements(in + p));
+  if (p < depth) store(group + p / depths * num_rows + m * lanes, elements(in + p, depth - p));
 }
 
 /// num_rows inputs, interleaved in groups of `part` <= kDotTile rows, times weight rows [row, row + num_columns), depth
 /// columns from `column` on. Groups beyond the first find the weights in L1.
 template <class S>
-void dot_rows(const Compute<S>* a, int64_t num_rows, int64_t part, const Term* terms, int64_t num_terms, int64_t row,
+void dot_rows(const Element<S>* a, int64_t num_rows, int64_t part, const Term* terms, int64_t num_terms, int64_t row,
               int64_t num_columns, int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride,
               bool accumulate) {
-  const int64_t group_size = part * round_up(depth, kLanes<Compute<S>>), columns = dot_columns(part);
-  for (int64_t t = 0; t < num_terms; t += kDotTerms) {
+  const int64_t length = ceil_div(depth, kDepths<Element<S>>), columns = dot_columns(part);
+  const int64_t group_size = part * round_up(length, kLanes<Compute<S>>);
+  for (int64_t t = 0; t < num_terms; t += kDotTerms<S>) {
     for (int64_t n = 0; n < num_columns; n += columns) {
       for (int64_t m = 0; m < num_rows; m += part) {
         with_constant<kDotTile>(min(part, num_rows - m), [&](auto rows) {
-          with_constant<kDotTerms>(num_terms - t, [&](auto count) {
+          with_constant<kDotTerms<S>>(num_terms - t, [&](auto count) {
             constexpr int64_t step = dot_columns(rows.value);  // a smaller last group could take more columns
             for (int64_t k = 0; k < min(columns, num_columns - n); k += step)
               dot_tile<S, rows.value, count.value>(a + m / part * group_size, terms + t, row + n + k,

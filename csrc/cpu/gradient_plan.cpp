@@ -105,7 +105,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   for (const Job& job : jobs_) most = std::max(most, job.row_end - job.row_begin);
   b.row_block = std::min(problem.rows, kTileRows);
   b.col_block = std::min(problem.cols, kTileCols);
-  b.depth_block = std::min(most, kRowsAtOnce);
+  b.depth_block = std::min(most, kRowsAtOnce * compute_size(DType::kFloat32) / compute_size(problem.dtype));
   partials_.assign(positions_.size() * num_tiles(problem), 0.0);
   problem.partials = partials_.data();
   (void)threads;

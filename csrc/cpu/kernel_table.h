@@ -8,6 +8,18 @@
 namespace taps_fast::cpu {
 namespace {
 
+#if defined(__AVX512BF16__)
+// What AVX-512 has without it is not compiled again.
+void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
+  if (problem.dtype == DType::kBFloat16) return run_row_product<BFloat16>(problem, next_item, workspace);
+  kernels_avx512().row_product(problem, next_item, workspace);
+}
+
+void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
+  if (problem.dtype == DType::kBFloat16) return run_weight_gradient<BFloat16>(problem, next_item, workspace);
+  kernels_avx512().weight_gradient(problem, next_item, workspace);
+}
+#else
 void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
   switch (problem.dtype) {
     case DType::kFloat32: return run_row_product<float>(problem, next_item, workspace);
@@ -25,6 +37,7 @@ void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* wo
     case DType::kFloat64: return run_weight_gradient<double>(problem, next_item, workspace);
   }
 }
+#endif
 
 constexpr Kernels make_table(const char* name) {
   return {name, kVectorBytes, kStripVectors, kTileRows, kRowBuffers, row_product, weight_gradient};

@@ -22,6 +22,7 @@ struct Kernels {
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512bf16();
 
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
 const Kernels& kernels();

@@ -1,6 +1,4 @@
 // The norms' table that goes with the kernels that were chosen.
-#include <string>
-
 #include "kernels.h"
 #include "norm.h"
 
@@ -8,9 +6,8 @@ namespace taps_fast::cpu {
 
 const NormKernels& norm_kernels() {
 #if defined(__x86_64__)
-  const std::string isa = kernels().name;
-  if (isa == norm_kernels_avx512().name) return norm_kernels_avx512();
-  if (isa == norm_kernels_avx2().name) return norm_kernels_avx2();
+  if (kernels().vector_bytes == 64) return norm_kernels_avx512();
+  if (kernels().vector_bytes == 32) return norm_kernels_avx2();
 #endif
   return norm_kernels_generic();
 }

@@ -2,6 +2,8 @@
 //
 //   panel = strips of `width` columns, one after another; strip[p · width + j] = Σ_t coeff_t · W_t(p, j)
 //
+// p counts elements (simd.h). A sum of terms is rounded to pairs once; one term alone with coefficient 1 is exact.
+//
 // The sum and the transpose share one trip through the registers, so a weight is read once and never stored whole.
 // This pass runs at the speed of memory; a separate transpose or a library GEMM that packs again would not.
 #pragma once
@@ -11,12 +13,58 @@
 namespace taps_fast::cpu {
 namespace {
 
+#if defined(__AVX512BF16__)
+/// One vector of pairs of the sum: row `row`, columns from `column` on; the first n, or all when n < 0.
+template <int kTerms>
+TAPS_INLINE FloatVec blend_pairs(const Term* terms, const float* coeffs, int64_t num_terms, int64_t row, int64_t column,
+                                 int64_t n) {
+  constexpr int64_t lanes = kLanes<float>;
+  FloatVec low{}, high{};
+  for (int64_t t = 0; t < (kTerms <= 2 ? kTerms : num_terms); t++) {
+    const BFloat16* p = static_cast<const BFloat16*>(terms[t].matrix.data) + row * terms[t].matrix.stride + column;
+    if constexpr (kTerms == 1) return n < 0 ? elements(p) : elements(p, n);
+    const float coeff = kTerms == 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
+    if (n < 0) {
+      low += coeff * load(p);
+      high += coeff * load(p + lanes);
+    } else {
+      low += coeff * load_partial(p, min(n, lanes));
+      high += coeff * load_partial(p + min(n, lanes), max(n - lanes, 0));
+    }
+  }
+  return round_to_pairs(low, high);
+}
+
+/// As pack_block below, in pairs.
+template <int kTerms, bool kWhole>
+TAPS_INLINE void pack_pairs(Pair* strip, int64_t width, const Term* terms, int64_t num_terms, int64_t row,
+                            int64_t num_rows, int64_t column, int64_t n) {
+  constexpr int lanes = kLanes<float>;
+  const float coeffs[2] = {static_cast<float>(terms[0].coeff), static_cast<float>(terms[kTerms > 1].coeff)};
+  FloatVec r[lanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < lanes; j++)
+    r[j] = kWhole || j < num_rows ? blend_pairs<kTerms>(terms, coeffs, num_terms, row + j, column, kWhole ? -1 : n)
+                                  : FloatVec{};
+  transpose(r);
+#pragma GCC unroll 16
+  for (int j = 0; j < lanes; j++)
+    if (kWhole || 2 * j < n) store(strip + j * width, r[j]);
+}
+#endif
+
 /// Rows [row, row + lanes) of the sum, columns [column, column + n), transposed in registers.
 template <class S, bool kWhole>
-TAPS_INLINE void pack_block(Compute<S>* strip, int64_t width, const Term* terms, int64_t num_terms, int64_t row,
+TAPS_INLINE void pack_block(Element<S>* strip, int64_t width, const Term* terms, int64_t num_terms, int64_t row,
                             int64_t num_rows, int64_t column, int64_t n) {
   using C = Compute<S>;
   constexpr int lanes = kLanes<C>;
+#if defined(__AVX512BF16__)
+  if constexpr (kDepths<Element<S>> == 2)
+    return with_constant<3>(num_terms, [&](auto count) __attribute__((always_inline)) {
+      pack_pairs<count.value, kWhole>(strip, width, terms, num_terms, row, num_rows, column, n);
+    });
+#endif
   Vec<C> r[lanes];
 #pragma GCC unroll 16
   for (int j = 0; j < lanes; j++) r[j] = Vec<C>{};
@@ -35,29 +83,30 @@ TAPS_INLINE void pack_block(Compute<S>* strip, int64_t width, const Term* terms,
   transpose(r);
 #pragma GCC unroll 16
   for (int j = 0; j < lanes; j++)
-    if (kWhole || j < n) store(strip + j * width, r[j]);
+    if (kWhole || j < n) store(reinterpret_cast<C*>(strip) + j * width, r[j]);
 }
 
 /// Columns of the panel are rows [row, row + num_rows) of the weights; its depth is columns [column, column + depth).
 template <class S>
-void pack_transposed(Compute<S>* panel, const Term* terms, int64_t num_terms, int64_t row, int64_t num_rows,
+void pack_transposed(Element<S>* panel, const Term* terms, int64_t num_terms, int64_t row, int64_t num_rows,
                      int64_t column, int64_t depth) {
-  using C = Compute<S>;
-  constexpr int64_t lanes = kLanes<C>, width = lanes * kStripVectors;
+  using E = Element<S>;
+  constexpr int64_t lanes = kLanes<Compute<S>>, span = lanes * kDepths<E>, width = lanes * kStripVectors;
+  const int64_t length = ceil_div(depth, kDepths<E>);
   for (int64_t j = 0; j < num_rows; j += width) {
     const int64_t strip_width = min(width, round_up(num_rows - j, lanes));
     for (int64_t v = 0; v < strip_width; v += lanes) {
-      C* strip = panel + j * depth + v;
+      E* strip = panel + j * length + v;
       const int64_t have = min(lanes, num_rows - j - v);
       int64_t p = 0;
       if (have == lanes) {
-        for (; p + lanes <= depth; p += lanes)
-          pack_block<S, true>(strip + p * strip_width, strip_width, terms, num_terms, row + j + v, have, column + p,
-                              lanes);
+        for (; p + span <= depth; p += span)
+          pack_block<S, true>(strip + p / kDepths<E> * strip_width, strip_width, terms, num_terms, row + j + v, have,
+                              column + p, span);
       }
-      for (; p < depth; p += lanes)
-        pack_block<S, false>(strip + p * strip_width, strip_width, terms, num_terms, row + j + v, have, column + p,
-                             min(lanes, depth - p));
+      for (; p < depth; p += span)
+        pack_block<S, false>(strip + p / kDepths<E> * strip_width, strip_width, terms, num_terms, row + j + v, have,
+                             column + p, min(span, depth - p));
     }
   }
 }
@@ -70,20 +119,30 @@ struct Gather {
 
 /// Columns of the panel are columns [column, column + num_columns) of the matrices; its depth is rows
 /// [row, row + depth), or the rows those places gather. Strips are `width` wide.
-template <class S>
-void pack_straight(Compute<S>* panel, int64_t width, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
+template <class S, class E = Element<S>>
+void pack_straight(E* panel, int64_t width, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
                    int64_t column, int64_t num_columns, Gather gather = {}) {
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
-  for (int64_t p = 0; p < depth; p++) {
-    const int64_t source = gather.index ? gather.index[row + p] : row + p;
+  const int64_t length = ceil_div(depth, kDepths<E>);
+  for (int64_t p = 0; p < depth; p += kDepths<E>) {
+    const auto source = [&](int64_t q) { return gather.index ? gather.index[row + q] : row + q; };
     const C scale = gather.scale ? static_cast<C>(gather.scale[row + p]) : C(1);
     for (int64_t j = 0; j < num_columns; j += width) {
       const int64_t strip_width = min(width, round_up(num_columns - j, lanes));
-      C* out = panel + j * depth + p * strip_width;
+      E* out = panel + j * length + p / kDepths<E> * strip_width;
       for (int64_t v = 0; v < strip_width; v += lanes) {
-        const int64_t n = num_columns - j - v;
-        store(out + v, scale * blend<S>(terms, num_terms, source, column + j + v, n < lanes ? n : -1));
+        const int64_t n = num_columns - j - v, have = n < lanes ? n : -1;
+        const Vec<C> first = scale * blend<S>(terms, num_terms, source(p), column + j + v, have);
+        if constexpr (kDepths<E> == 1) {
+          store(out + v, first);
+        } else {
+          const bool two = p + 1 < depth;
+          const C other = gather.scale && two ? static_cast<C>(gather.scale[row + p + 1]) : C(1);
+          const Vec<C> second =
+              two ? other * blend<S>(terms, num_terms, source(p + 1), column + j + v, have) : Vec<C>{};
+          store(out + v, zip_to_pairs(first, second));
+        }
       }
     }
   }

@@ -21,6 +21,7 @@ constexpr int64_t kMostFetched = 4;  // segments fetched at a time: see tile_row
 template <class S>
 class RowWorker {
   using C = Compute<S>;
+  using E = Element<S>;
   static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
 
   /// One pass in one depth block of one item.
@@ -36,9 +37,9 @@ class RowWorker {
         items_(num_items(problem)),
         panels_(ceil_div(p_.cols, p_.blocking.col_block)),
         tile_stride_(round_up(p_.blocking.col_block, kLanes<C>)),
-        panel_(static_cast<C*>(workspace)),
+        panel_(static_cast<E*>(workspace)),
         inputs_(panel_ + tile_stride_ * p_.blocking.depth_block),
-        tile_(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>)) {}
+        tile_(reinterpret_cast<C*>(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>))) {}
 
   void run() {
     Step step{claim(next_item_), 0, -1, 0, 0, 0, 0, 0};
@@ -86,9 +87,17 @@ class RowWorker {
     const int64_t part = few ? num_rows : even_part(num_rows, kTileRows);
     Ahead ahead;
     int64_t fetch = 0;
+    C scale = 1;
     if (!few && num_terms > 0) {
-      if (p_.transposed) pack_transposed<S>(panel_, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
-      else pack_straight<S>(panel_, kWidth, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
+      Term alone = terms[0];  // a single term is packed as it is, and scaled where pairs would have rounded it
+      const bool exact = kDepths<E> == 2 && num_terms == 1;
+      if (exact) {
+        scale = static_cast<C>(alone.coeff);
+        alone.coeff = 1;
+      }
+      const Term* packed = exact ? &alone : terms;
+      if (p_.transposed) pack_transposed<S>(panel_, packed, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
+      else pack_straight<S>(panel_, kWidth, packed, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
       if (next.item < items_) fetch = look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
     const int64_t first_row = s.item / panels_ * p_.blocking.row_block;
@@ -101,9 +110,10 @@ class RowWorker {
       } else if (few) {
         few_rows(s, terms, num_terms, out, accumulate);
       } else {
-        const C* a[kTileRows];
-        for (int64_t i = 0; i < n; i++) a[i] = as_compute(input(r + i) + s.depth_begin, s.depth, i);
-        tile_row<C>(a, n, 1, panel_, s.cols, out, tile_stride_, s.depth, accumulate, &ahead, fetch);
+        const E* a[kTileRows];
+        for (int64_t i = 0; i < n; i++) a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
+        tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, ceil_div(s.depth, kDepths<E>), accumulate, scale,
+                    &ahead, fetch);
       }
       if (finished)
         for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
@@ -118,7 +128,8 @@ class RowWorker {
       return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
                           accumulate);
     }
-    const int64_t part = even_part(num_rows, kDotTile), size = part * round_up(s.depth, kLanes<C>);
+    const int64_t part = even_part(num_rows, kDotTile);
+    const int64_t size = part * round_up(ceil_div(s.depth, kDepths<E>), kLanes<C>);
     for (int64_t i = 0; i < num_rows; i++) {
       const int64_t group = i / part;
       interleave<S>(inputs_ + group * size, min(part, num_rows - group * part), i % part,
@@ -149,7 +160,7 @@ class RowWorker {
     }
     if (ahead.num_terms == 0 || ahead.lines == 0) return 0;
     const int64_t tiles = row_tiles * (s.cols / kWidth);
-    const int64_t room = tiles * ceil_div(s.depth, ahead.lines);
+    const int64_t room = tiles * ceil_div(ceil_div(s.depth, kDepths<E>), ahead.lines);
     return room ? min(ceil_div(ahead.rows * ahead.num_terms, room), kMostFetched) : 0;
   }
 
@@ -158,15 +169,12 @@ class RowWorker {
     return static_cast<const S*>(p_.in.data) + row * p_.in.stride;
   }
 
-  /// A row of inputs in place, or converted into one of the buffers.
-  const C* as_compute(const S* in, int64_t depth, int64_t slot) {
-    if constexpr (sizeof(S) == sizeof(C)) {
-      return in;
-    } else {
-      C* out = inputs_ + slot * round_up(p_.blocking.depth_block, kLanes<C>);
-      interleave<S>(out, 1, 0, in, depth);
-      return out;
-    }
+  /// A row of inputs in place, or converted into one of the buffers (pairs: only where the last lacks its half).
+  const E* as_elements(const S* in, int64_t depth, int64_t slot) {
+    if (sizeof(S) * kDepths<E> == sizeof(E) && depth % kDepths<E> == 0) return reinterpret_cast<const E*>(in);
+    E* out = inputs_ + slot * round_up(p_.blocking.depth_block, kLanes<C>);
+    interleave<S>(out, 1, 0, in, depth);
+    return out;
   }
 
   void finish(int64_t r, int64_t col_begin, int64_t cols, const C* sums) {
@@ -185,7 +193,8 @@ class RowWorker {
   const RowProduct& p_;
   int64_t* next_item_;
   const int64_t items_, panels_, tile_stride_;
-  C *panel_, *inputs_, *tile_;
+  E *panel_, *inputs_;
+  C* tile_;
 };
 
 template <class S>

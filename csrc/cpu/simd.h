@@ -73,6 +73,31 @@ using Vec = typename VecOf<C>::type;
 template <class C>
 constexpr int kLanes = kVectorBytes / sizeof(C);
 
+/// Two bfloat16 of consecutive depths, the earlier one in the low half: what one lane of VDPBF16PS multiplies.
+struct __attribute__((packed, aligned(2), may_alias)) Pair {
+  uint32_t bits;
+};
+
+/// What panels and inputs hold, one lane each: the compute type, or pairs where the instruction set multiplies those.
+template <class S>
+struct ElementOf {
+  using type = Compute<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class S>
+using Element = typename ElementOf<S>::type;
+
+/// Depths that one element covers.
+template <class E>
+constexpr int64_t kDepths = 1;
+template <>
+constexpr int64_t kDepths<Pair> = 2;
+
 template <class V, class T>
 TAPS_INLINE V read(const T* p) {
   V v;
@@ -154,6 +179,53 @@ TAPS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int64_t n) {
   store(buffer, v);
   __builtin_memcpy(p, buffer, n * sizeof(S));
 }
+
+TAPS_INLINE FloatVec load(const Pair* p) { return read<FloatVec>(p); }
+TAPS_INLINE void store(Pair* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+/// A vector of elements from as many consecutive numbers as it covers, or from the first n and zeros.
+template <class S>
+TAPS_INLINE Vec<Compute<S>> elements(const S* p) {
+  if constexpr (kDepths<Element<S>> == 1) return load(p);
+  else return read<FloatVec>(p);
+}
+template <class S>
+TAPS_INLINE Vec<Compute<S>> elements(const S* p, int64_t n) {
+  S buffer[kLanes<Compute<S>> * kDepths<Element<S>>] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(S));
+  return elements(buffer);
+}
+
+template <class E>
+TAPS_INLINE Vec<Compute<E>> broadcast(E x) {
+  return Vec<Compute<E>>{} + x;
+}
+/// sum + a · b, lane by lane; for pairs both products of a lane.
+template <class E>
+TAPS_INLINE Vec<Compute<E>> multiply_add(Vec<Compute<E>> sum, Vec<Compute<E>> a, Vec<Compute<E>> b) {
+  return sum + a * b;
+}
+#if defined(__AVX512BF16__)
+template <>
+TAPS_INLINE FloatVec broadcast<Pair>(Pair x) {
+  return (FloatVec)_mm512_set1_epi32(static_cast<int>(x.bits));
+}
+template <>
+TAPS_INLINE FloatVec multiply_add<Pair>(FloatVec sum, FloatVec a, FloatVec b) {
+  return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+/// Pairs of depths that lie side by side (lanes 0 to 15, then 16 to 31), rounded to nearest even.
+TAPS_INLINE FloatVec round_to_pairs(FloatVec low, FloatVec high) {
+  return (FloatVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+/// Pairs of two depths that each fill a vector.
+TAPS_INLINE FloatVec zip_to_pairs(FloatVec first, FloatVec second) {
+  alignas(64) static constexpr uint16_t places[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)round_to_pairs(first, second);
+  return (FloatVec)_mm512_permutexvar_epi16(_mm512_load_si512(places), both);
+}
+#endif
 
 template <class V>
 TAPS_INLINE double horizontal_sum(V v) {

@@ -1,6 +1,6 @@
 // The register tile: kTileRows rows times one packed strip of columns, summed over the panel's depth.
 //
-//   out[i, j] (+)= Σ_p a_i[p · step] · strip[p · width + j]
+//   out[i, j] (+)= scale · Σ_p a_i[p · step] · strip[p · width + j]        p counts elements (simd.h)
 //
 // Rows of `a` are broadcast from where they lie (one pointer each, so gathered rows cost nothing); the strip is read
 // once a tile. 6 × 4 vectors (AVX-512) or 6 × 2 (AVX2) use all but a few registers as accumulators, which hides the
@@ -32,12 +32,13 @@ struct Ahead {
   }
 };
 
-template <class C, int kRows, int kVectors, int kFetch>
-void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t out_stride, int64_t depth,
-          bool accumulate, Ahead* ahead) {
+template <class E, int kRows, int kVectors, int kFetch>
+void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, int64_t out_stride, int64_t depth,
+          bool accumulate, Compute<E> scale, Ahead* ahead) {
+  using C = Compute<E>;
   constexpr int lanes = kLanes<C>;
   Vec<C> sum[kRows][kVectors];
-  const C* a[kRows];
+  const E* a[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; i++) {
     a[i] = rows[i];
@@ -50,9 +51,9 @@ void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t ou
     for (int j = 0; j < kVectors; j++) b[j] = load(strip + (p * kVectors + j) * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i++) {
-      const C x = a[i][p * step];
+      const Vec<C> x = broadcast(a[i][p * step]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; j++) sum[i][j] += x * b[j];
+      for (int j = 0; j < kVectors; j++) sum[i][j] = multiply_add<E>(sum[i][j], x, b[j]);
     }
   };
   if constexpr (kFetch == 0) {
@@ -75,20 +76,21 @@ void tile(const C* const* rows, int64_t step, const C* strip, C* out, int64_t ou
     for (int j = 0; j < kVectors; j++) {
       // Sums of blocks are added up here rather than carried through the loop: shorter chains round less.
       C* y = out + i * out_stride + j * lanes;
-      store(y, accumulate ? load(y) + sum[i][j] : sum[i][j]);
+      store(y, accumulate ? load(y) + scale * sum[i][j] : scale * sum[i][j]);
     }
 }
 
 /// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time.
-template <class C>
-void tile_row(const C* const* rows, int64_t num_rows, int64_t step, const C* panel, int64_t num_columns, C* out,
-              int64_t out_stride, int64_t depth, bool accumulate, Ahead* ahead = nullptr, int64_t fetch = 0) {
-  constexpr int64_t lanes = kLanes<C>, width = lanes * kStripVectors;
+template <class E>
+void tile_row(const E* const* rows, int64_t num_rows, int64_t step, const E* panel, int64_t num_columns,
+              Compute<E>* out, int64_t out_stride, int64_t depth, bool accumulate, Compute<E> scale = 1,
+              Ahead* ahead = nullptr, int64_t fetch = 0) {
+  constexpr int64_t lanes = kLanes<Compute<E>>, width = lanes * kStripVectors;
   with_constant<kTileRows>(num_rows, [&](auto r) {
     for (int64_t j = 0; j < num_columns; j += width) {
-      const C* strip = panel + j * depth;
+      const E* strip = panel + j * depth;
       const auto run = [&](auto vectors, auto fetched) {
-        tile<C, r.value, vectors.value, fetched.value>(rows, step, strip, out + j, out_stride, depth, accumulate,
+        tile<E, r.value, vectors.value, fetched.value>(rows, step, strip, out + j, out_stride, depth, accumulate, scale,
                                                        ahead);
       };
       if (num_columns - j < width) {

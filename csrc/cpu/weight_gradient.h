@@ -11,7 +11,7 @@
 namespace taps_fast::cpu {
 namespace {
 
-template <class S>
+template <class S, class E>
 class GradientItem {
   using C = Compute<S>;
   static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
@@ -28,9 +28,9 @@ class GradientItem {
     cols_ = min(p_.blocking.col_block, p_.cols - col_begin_);
     tile_stride_ = round_up(p_.blocking.col_block, kLanes<C>);
     left_stride_ = round_up(p_.blocking.row_block, kLanes<C>);
-    left_ = static_cast<C*>(workspace);
+    left_ = static_cast<E*>(workspace);
     right_ = left_ + left_stride_ * p_.blocking.depth_block;
-    tile_ = right_ + tile_stride_ * p_.blocking.depth_block;
+    tile_ = reinterpret_cast<C*>(right_ + tile_stride_ * p_.blocking.depth_block);
   }
 
   void run() {
@@ -39,15 +39,15 @@ class GradientItem {
     do {
       const int64_t depth = min(p_.blocking.depth_block, job_.row_end - begin);
       const Term dy{p_.dy, 1}, x{p_.x, 1};
-      pack_straight<S>(left_, left_stride_, &dy, 1, begin, depth, row_begin_, rows_, {p_.row_index, p_.row_scale});
-      pack_straight<S>(right_, kWidth, &x, 1, begin, depth, col_begin_, cols_, {p_.row_index, nullptr});
+      pack_straight<S, E>(left_, left_stride_, &dy, 1, begin, depth, row_begin_, rows_, {p_.row_index, p_.row_scale});
+      pack_straight<S, E>(right_, kWidth, &x, 1, begin, depth, col_begin_, cols_, {p_.row_index, nullptr});
       const int64_t width = round_up(rows_, kLanes<C>);
       for (int64_t r = 0; r < rows_; r += kTileRows) {
         const int64_t n = min(kTileRows, rows_ - r);
-        const C* a[kTileRows];
+        const E* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
         C* out = tile_ + r * tile_stride_;
-        tile_row<C>(a, n, width, right_, cols_, out, tile_stride_, depth, begin > job_.row_begin);
+        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, ceil_div(depth, kDepths<E>), begin > job_.row_begin);
         if (begin + depth == job_.row_end)
           for (int64_t i = 0; i < n; i++) use_row(r + i, out + i * tile_stride_);
       }
@@ -82,14 +82,17 @@ class GradientItem {
   const WeightGradient& p_;
   Job job_;
   int64_t tiles_, tile_index_, row_begin_, rows_, col_begin_, cols_, tile_stride_, left_stride_;
-  C *left_, *right_, *tile_;
+  E *left_, *right_;
+  C* tile_;
 };
 
-template <class S>
+template <class S, class E = Element<S>>
 void run_weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
+  // A factor times dy would be rounded to pairs, so such rows are summed in the compute type.
+  if (kDepths<E> > 1 && problem.row_scale) return run_weight_gradient<S, Compute<S>>(problem, next_item, workspace);
   const int64_t items = num_items(problem);
   for (int64_t item = claim(next_item); item < items; item = claim(next_item))
-    GradientItem<S>(problem, item, workspace).run();
+    GradientItem<S, E>(problem, item, workspace).run();
 }
 
 }  // namespace
