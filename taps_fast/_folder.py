@@ -47,6 +47,25 @@ def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> 
                 yield from base_tensors(child, prefix + name + joint, head=head)
 
 
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with every sharded tensor gathered: of a sharded model, all processes must call this."""
+    return {name: _whole(tensor) for name, tensor in tensors.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+
+
+def refuse_sharded(model: TapsModel, function: str) -> None:
+    """What is sharded already does not learn of new parameters."""
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise ValueError(
+            f"TapsModel.{function}: the model must get its tasks before it is sharded, got {sharded} sharded"
+        )
+
+
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     """All that one task adds: scores, the deltas behind open gates, and every tensor of its norms and head."""
     tensors: dict[str, Tensor] = {}

@@ -76,7 +76,7 @@ def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> N
     for path, module in located.items():
         module.layouts, module.refusal = {}, None
         if isinstance(module, TapsLayer):
-            module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.base[0].numel()
+            module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.fan_in
         calls = zip(shapes.get(path, []), grown.get(path, []), mixed.get(path, []), strict=False)
         for (shape, _), (double, before), (_, after) in calls:
             found = _layout(shape, double, before, after)
@@ -97,7 +97,7 @@ def _layout(
 ) -> Layout | str:
     """The layout that explains what was seen at one call, or why none does."""
     if shape == double:
-        return f"its input {shape} does not grow with the batch"
+        return f"its input {shape} does not grow with the batch; exclude it from the conversion"
     axis = _grown(shape, double)
     if axis is None or before is None or after is None or before.shape != after.shape:
         return f"its input goes from {shape} to {double} when the batch doubles"

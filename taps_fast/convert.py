@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ._problem import DTYPES
-from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, WrappedLayer
+from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.context import nearest
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask
+from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
 _SHARED = "shared and frozen"
@@ -122,7 +123,7 @@ class _Plan:
             self.found.head = head = TaskHead(copy.deepcopy(module, self.memo), self.context, path)
             self.memo[id(module)] = head
             return self._report(path, module, "converted", f"head: {head.how}")
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) or is_transposed_linear(module):
             return self._decide_layer(path, module)
         if _is_norm(module):
             return self._decide_norm(path, module)
@@ -132,7 +133,7 @@ class _Plan:
             self._report(path, module, "refused" if reason else "skipped", reason or what)
         return False
 
-    def _decide_layer(self, path: str, module: nn.Linear | nn.Conv2d | nn.MultiheadAttention) -> bool:
+    def _decide_layer(self, path: str, module: Any) -> bool:
         reason = self.refusals.get(id(module))
         # An attention is adapted as a whole, so what excludes its out_proj excludes it.
         inside = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
@@ -148,6 +149,11 @@ class _Plan:
         if type(module) in (nn.Linear, nn.Conv2d) and not hooked and not module._backward_pre_hooks:
             self.memo[id(module)] = self._layer(path, module, module._parameters)
             return self._report(path, module, "converted", "a gated delta a task")
+        if is_transposed_linear(module) and not hooked and not module._backward_pre_hooks:
+            layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
+            layer.path = path
+            self.memo[id(module)] = self.found.layers[path] = layer
+            return self._report(path, module, "converted", "a gated delta a task, stored as [in, out]")
         # A subclass may have a forward of its own, and hooks belong to the module: wrapping keeps both.
         wrapped = WrappedLayer(copy.deepcopy(module, self.memo), self.context, **self.options)
         if wrapped.why == UNUSED:
@@ -295,7 +301,7 @@ def _refusal(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if isinstance(module, nn.MultiheadAttention):
         return _attention_refusal(module)
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) and not is_transposed_linear(module):
         return "quantised" if "quantized" in type(module).__module__ else None
     weight = module._parameters.get("weight")
     if weight is None:

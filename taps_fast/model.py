@@ -62,6 +62,10 @@ class TapsModel(PreparedModel):
         ValueError: a head or pattern that matches nothing, a lazy or already adapted model.
 
     ``print(model.conversion)`` says what was converted, skipped or refused, and why.
+
+    In several processes: DDP with ``find_unused_parameters=True``; ``fully_shard`` with the scores (scalars, always
+    float32) as ``ignored_params``, their gradients averaged by the caller, tasks added before, and each batch's ids as
+    a `TaskBatch`, which gives absent tasks zeros in every process.
     Source: TAPS, arXiv 2203.16708.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
@@ -183,6 +187,7 @@ class TapsModel(PreparedModel):
         Cost: one delta for each adapted layer; the tasks there are do not matter.
         """
         self._unprepared("add_task")
+        _folder.refuse_sharded(self, "add_task")
         own = self.conversion.head
         if own is None and (classes is not None or head is not None):
             raise ValueError(
@@ -328,7 +333,7 @@ class TapsModel(PreparedModel):
 
     def fingerprint(self) -> str:
         """The identity of the base: what a task folder must have been saved with. The head is not part of it."""
-        return store.fingerprint(dict(_folder.base_tensors(self.model)))
+        return store.fingerprint(_folder.whole(dict(_folder.base_tensors(self.model))))
 
     def save_task(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Writes what ``task`` adds to the base: open deltas, scores, norms and head. An existing folder is replaced.
@@ -336,7 +341,7 @@ class TapsModel(PreparedModel):
         Raises:
             ValueError: an unknown task; `TaskFolderError`: a folder that cannot be written.
         """
-        tensors = _folder.task_tensors(self, self.context.check(task))
+        tensors = _folder.whole(_folder.task_tensors(self, self.context.check(task)))
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)
 
@@ -360,6 +365,7 @@ class TapsModel(PreparedModel):
             ValueError: a name in use.
         """
         self._unprepared("load_task")
+        _folder.refuse_sharded(self, "load_task")
         tensors, meta = store.read_task(folder)
         for key, value in (("threshold", self.threshold), ("gate", self.gate)):
             if meta.get(key) != value:

@@ -310,7 +310,7 @@ def test_reading_a_layers_weight_is_right_for_one_task_and_an_error_in_a_mixed_b
     x = torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(model(x, tasks="cubs"), model.merge("cubs")(x))
     model.probe(x)
-    with pytest.raises(RuntimeError, match="layer: weight must be read with one task active"):
+    with pytest.raises(RuntimeError, match="layer: weight must be used with one task active"):
         model(x, tasks=[0, 1, 0])
 
 

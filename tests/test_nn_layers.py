@@ -191,9 +191,20 @@ def test_weight_and_bias_are_effective_and_differentiable():
     layer.weight.sum().backward()
     assert bool((layer.deltas["cubs"].grad == 1).all())
     layer.context.enter(layer.context.resolve([0, 1, 1]))
-    for name in ("weight", "bias"):
-        with pytest.raises(RuntimeError, match=f"{name} must be read with one task active, got a mixed batch"):
-            getattr(layer, name)
+    for name, base in (("weight", layer.base), ("bias", layer.base_bias)):
+        stand_in = getattr(layer, name)
+        assert (stand_in.shape, stand_in.dtype, stand_in.device) == (base.shape, base.dtype, base.device)
+        assert x.float().to(stand_in).dtype == base.dtype and repr(stand_in).startswith("MixedWeight(")
+        for use in (
+            lambda w: w + 1,
+            torch.sum,
+            torch.Tensor.detach,
+            lambda w: w.data,
+            lambda w: F.linear(x, w),
+            copy.deepcopy,
+        ):
+            with pytest.raises(RuntimeError, match=f"{name} must be used with one task active, got a mixed batch"):
+                use(stand_in)
 
 
 def test_a_task_without_a_delta_is_the_base_and_can_get_one():

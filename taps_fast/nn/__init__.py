@@ -5,6 +5,15 @@ from .conv import FastTapsConv2d
 from .head import TaskHead
 from .linear import FastTapsLinear
 from .norm import TaskNorm
+from .transposed import TransposedLinear
 from .wrapped import WrappedLayer
 
-__all__ = ["FastTapsConv2d", "FastTapsLinear", "TaskContext", "TaskHead", "TaskNorm", "WrappedLayer"]
+__all__ = [
+    "FastTapsConv2d",
+    "FastTapsLinear",
+    "TaskContext",
+    "TaskHead",
+    "TaskNorm",
+    "TransposedLinear",
+    "WrappedLayer",
+]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..tasks import TaskBatch
 from . import gates
 from .context import Layout, Located, Mix, Selection, TaskContext
+from .mixed_weight import MixedWeight
 
 
 class Gated(NamedTuple):
@@ -144,23 +145,35 @@ class TapsLayer(Located, nn.Module):
         return self.gate == "raw" or self.scores[task].item() >= ctypes.c_float(self.threshold).value
 
     @property
+    def fan_in(self) -> int:
+        """Products that make one output."""
+        return self.base[0].numel()
+
+    @property
     def weight(self) -> Tensor:
-        """The effective weight of the active task: differentiable, and materialised at each reading."""
-        return self.effective(self._one_task("weight"))[0]
+        """The effective weight of the active task: differentiable, and materialised at each reading.
+
+        In a mixed batch, a tensor that has its shape and dtype and raises where its values are used.
+        """
+        selection = self.selected()
+        if selection.mix is not None:
+            return self._differs("weight", self.base)
+        return self.effective(selection.task)[0]
 
     @property
     def bias(self) -> Tensor | None:
         """The effective bias of the active task."""
-        return self.effective(self._one_task("bias"))[1]
-
-    def _one_task(self, read: str) -> str | None:
         selection = self.selected()
         if selection.mix is not None:
-            raise RuntimeError(
-                f"{self.path}: {read} must be read with one task active, got a mixed batch, whose samples differ in it "
-                "(call the layer instead, or exclude it from the conversion)"
-            )
-        return selection.task
+            return None if self.base_bias is None else self._differs("bias", self.base_bias)
+        return self.effective(selection.task)[1]
+
+    def _differs(self, read: str, like: Tensor) -> Tensor:
+        return MixedWeight.of(
+            like,
+            f"{self.path}: {read} must be used with one task active, got a mixed batch, whose samples differ in it "
+            "(call the layer instead, or exclude it from the conversion)",
+        )
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""

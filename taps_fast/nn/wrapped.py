@@ -15,15 +15,7 @@ from ..functional import delta_conv2d, delta_linear
 from .context import Layout, TaskContext, task_by_task
 from .folded import Epilogue
 from .layer import Gated, TapsLayer, fill
-
-_METADATA = (
-    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
-)
-"""What may be asked of the weight without using its values."""
+from .mixed_weight import METADATA
 
 
 class _OtherUse(Exception):
@@ -46,7 +38,7 @@ class _Intercept(TorchFunctionMode):
             if weight is self.weight and (bias is None or bias is self.bias):
                 self.calls += 1
                 return self.replacement(x, bias is not None, *rest)
-        if func not in _METADATA:
+        if func not in METADATA:
             for value in (*args, *kwargs.values()):
                 if value is self.weight or (value is self.bias and value is not None):
                     raise _OtherUse(getattr(func, "__name__", str(func)))

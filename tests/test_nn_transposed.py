@@ -1,0 +1,95 @@
+"""Layers that store their weight as [in, out], and networks that ask a weight for its type."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import perturb
+from torch import nn
+
+from taps_fast import TapsModel
+from taps_fast.nn import TransposedLinear
+
+
+class Conv1D(nn.Module):
+    """What transformers has under this name, which is all that it is known by."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(nf, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.fixture(autouse=True)
+def of_transformers(monkeypatch):
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = Conv1D(6, 7)
+        self.proj = nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        # As vision transformers do before their first convolution.
+        return self.proj(torch.relu(self.fc(x)).to(self.proj.weight.dtype))
+
+
+def adapted():
+    torch.manual_seed(0)
+    model = perturb(TapsModel(Block(), ["cubs", "cars"]))
+    model.conversion.layers["fc"].scores["cubs"].data.fill_(0.2)
+    return model
+
+
+def test_each_sample_gets_its_tasks_weight():
+    model, x = adapted(), torch.randn(4, 5, 7, dtype=torch.float64)
+    assert isinstance(model.conversion.layers["fc"], TransposedLinear)
+    assert model.conversion.layers["fc"].deltas["cubs"].shape == (7, 6)
+    ids = ["cars", "base", "cubs", "cars"]
+    mixed = model(x, tasks=ids)
+    for i, task in enumerate(ids):
+        torch.testing.assert_close(mixed[i : i + 1], model(x[i : i + 1], tasks=task))
+        torch.testing.assert_close(mixed[i : i + 1], model.merge(task)(x[i : i + 1]))
+
+
+def test_gradients_are_those_of_the_merged_weight():
+    model, x = adapted(), torch.randn(3, 7, dtype=torch.float64)
+    layer = model.conversion.layers["fc"]
+    model(x, tasks="cubs").square().sum().backward()
+    plain = model.merge("cubs")
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(layer.deltas["cubs"].grad, plain.fc.weight.grad)
+    torch.testing.assert_close(layer.bias_deltas["cubs"].grad, plain.fc.bias.grad)
+    score = (plain.fc.weight.grad * layer.deltas["cubs"]).sum() + (plain.fc.bias.grad * layer.bias_deltas["cubs"]).sum()
+    torch.testing.assert_close(layer.scores["cubs"].grad.double(), score.detach())
+
+
+def test_merge_gives_the_original_type_and_the_model_can_be_copied(tmp_path):
+    model, x = adapted(), torch.randn(3, 7, dtype=torch.float64)
+    assert type(model.merge("cubs").fc) is Conv1D
+    assert torch.equal(copy.deepcopy(model)(x, tasks="cubs"), model(x, tasks="cubs"))
+    model.save_task("cubs", tmp_path / "cubs")
+    model.load_task(tmp_path / "cubs", name="birds")
+    assert torch.equal(model(x, tasks="birds"), model(x, tasks="cubs"))
+
+
+def test_multiply_adds_are_counted_by_inputs():
+    model = adapted()
+    model.probe(torch.randn(2, 7, dtype=torch.float64))
+    assert model.conversion.layers["fc"].macs == 7 * 6
+    assert model.conversion.layers["proj"].macs == 6 * 3
+
+
+def test_a_weight_in_a_mixed_batch_tells_its_type_to_the_compiler_too():
+    model, x = adapted().eval(), torch.randn(3, 7, dtype=torch.float64)
+    model.probe(x)
+    ids = torch.tensor([1, -1, 0])
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, tasks=ids), model(x, tasks=ids))
