@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import peft, store
 from ._prepare import original
+from .formats import FORMATS, Format
 from .nn import TaskHead, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.head import new_head
@@ -20,6 +23,18 @@ from .store import TaskFolderError
 
 if TYPE_CHECKING:
     from .model import TapsModel
+
+
+class Loaded(NamedTuple):
+    """What `TapsModel.load_task` did."""
+
+    task: str
+    tensors: int
+    open_layers: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.tensors} tensors matched, {self.open_layers} of {self.layers} layers open"
 
 
 def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -54,7 +69,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+    return tensor if gather is None else cast(Tensor, gather())
 
 
 def refuse_sharded(model: TapsModel, function: str) -> None:
@@ -72,7 +87,11 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
         if layer.is_open(task):
-            tensors[f"{path}.delta"] = original(model, path, layer, task)
+            delta = original(model, path, layer, task)
+            if isinstance(delta, Format):
+                tensors |= {f"{path}.delta.{name}": value for name, value in delta.tensors.items()}
+            else:
+                tensors[f"{path}.delta"] = delta
             if task in layer.bias_deltas:
                 tensors[f"{path}.bias_delta"] = layer.bias_deltas[task]
     for path, module in model.modules_of(task).items():
@@ -86,6 +105,11 @@ def task_meta(model: TapsModel, task: str) -> dict[str, Any]:
         "threshold": model.threshold,
         "gate": model.gate,
         "head": _head_recipe(model, task),
+        "formats": {
+            path: delta.name
+            for path, layer in model.conversion.layers.items()
+            if layer.is_open(task) and isinstance(delta := layer.delta(task), Format)
+        },
         "sharing": sharing(model, [task]).as_dict(),
     }
 
@@ -125,19 +149,95 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
     return {**modules, own.path: head}
 
 
-def expected(model: TapsModel, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def read_formats(model: TapsModel, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Format]:
+    """The compressed deltas of a folder, by path; what is missing of one is left to `expected` to say."""
+    found: dict[str, Format] = {}
+    for path, name in meta.get("formats", {}).items():
+        if name not in FORMATS:
+            raise TaskFolderError(
+                f"load_task: format of {path!r} must be one of {', '.join(FORMATS)}, got {name!r} "
+                f"(saved by {meta['library']})"
+            )
+        start = f"{path}.delta."
+        own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        if path in model.conversion.layers:
+            shape = tuple(model.conversion.layers[path].base.shape)
+            try:
+                found[path] = FORMATS[name](shape, **own)
+            except (TypeError, ValueError) as error:
+                raise TaskFolderError(f"load_task: delta of {path!r} must be a whole {name} delta: {error}") from None
+    return found
+
+
+def expected(
+    model: TapsModel, tensors: dict[str, Tensor], modules: dict[str, nn.Module], formats: dict[str, Format]
+) -> dict[str, Tensor]:
     """What a folder must hold: a delta where its score is open, and nothing behind closed gates."""
     wanted: dict[str, Tensor] = {}
     for path, layer in model.conversion.layers.items():
         score = tensors.get(f"{path}.score")
         wanted[f"{path}.score"] = layer.base.new_empty((), dtype=torch.float32)
         if score is not None and score.numel() == 1 and (layer.gate == "raw" or score.item() >= layer.threshold):
-            wanted[f"{path}.delta"] = layer.base
+            if path in formats:
+                own = formats[path].to(dtype=layer.base.dtype).tensors
+                wanted |= {f"{path}.delta.{name}": value for name, value in own.items()}
+            else:
+                wanted[f"{path}.delta"] = layer.base
             if layer.base_bias is not None:
                 wanted[f"{path}.bias_delta"] = layer.base_bias
     for path, module in modules.items():
         wanted |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
     return wanted
+
+
+def load(model: TapsModel, folder: str | os.PathLike[str], name: str | None, head: nn.Module | None) -> Loaded:
+    """What `TapsModel.load_task` does."""
+    tensors, meta = store.read_task(folder)
+    for key, value in (("threshold", model.threshold), ("gate", model.gate)):
+        if meta.get(key) != value:
+            raise TaskFolderError(
+                f"load_task: task {meta['task']!r} must have this model's {key}, {value}, got {meta.get(key)}"
+            )
+    modules = build_modules(model, meta, head)
+    formats = read_formats(model, tensors, meta)
+    store.check_against(meta, tensors, expected(model, tensors, modules, formats), model.fingerprint())
+    for path, module in modules.items():
+        names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
+        module.load_state_dict(names)
+    task = meta["task"] if name is None else name
+    model.context.add(task)
+    opened = 0
+    for path, layer in model.conversion.layers.items():
+        is_open = f"{path}.delta" in tensors or path in formats
+        layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
+        opened += is_open
+        for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
+            if f"{path}.{key}" in tensors:
+                owned[task].data.copy_(tensors[f"{path}.{key}"])
+        if path in formats:
+            layer.set_delta(task, formats[path])
+    for path, module in model.conversion.located().items():
+        if path in modules and isinstance(module, PerTask):
+            module.add_task(task, modules[path])
+    return Loaded(task, len(tensors), opened, len(model.conversion.layers))
+
+
+def load_lora(
+    model: TapsModel, folder: str | os.PathLike[str], name: str, classes: int | None, head: nn.Module | None
+) -> Loaded:
+    """What `TapsModel.load_lora` does."""
+    layers = model.conversion.layers
+    deltas = peft.match(peft.read_lora(folder), {path: tuple(layer.base.shape) for path, layer in layers.items()})
+    model.add_task(name, classes, head=head)
+    for path, layer in layers.items():
+        if path in deltas:
+            layer.set_delta(name, deltas[path])
+            score = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
+        else:
+            layer.close(name)
+            score = model.threshold - 1.0
+        layer.scores[name].data.fill_(score)
+    return Loaded(name, 2 * len(deltas), len(deltas), len(layers))
 
 
 def sharing(model: TapsModel, tasks: list[str]) -> Sharing:
@@ -147,7 +247,8 @@ def sharing(model: TapsModel, tasks: list[str]) -> Sharing:
         own = [t for t in (layer.base, layer.base_bias) if t is not None]
         numel, size = sum(t.numel() for t in own), sum(t.nbytes for t in own)
         kind = "linear" if layer.base.dim() == 2 else "conv2d"
-        layers.append(LayerRecord(path, kind, numel, size, layer.macs, {task: layer.is_open(task) for task in tasks}))
+        opened = {task: layer.is_open(task) for task in tasks}
+        layers.append(LayerRecord(path, kind, numel, size, layer.macs, opened, compressed_bytes(layer, tasks)))
     head = model.conversion.head
     records = {}
     for task in tasks:
@@ -158,6 +259,13 @@ def sharing(model: TapsModel, tasks: list[str]) -> Sharing:
     parameters = sum(t.numel() for t in base if isinstance(t, nn.Parameter))
     head_bytes = 0 if head is None else _size([head.base])[1]
     return Sharing(layers, records, parameters, sum(t.nbytes for t in base), head_bytes)
+
+
+def compressed_bytes(layer: TapsLayer, tasks: list[str]) -> dict[str, int]:
+    """By task whose delta has a format: its bytes, those of the bias delta included."""
+    bias = 0 if layer.base_bias is None else layer.base_bias.nbytes
+    deltas = {task: layer.delta(task) for task in tasks if task in layer.deltas}
+    return {task: delta.bytes + bias for task, delta in deltas.items() if isinstance(delta, Format)}
 
 
 def _size(modules: list[nn.Module]) -> tuple[int, int]:

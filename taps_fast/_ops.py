@@ -10,6 +10,8 @@ A schema is the contract that each backend implements:
   plain PyTorch (`taps_fast._pointwise`) for float64; from plain PyTorch wherever no kernel is registered.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
   and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
+* ``taps_fast::coded_*`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
+  and from plain PyTorch (`taps_fast._coded`) wherever no kernel is registered.
 
 Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K deltas, T tasks, B samples):
 
@@ -47,6 +49,11 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
 
 `task_plan` makes a `TaskBatch` on the device in one launch: order, offsets, inverse (where in order a sample is) and
 valid, one bool: whether every id was in range.
+
+`coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
+task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"
+``tile`` or 0 (both as `taps_fast.formats.pack_bits` lays them out), "int8" themselves. x, dy, y, tile, factors [T, O]
+are contiguous, factors in the dtype of coefficients; y may be, and its dtype is the result's.
 """
 
 from __future__ import annotations
@@ -65,6 +72,7 @@ from . import _ext
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
 
+_CODES = "Tensor[] codes, Tensor? tile, Tensor factors, int[] which"
 _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
 _WEIGHT = "Tensor base, Tensor[] deltas, Tensor coeffs, Tensor? base_coeffs"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -91,6 +99,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
     "fold": f"(Tensor[] bases, {_FOLD}) -> Tensor[]",
+    "coded_fwd": f"(Tensor y, Tensor x, {_CODES}, {_GROUPS}, str format) -> Tensor",
+    "coded_dx": f"(Tensor dy, {_CODES}, {_GROUPS}, str format, int in_features) -> Tensor",
     "fold_grad": f"(Tensor[] dweights, {_FOLD}, bool need_dcoeffs, bool need_dmasks) -> (Tensor, Tensor[])",
 }
 
@@ -186,6 +196,14 @@ def _weight_gradients(
     return dcoeffs, ddeltas, base.new_empty(base.shape if need_dbase else (0,))
 
 
+def coded_fwd(y: Tensor, *_: Any) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def coded_dx(dy: Tensor, *rest: Any) -> Tensor:
+    return dy.new_empty(dy.shape[0], rest[-1])
+
+
 def fold(bases: list[Tensor], *_: Any) -> list[Tensor]:
     return [base.new_empty(base.shape) for base in bases]
 
@@ -234,10 +252,11 @@ for _name, _schema in SCHEMAS.items():
         continue
     if _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
-    elif _name.startswith("fold"):
-        torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._fold", _name))
+    elif _name.startswith(("coded", "fold")):
+        _part = _name.partition("_")[0]
+        torch.library.impl(_op, "CompositeExplicitAutograd", _from(f"taps_fast._{_part}", _name))
         if importlib.util.find_spec("triton") is not None:
-            torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.fold", _name))
+            torch.library.impl(_op, "CUDA", _from(f"taps_fast.kernels.{_part}", _name))
     elif not _name.startswith("linear"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
         if not _ext.CUDA_LOADED:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._regions import Region, regions
 from .convert import Row
+from .formats import Delta, Format
 from .nn.context import Selection
 from .nn.layer import TapsLayer
 from .sharing import readable_bytes
@@ -192,11 +193,10 @@ def unprepare(model: PreparedModel) -> None:
     model.prepared = None
 
 
-def original(model: PreparedModel, path: str, layer: TapsLayer, task: str) -> Tensor:
+def original(model: PreparedModel, path: str, layer: TapsLayer, task: str) -> Delta:
     """The delta of ``task``, also while its place holds a whole weight."""
     if task not in layer.baked:
-        held: Tensor = layer.deltas[task]
-        return held
+        return layer.delta(task)
     assert model.prepared is not None and model.prepared.kept is not None
     found: Tensor = model.prepared.kept.read(_name(path, task))
     return found
@@ -223,7 +223,7 @@ def detach_regions(module: nn.Module) -> None:
 
 
 def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
-    """The rule: a gate is baked if it is open and its weight is not 16 bits wide, where a sum loses part of a delta.
+    """The rule: a gate is baked if it is open and its delta dense, but not in 16 bits, where a sum loses part of one.
 
     A product with one whole weight reads half the bytes of base and delta and does no more arithmetic, so there is no
     size from which it stops to pay.
@@ -232,6 +232,10 @@ def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
     for path, layer in model.conversion.layers.items():
         opened = [task for task in model.context.tasks if layer.is_open(task)]
         kind = report.types.get(path, type(layer).__name__)
+        small = [task for task in opened if isinstance(layer.delta(task), Format)]
+        if small:
+            report.found.append(Row(path, kind, "left", f"not baked for {', '.join(small)}: compressed"))
+        opened = [task for task in opened if task not in small]
         if not opened:
             continue
         if bake is False:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import Delta, Format
 from .tasks import TaskBatch
 
 IntPair = int | Sequence[int]
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
     """Whether every channel is a group of its own, in and out, on channels last."""
 
 
-def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tensor]:
+def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> list[Delta]:
     """K deltas, from a sequence or from one tensor [K, …]."""
     if isinstance(deltas, Tensor):
         if deltas.dim() == 0:
@@ -51,7 +52,7 @@ def unbind_deltas(function: str, deltas: Sequence[Tensor] | Tensor) -> list[Tens
     return list(deltas)
 
 
-def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor], dims: int) -> None:
+def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], dims: int) -> None:
     """base, deltas and x agree on shape, dtype and device."""
     dtype, device, shape = x.dtype, x.device, base.shape
     if dtype not in DTYPES:
@@ -59,6 +60,9 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor
     if len(shape) != dims:
         raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(shape)}")
     for k, weight in enumerate((base, *deltas)):
+        if isinstance(weight, Format):
+            _check_format(function, f"deltas[{k - 1}]", weight, x, base)
+            continue
         if weight.dtype == dtype and weight.device == device and weight.shape == shape:
             continue
         name = f"deltas[{k - 1}]" if k else "base"
@@ -69,12 +73,30 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor
         raise ValueError(f"{function}: {name} must be {tuple(shape)} like base, got {tuple(weight.shape)}")
 
 
-def check_tensors(function: str, x: Tensor, base: Tensor, deltas: Sequence[Tensor], bias: Tensor | None) -> None:
+def _check_format(function: str, name: str, format: Format, x: Tensor, base: Tensor) -> None:
+    kind = type(format).__name__
+    if tuple(format.shape) != tuple(base.shape):
+        raise ValueError(
+            f"{function}: {name} must be {tuple(base.shape)} like base, got {tuple(format.shape)} ({kind})"
+        )
+    for field, value in format.tensors.items():
+        if value.device != x.device:
+            raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device} ({kind}.{field})")
+        if field not in format.own_dtype and value.is_floating_point() and value.dtype != x.dtype:
+            raise TypeError(f"{function}: {name} must be {x.dtype} like x, got {value.dtype} ({kind}.{field})")
+
+
+def check_tensors(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], bias: Tensor | None) -> None:
     """Everything that must be a Tensor is one."""
     for k, value in enumerate((x, base, bias, *deltas)):
-        if not isinstance(value, Tensor) and not (k == 2 and value is None):
+        if (
+            not isinstance(value, Tensor)
+            and not (k == 2 and value is None)
+            and not (k > 2 and isinstance(value, Format))
+        ):
             name = ("x", "base", "bias")[k] if k < 3 else f"deltas[{k - 3}]"
-            raise TypeError(f"{function}: {name} must be a Tensor, got {type(value).__name__}")
+            rule = "a Tensor" if k < 3 else "a Tensor or a format"
+            raise TypeError(f"{function}: {name} must be {rule}, got {type(value).__name__}")
 
 
 def check_coeffs(

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _problem, reference
+from . import _compressed, _problem, reference
 from ._autograd import Call, Delta, Groups, forward
 from ._dispatch import select
 from ._problem import IntPair, Problem
+from .formats import Format
 from .norms import Tasks, follow, table
 from .norms import scale_shift as scale_shift
 from .tasks import Index
@@ -21,7 +22,7 @@ from .tasks import Index
 def delta_linear(
     x: Tensor,
     base: Tensor,
-    deltas: Sequence[Tensor] | Tensor,
+    deltas: Sequence[Tensor | Format] | Tensor,
     coeffs: Tensor,
     bias: Tensor | None = None,
     *,
@@ -49,7 +50,7 @@ def delta_linear(
         x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
             take its dtype, as in ``F.linear``; coeffs never do.
         base: [O, I], the weight all tasks share.
-        deltas: K tensors [O, I], or one [K, O, I]. K = 0 is the base alone.
+        deltas: K tensors [O, I] or formats of `taps_fast.formats`, or one tensor [K, O, I]. K = 0 is the base alone.
         coeffs: [K], or [T, K] with tasks. Used in float32 (float64 when x is).
         bias: [O]; with tasks also [T, O] (rows of id -1 then have none) or [T + 1, O] (last row: id -1).
         tasks: integer ids [B], or a `TaskBatch`: sample b runs as task ``tasks[b]``, -1 as the base alone.
@@ -64,7 +65,8 @@ def delta_linear(
         backend: "cpu", "triton" or "reference"; default: the best that can run. An explicit one never falls
             back.
         algorithm: "blend" (weight summed, rounded at most once to x's dtype, one product), "split" (two products
-            into one accumulator: exact in low precision), "merge" (weight in scratch, vendor GEMM) or "auto".
+            into one accumulator: exact in low precision), "merge" (weight in scratch, vendor GEMM) or "auto". Of a
+            format, "split" never makes a dense delta, "blend" and "merge" always do.
 
     Returns:
         y [..., O] in x's dtype.
@@ -84,30 +86,33 @@ def delta_linear(
     True
     """
     name = "delta_linear"
-    deltas = _problem.unbind_deltas(name, deltas)
-    _problem.check_tensors(name, x, base, deltas, bias)
+    weights = _problem.unbind_deltas(name, deltas)
+    _problem.check_tensors(name, x, base, weights, bias)
     how: dict[str, Any] = dict(
         tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, scale=scale, shift=shift,
         activation=activation, backend=backend, algorithm=algorithm,
     )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
+        x, base, bias, *weights = _autocast(x.device.type, x, base, bias, *weights)
         with torch.autocast(x.device.type, enabled=False):
-            return delta_linear(x, base, deltas, coeffs, bias, **how)
-    _problem.check_weight(name, x, base, deltas, dims=2)
+            return delta_linear(x, base, weights, coeffs, bias, **how)
+    _problem.check_weight(name, x, base, weights, dims=2)
     if x.dim() == 0 or x.shape[-1] != base.shape[1]:
         raise ValueError(f"{name}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}")
     if x.dim() == 1:
-        return delta_linear(x[None], base, deltas, coeffs, bias, **how)[0]
+        return delta_linear(x[None], base, weights, coeffs, bias, **how)[0]
+    if any(isinstance(delta, Format) for delta in weights):
+        return _compressed_linear(x, base, weights, coeffs, bias, **how)
+    dense = cast("list[Tensor]", weights)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
-    y = _run(name, rows, x, base, deltas, coeffs, bias, axes=x.dim() - 1, **how)
+    y = _run(name, rows, x, base, dense, coeffs, bias, axes=x.dim() - 1, **how)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], base.shape[0])
 
 
 def delta_conv2d(
     x: Tensor,
     base: Tensor,
-    deltas: Sequence[Tensor] | Tensor,
+    deltas: Sequence[Tensor | Format] | Tensor,
     coeffs: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
@@ -133,7 +138,7 @@ def delta_conv2d(
     Args:
         x: [N, C, H, W] or [C, H, W]; dtypes and autocast as in `delta_linear`.
         base: [O, C / groups, kh, kw].
-        deltas: K tensors shaped like base, or one [K, ...].
+        deltas: K tensors or formats shaped like base, or one tensor [K, ...]. Formats are made dense in scratch.
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
@@ -158,24 +163,75 @@ def delta_conv2d(
     True
     """
     name = "delta_conv2d"
-    deltas = _problem.unbind_deltas(name, deltas)
-    _problem.check_tensors(name, x, base, deltas, bias)
+    weights = _problem.unbind_deltas(name, deltas)
+    _problem.check_tensors(name, x, base, weights, bias)
     how: dict[str, Any] = dict(
         tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, scale=scale, shift=shift, activation=activation,
         backend=backend, algorithm=algorithm,
     )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, *deltas = _autocast(x.device.type, x, base, bias, *deltas)
+        x, base, bias, *weights = _autocast(x.device.type, x, base, bias, *weights)
         with torch.autocast(x.device.type, enabled=False):
-            return delta_conv2d(x, base, deltas, coeffs, bias, stride, padding, dilation, groups, **how)
-    _problem.check_weight(name, x, base, deltas, dims=4)
+            return delta_conv2d(x, base, weights, coeffs, bias, stride, padding, dilation, groups, **how)
+    _problem.check_weight(name, x, base, weights, dims=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"{name}: x must be [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
     if x.dim() == 3:
         x = x[None]
-        return delta_conv2d(x, base, deltas, coeffs, bias, stride, padding, dilation, groups, **how)[0]
+        return delta_conv2d(x, base, weights, coeffs, bias, stride, padding, dilation, groups, **how)[0]
     x, *conv = _problem.check_conv(name, x, base, stride, padding, dilation, groups)
-    return _run(name, x, x, base, deltas, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
+    dense = [delta.dense(x.dtype) if isinstance(delta, Format) else delta for delta in weights]
+    return _run(name, x, x, base, dense, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
+
+
+def _compressed_linear(
+    x: Tensor,
+    base: Tensor,
+    deltas: list[Tensor | Format],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    *,
+    tasks: Tasks | None,
+    base_coeffs: Tensor | None,
+    pairs: Sequence[tuple[int, int]] | None,
+    batch_dim: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    backend: str | None,
+    algorithm: str,
+) -> Tensor:
+    """The base's and the dense deltas' product, and those of the deltas whose format has one of its own."""
+    name = "delta_linear"
+    num_tasks = _problem.check_coeffs(name, coeffs, base_coeffs, len(deltas), x, tasks is not None)
+    batch = None if tasks is None or num_tasks is None else _problem.group(name, tasks, num_tasks, x)
+    inner = 1 if batch is None else _problem.rows_per_sample(name, x, batch.size, batch_dim, x.dim() - 1)
+    if pairs is not None:
+        _problem.check_pairs(name, pairs, num_tasks, len(deltas))
+    used = _compressed.used_pairs(coeffs, pairs)
+    rows = x.shape[:-1].numel() // max(num_tasks or 1, 1)
+    asked = "blend" if backend == "reference" else algorithm
+    apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and _compressed.stays_apart(d, base, rows, asked)]
+    rest = [k for k in range(len(deltas)) if k not in apart]
+    dense = [d.dense(x.dtype) if isinstance(d := deltas[k], Format) else d for k in rest]
+    how: dict[str, Any] = dict(backend=backend, algorithm=algorithm)
+    if dense or base_coeffs is not None or (bias is not None and bias.dim() > 1):
+        kept = None if pairs is None else [(t, rest.index(k)) for t, k in pairs if k in rest]
+        how |= dict(tasks=batch, base_coeffs=base_coeffs, pairs=kept, batch_dim=batch_dim)
+        coefficients = coeffs[..., rest]
+    else:
+        coefficients = coeffs.new_empty(0)
+    follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
+    if not apart:
+        return delta_linear(x, base, dense, coefficients, bias, **how, **follows)
+    y = delta_linear(x, base, dense, coefficients, bias, **how)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = _compressed.Products(
+        x, deltas, apart, coeffs.to(exact), batch, batch_dim, inner, used, delta_linear, backend
+    ).added_to(y)
+    if scale is None and shift is None and activation is None:
+        return y
+    return scale_shift(y, scale, shift, tasks=batch, batch_dim=batch_dim, channel_dim=-1, activation=activation)
 
 
 def _run(
@@ -283,7 +339,13 @@ def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | N
     return any(delta.requires_grad for delta in deltas)
 
 
-def _autocast(device: str, *tensors: Tensor | None) -> list[Any]:
+def _autocast(device: str, *tensors: Tensor | Format | None) -> list[Any]:
     """What autocast makes of the arguments of F.linear; float64 stays."""
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+    def narrow(t: Tensor | Format | None) -> Tensor | Format | None:
+        if isinstance(t, Format):
+            return t.to(dtype=dtype)
+        return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+    return [narrow(t) for t in tensors]

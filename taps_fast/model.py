@@ -6,13 +6,15 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import _folder, store
+from . import _compress, _folder, store
+from ._compress import Compression
+from ._folder import Loaded
 from ._inference import PreparedModel
 from ._prepare import detach_regions
 from ._probe import batch_of, probe
@@ -22,18 +24,6 @@ from .nn.context import BASE_NAME, TaskNames
 from .nn.head import new_head
 from .nn.per_task import PerTask
 from .sharing import Sharing
-
-
-class Loaded(NamedTuple):
-    """What `TapsModel.load_task` did."""
-
-    task: str
-    tensors: int
-    open_layers: int
-    layers: int
-
-    def __str__(self) -> str:
-        return f"{self.task}: {self.tensors} tensors matched, {self.open_layers} of {self.layers} layers open"
 
 
 class TapsModel(PreparedModel):
@@ -239,7 +229,12 @@ class TapsModel(PreparedModel):
         self._unprepared("task_parameters")
         self.context.check(task)
         layers = self.conversion.layers.values()
-        weights = [owned[task] for layer in layers for owned in (layer.deltas, layer.bias_deltas) if task in owned]
+        weights: list[nn.Parameter] = []
+        for layer in layers:
+            for held in (owned[task] for owned in (layer.deltas, layer.bias_deltas) if task in owned):
+                weights += (
+                    [held] if isinstance(held, nn.Parameter) else [p for p in held.parameters() if p.requires_grad]
+                )
         for module in self.modules_of(task).values():
             weights += module.parameters()
         return [
@@ -366,31 +361,52 @@ class TapsModel(PreparedModel):
         """
         self._unprepared("load_task")
         _folder.refuse_sharded(self, "load_task")
-        tensors, meta = store.read_task(folder)
-        for key, value in (("threshold", self.threshold), ("gate", self.gate)):
-            if meta.get(key) != value:
-                raise store.TaskFolderError(
-                    f"load_task: task {meta['task']!r} must have this model's {key}, {value}, got {meta.get(key)}"
-                )
-        modules = _folder.build_modules(self, meta, head)
-        store.check_against(meta, tensors, _folder.expected(self, tensors, modules), self.fingerprint())
-        for path, module in modules.items():
-            names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
-            module.load_state_dict(names)
-        task = meta["task"] if name is None else name
-        self.context.add(task)
-        opened = 0
-        for path, layer in self.conversion.layers.items():
-            is_open = f"{path}.delta" in tensors
-            layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
-            opened += is_open
-            for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
-                if f"{path}.{key}" in tensors:
-                    owned[task].data.copy_(tensors[f"{path}.{key}"])
-        for path, module in self.conversion.located().items():
-            if path in modules and isinstance(module, PerTask):
-                module.add_task(task, modules[path])
-        return Loaded(task, len(tensors), opened, len(self.conversion.layers))
+        return _folder.load(self, folder, name, head)
+
+    def compress(self, task: str, format: str, *, rank: int | None = None, inputs: Tensor | None = None) -> Compression:
+        """Replaces the open deltas of ``task`` by ones that take less memory.
+
+        Scores, bias deltas, norms and head stay as they are. What a format trains can be trained on: `task_parameters`.
+
+        Args:
+            format: "bits" (BitDelta: signs and one scale, 1 bit a weight), "int8" (a byte a weight, a scale for each
+                output) or "lowrank" (two factors, by singular value decomposition).
+            rank: of "lowrank"; a layer whose dense delta is no larger than its factors keeps it.
+            inputs: what the model takes, to measure how far its output moves; None: not measured.
+
+        Returns:
+            A `Compression`: error and bytes, before and after, of each layer; ``print`` it.
+
+        Raises:
+            ValueError: an unknown task or format, a rank that is missing or out of place, a delta that is not finite
+                or compressed already. Then nothing has changed.
+
+        Cost: one pass over the deltas; "lowrank" one singular value decomposition a layer.
+        Source: BitDelta, arXiv 2402.10193; LoRA, arXiv 2106.09685.
+        """
+        self._unprepared("compress")
+        return _compress.compress_task(self, self.context.check(task), format, rank, inputs)
+
+    def load_lora(
+        self, folder: str | os.PathLike[str], name: str, classes: int | None = None, *, head: nn.Module | None = None
+    ) -> Loaded:
+        """Adds a task from a LoRA adapter that PEFT saved: its low-rank deltas behind open gates, all else the base's.
+
+        Layers without an adapter are closed: `reopen` gives them a delta. See `taps_fast.peft.read_lora` for what of an
+        adapter can be read.
+
+        Args:
+            folder: with adapter_config.json and adapter_model.safetensors.
+            name: of the new task.
+            classes, head: as in `add_task`.
+
+        Raises:
+            AdapterError (a ValueError): not a plain LoRA adapter, or one for other layers than this model's.
+            ValueError: a name in use.
+        """
+        self._unprepared("load_lora")
+        _folder.refuse_sharded(self, "load_lora")
+        return _folder.load_lora(self, folder, name, classes, head)
 
     def sharing(self) -> Sharing:
         """The layer × task table, with parameters and bytes against separate models; ``.plot()`` draws it."""

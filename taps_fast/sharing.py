@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,12 @@ class LayerRecord:
     """Multiply-adds of one sample, None where no forward has told the sizes."""
     open: Mapping[str, bool]
     """By task: whether its gate is open."""
+    compressed: Mapping[str, int] = field(default_factory=dict)
+    """By task whose delta is kept in another format: the bytes of it."""
+
+    def bytes_of(self, task: str) -> int:
+        """Of this task's delta in memory."""
+        return self.compressed.get(task, self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ class Sharing:
     def added_bytes(self, task: str) -> int:
         """Bytes of `added_parameters` and of the task's running statistics."""
         own = self.tasks[task]
-        return sum(layer.bytes for layer in self.open_layers(task)) + own.norm_bytes + own.head_bytes
+        return sum(x.bytes_of(task) for x in self.open_layers(task)) + own.norm_bytes + own.head_bytes
 
     @property
     def bytes(self) -> int:
@@ -164,7 +170,8 @@ class Sharing:
                     raise ValueError(f"Sharing.join: tasks must have different names, got {name!r} twice")
                 tasks[name] = task
         opens = [{t: v for part in parts for t, v in part.layers[i].open.items()} for i in range(len(first.layers))]
-        layers = [replace(layer, open=both) for layer, both in zip(first.layers, opens, strict=True)]
+        small = [{t: b for part in parts for t, b in part.layers[i].compressed.items()} for i in range(len(opens))]
+        layers = [replace(x, open=o, compressed=c) for x, o, c in zip(first.layers, opens, small, strict=True)]
         return replace(first, layers=layers, tasks=tasks)
 
     def __str__(self) -> str:

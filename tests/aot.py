@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from sass_hazards import hazards, spills_in_loops
-from taps_fast.kernels import _arguments, _configs, _gradients, linear, merge, pointwise
+from taps_fast.kernels import _arguments, _configs, _gradients, coded, linear, merge, pointwise
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -36,7 +37,7 @@ from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
 PROCESSORS = 132
-HOSTS = (linear, merge, pointwise, _gradients, _arguments)
+HOSTS = (linear, merge, pointwise, coded, _gradients, _arguments)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
@@ -161,6 +162,14 @@ def _exercise() -> None:
             pointwise.moments(dy[:1], *none, 1)
             merge.fold([base], [base], torch.ones(1, 1, 1))
             merge.fold([base] * 53, [base] * 53, torch.ones(53, 1, 1))
+
+    for dtype, format in itertools.product((torch.bfloat16, torch.float32), coded.FORMATS):
+        x, factors = torch.empty(16, 512, dtype=dtype), torch.empty(3, 512)
+        codes = [torch.empty(512, 512 if format == "int8" else 64, dtype=torch.uint8)] * 3
+        codes = [code.view(torch.int8) if format == "int8" else code for code in codes]
+        rest = (codes, x.new_empty(512, 512) if format == "mask" else None, factors, [0, 1, 2], *index, 1, format)
+        coded.coded_fwd(x, x, *rest)
+        coded.coded_dx(x, *rest, 512)
 
 
 def _launch(kernel: Any, chip: tuple[int, int], args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:

@@ -272,7 +272,7 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(base=torch.randn(4, 3).double()), TypeError, r"base must be torch.float32 like x, got torch.float64"),
         (dict(base=torch.randn(4, 3, device="meta")), ValueError, r"base must be on cpu like x, got meta"),
         (dict(deltas=[torch.randn(3, 3)]), ValueError, r"deltas\[0\] must be \(4, 3\) like base, got \(3, 3\)"),
-        (dict(deltas=[None]), TypeError, r"deltas\[0\] must be a Tensor, got NoneType"),
+        (dict(deltas=[None]), TypeError, r"deltas\[0\] must be a Tensor or a format, got NoneType"),
         (dict(coeffs=torch.ones(2, 3)), ValueError, r"coeffs must be \[T, 1\], one row a task, got \(2, 3\)"),
         (dict(coeffs=torch.ones(1)), ValueError, r"coeffs must be \[T, 1\], one row a task, got \(1,\)"),
         (dict(coeffs=torch.ones(2, 1), tasks=None), ValueError, r"coeffs must be \[1\], one number a delta"),

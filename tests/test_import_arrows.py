@@ -11,9 +11,12 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 # Each part, and the parts that it may import: user-facing parts first, what they are made of below.
-CALL = {"_autograd", "_dispatch", "_problem", "reference", "tasks"}
-LAYERS = {"_problem", "functional", "nn", "norms", "tasks"}
-MODEL = {"_folder", "_inference", "_prepare", "_probe", "_regions", "_slices", "convert", "model", "sharing", "store"}
+CALL = {"_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "tasks"}
+LAYERS = {"_problem", "formats", "functional", "nn", "norms", "tasks"}
+MODEL = {
+    "_compress", "_folder", "_inference", "_prepare", "_probe", "_regions", "_slices", "convert", "model", "peft",
+    "sharing", "store",
+}  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
     "__main__": {"__init__", "_dispatch", "_problem", "demo", "train", *MODEL},
@@ -28,9 +31,12 @@ MAY_IMPORT = {
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
     "_dispatch": {"_ext", "_problem", "_tuned", "kernels"},
-    "_problem": {"tasks"},
+    "_coded": {"formats", "tasks"},
+    "_compressed": {"_ext", "_ops", "formats", "tasks"},
+    "_problem": {"formats", "tasks"},
+    "formats": set(),
     "tasks": {"_ext"},
-    "_ops": {"_ext", "_aten", "_fold", "_pointwise", "kernels"},  # all but _ext when an operator first runs
+    "_ops": {"_ext", "_aten", "_coded", "_fold", "_pointwise", "kernels"},  # all but _ext when an operator first runs
     "_aten": {"tasks"},
     "_fold": set(),
     "_pointwise": {"tasks"},

@@ -72,6 +72,24 @@ def test_gradients_are_those_of_the_merged_weight():
     torch.testing.assert_close(layer.scores["cubs"].grad.double(), score.detach())
 
 
+def test_prepared_and_compressed():
+    model, x = adapted().eval(), torch.randn(4, 5, 7, dtype=torch.float64)
+    ids = ["cars", "base", "cubs", "cars"]
+    before = model(x, tasks=ids)
+    model.prepare_inference()
+    assert model.conversion.layers["fc"].baked == {"cubs"}
+    torch.testing.assert_close(model(x, tasks=ids), before)
+    torch.testing.assert_close(model(x[:1], tasks="cars"), before[:1])
+    model.unprepare()
+    assert torch.equal(model(x, tasks=ids), before)
+    model.compress("cubs", "bits")
+    torch.testing.assert_close(model(x, tasks=ids)[2:3], model.merge("cubs")(x[2:3]))
+    report = model.prepare_inference()
+    assert [row.reason for row in report.of("left") if row.path == "fc"] == ["not baked for cubs: compressed"]
+    torch.testing.assert_close(model(x, tasks=ids)[2:3], model.merge("cubs")(x[2:3]))
+    torch.testing.assert_close(model(x, tasks=ids)[3:], before[3:])
+
+
 def test_merge_gives_the_original_type_and_the_model_can_be_copied(tmp_path):
     model, x = adapted(), torch.randn(3, 7, dtype=torch.float64)
     assert type(model.merge("cubs").fc) is Conv1D

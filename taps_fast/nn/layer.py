@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..formats import Delta, Format
 from ..tasks import TaskBatch
 from . import gates
+from .compressed import CompressedDelta
 from .context import Layout, Located, Mix, Selection, TaskContext
 from .mixed_weight import MixedWeight
 
@@ -21,7 +23,7 @@ class Gated(NamedTuple):
     """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
 
     base: Tensor
-    deltas: list[Tensor]
+    deltas: list[Delta]
     coeffs: Tensor
     bias: Tensor | None
     tasks: TaskBatch | None = None
@@ -29,7 +31,7 @@ class Gated(NamedTuple):
     base_coeffs: Tensor | None = None
 
     @property
-    def weight(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+    def weight(self) -> tuple[Tensor, list[Delta], Tensor, Tensor | None]:
         """base, deltas, coeffs and bias."""
         return self[:4]
 
@@ -73,7 +75,8 @@ class TapsLayer(Located, nn.Module):
 
     Parameters: ``base`` and ``base_bias`` are frozen; each task trains ``deltas.<task>``,
     ``bias_deltas.<task>`` (where the layer has a bias) and ``scores.<task>``. A task loaded with a closed gate
-    has a score and no delta, and costs nothing.
+    has a score and no delta, and costs nothing. A compressed delta (`set_delta`) is a module of that name, which holds
+    the tensors of its format.
     """
 
     base: Tensor
@@ -120,6 +123,12 @@ class TapsLayer(Located, nn.Module):
             if self.base_bias is not None:
                 self.bias_deltas[task] = nn.Parameter(torch.zeros_like(self.base_bias))
 
+    def close(self, task: str) -> None:
+        """Forgets the deltas of ``task``, whose score stays: the gate of a task without storage is closed."""
+        for owned in (self.deltas, self.bias_deltas):
+            if task in owned:
+                del owned[task]
+
     def remove_task(self, task: str) -> None:
         """Forgets all that ``task`` has here."""
         for owned in (self.deltas, self.bias_deltas, self.scores):
@@ -136,6 +145,27 @@ class TapsLayer(Located, nn.Module):
     def base_parameters(self) -> list[Tensor]:
         """``base`` and, where there is one, ``base_bias``."""
         return [parameter for parameter in (self.base, self.base_bias) if parameter is not None]
+
+    def delta(self, task: str) -> Delta:
+        """The task's delta, dense or in its format."""
+        held: Any = self.deltas[task]
+        return held.format if isinstance(held, CompressedDelta) else held
+
+    def set_delta(self, task: str, delta: Delta) -> None:
+        """Replaces the delta of ``task``, which has one, by values of the same shape, dense or in a format."""
+        if task not in self.deltas:
+            raise ValueError(f"{self.path}: task must be one with a delta, got {task!r}")
+        if tuple(delta.shape) != tuple(self.base.shape):
+            raise ValueError(f"{self.path}: delta must be {tuple(self.base.shape)} like base, got {tuple(delta.shape)}")
+        delta = delta.to(device=self.base.device, dtype=self.base.dtype)
+        held: Any
+        if isinstance(delta, Format):
+            held = CompressedDelta(delta, (d for d in self.deltas.values() if isinstance(d, CompressedDelta)))
+            held.train(self.training)
+        else:
+            held = nn.Parameter(delta.detach())
+        del self.deltas[task]
+        self.deltas[task] = held
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
@@ -156,7 +186,7 @@ class TapsLayer(Located, nn.Module):
         In a mixed batch, a tensor that has its shape and dtype and raises where its values are used.
         """
         selection = self.selected()
-        if selection.mix is not None:
+        if selection.mixed is not None:
             return self._differs("weight", self.base)
         return self.effective(selection.task)[0]
 
@@ -164,7 +194,7 @@ class TapsLayer(Located, nn.Module):
     def bias(self) -> Tensor | None:
         """The effective bias of the active task."""
         selection = self.selected()
-        if selection.mix is not None:
+        if selection.mixed is not None:
             return None if self.base_bias is None else self._differs("bias", self.base_bias)
         return self.effective(selection.task)[1]
 
@@ -180,7 +210,9 @@ class TapsLayer(Located, nn.Module):
         gated = self._single(task)
         if not gated.deltas:
             return gated.base, gated.bias
-        return (self.base + gated.coeffs * gated.deltas[0]).to(self.base.dtype), gated.bias
+        delta = gated.deltas[0]
+        delta = delta.dense(self.base.dtype) if isinstance(delta, Format) else delta
+        return (self.base + gated.coeffs * delta).to(self.base.dtype), gated.bias
 
     def gated(self, selection: Selection, *, grouped: bool = False) -> Gated:
         """Base, deltas, coefficients and bias for one forward; ``grouped``: with ids, even if no layer is open."""
@@ -211,7 +243,7 @@ class TapsLayer(Located, nn.Module):
         bias = self.base_bias
         if bias is not None and opened:
             bias = torch.stack([b for task in (*tasks, None) if (b := single[task].bias) is not None])
-        deltas = [self.deltas[task] for task in opened]
+        deltas = [self.delta(task) for task in opened]
         base_coeffs = scales if self.baked else None
         mixed = Gated(self.base, deltas, table, bias, pairs=pairs, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
@@ -222,7 +254,7 @@ class TapsLayer(Located, nn.Module):
 
     @torch.no_grad()
     def bake(self, task: str) -> None:
-        """Puts the whole weight of ``task`` where its delta was. Whoever calls this keeps the delta."""
+        """Puts the whole weight of ``task`` where its dense delta was. Whoever calls this keeps the delta."""
         self.deltas[task].copy_(self.effective(task)[0])
         self.baked.add(task)
 
@@ -241,7 +273,7 @@ class TapsLayer(Located, nn.Module):
                 return self._single(None if task is None or task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated(self.base, [self.deltas[task]], _table(dtype, 1, [0]), bias)
+            return Gated(self.base, [self.delta(task)], _table(dtype, 1, [0]), bias)
         places = [t for t, task in enumerate(mix.tasks) if self.is_open(task)]
         if not places:
             return self._single(None)
@@ -252,7 +284,7 @@ class TapsLayer(Located, nn.Module):
             bias = torch.stack(rows)
         count = len(places)
         table = _table(dtype, len(mix.tasks) * count, [t * count + k for k, t in enumerate(places)])
-        deltas = [self.deltas[mix.tasks[t]] for t in places]
+        deltas = [self.delta(mix.tasks[t]) for t in places]
         return Gated(self.base, deltas, table.view(-1, count), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
@@ -275,7 +307,7 @@ class TapsLayer(Located, nn.Module):
             bias = (bias + coeffs * self.bias_deltas[task]).to(bias.dtype)
         if task in self.baked:
             return Gated(self.deltas[task], [], self._coefficients([]), bias)
-        return Gated(self.base, [self.deltas[task]], coeffs, bias)
+        return Gated(self.base, [self.delta(task)], coeffs, bias)
 
     def _mixed(self, mix: Mix) -> Gated:
         """A row of coefficients for each task of the mix: its gate at its own delta, 0 elsewhere."""
@@ -293,7 +325,7 @@ class TapsLayer(Located, nn.Module):
             bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
         table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(t, k) for k, t in enumerate(places)]
-        return Gated(self.base, [self.deltas[task] for task in mine], table, bias, batch, pairs)
+        return Gated(self.base, [self.delta(task) for task in mine], table, bias, batch, pairs)
 
     def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
         """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""

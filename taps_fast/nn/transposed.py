@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..formats import Format
 from ..functional import delta_linear
 from .context import TaskContext
+from .folded import Epilogue
 from .layer import TapsLayer, fill
 
 
@@ -47,13 +48,14 @@ class TransposedLinear(TapsLayer):
     def fan_in(self) -> int:
         return self.base.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., O] for x [..., I]."""
-        gated = self.gated(self.selected(None, x.device))
+    def forward(self, x: Tensor, *, after: Epilogue | None = None) -> Tensor:
+        """y [..., O] for x [..., I]; ``after`` is what `TapsModel.prepare_inference` folds into this layer."""
+        selection = self.selected(None, x.device)
+        gated = self.gated(selection, grouped=after is not None)
         batch, axis = self.place(x, gated, None)
-        deltas = [delta.t() for delta in gated.deltas]
-        options: dict[str, Any] = {"tasks": batch, "pairs": gated.pairs, "batch_dim": axis}
-        return self.run(delta_linear, x, self.base.t(), deltas, gated.coeffs, gated.bias, **options)
+        deltas = [(d.dense(x.dtype) if isinstance(d, Format) else d).t() for d in gated.deltas]
+        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
+        return self.run(delta_linear, x, gated.base.t(), deltas, gated.coeffs, gated.bias, batch_dim=axis, **options)
 
     def merged(self, task: str | None) -> nn.Module:
         weight, bias = self.effective(task)

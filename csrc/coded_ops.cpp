@@ -1,0 +1,189 @@
+// taps_fast::coded_fwd and coded_dx on CPU: checks tensors, orders rows by task, cuts them into passes, runs.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/coded_problem.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "cpu/workspace.h"
+
+namespace taps_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using namespace cpu;
+
+constexpr int64_t kMostColumns = 256, kFewestColumns = 32;  // of one item
+constexpr int64_t kItemsPerThread = 4;
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+DType dtype_of(const char* op, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default: break;
+  }
+  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(type));
+  return {};
+}
+
+Coding coding_of(const char* op, const std::string& format) {
+  if (format == "bits") return Coding::kSign;
+  if (format == "mask") return Coding::kMask;
+  check(format == "int8", op, ": format must be bits, mask or int8, got '", format, "'");
+  return Coding::kInt8;
+}
+
+const CodedKernels& coded_kernels() {
+  static const CodedKernels& chosen = []() -> const CodedKernels& {
+    const std::string name = kernels().name;
+#if defined(__x86_64__)
+    if (name == "avx512") return coded_avx512();
+    if (name == "avx2") return coded_avx2();
+#endif
+    return coded_generic();
+  }();
+  return chosen;
+}
+
+/// What a call is given besides its input and its output.
+struct Arguments {
+  const char* op;
+  const Tensors& codes;
+  const OptionalTensor& tile;
+  const Tensor& factors;
+  const std::vector<int64_t>& which;
+  const OptionalTensor &ids, &order, &offsets;
+  int64_t inner, in_features;
+  const std::string& format;
+};
+
+const Tensor& matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t cols, ScalarType type) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.scalar_type() == type && t.is_contiguous(), op,
+        ": ", name, " must be contiguous, of shape [", rows, ", ", cols, "] and scalar type ", int(type));
+  return t;
+}
+
+void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
+  const char* op = a.op;
+  const ScalarType type = in.scalar_type();
+  const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t tasks = a.which.size(), rows = in.size(0);
+  check(a.factors.dim() == 2, op, ": factors must have 2 dimensions");
+  const int64_t out_features = a.factors.size(1);
+  matrix(op, "factors", a.factors, tasks, out_features, wide);
+  matrix(op, transposed ? "x" : "dy", in, rows, transposed ? a.in_features : out_features, type);
+
+  CodedProduct p{};
+  p.dtype = dtype_of(op, type);
+  p.coding = coding_of(op, a.format);
+  p.transposed = transposed;
+  p.wide_out = out.scalar_type() != type;
+  p.out_features = out_features;
+  p.in_features = a.in_features;
+  const bool bits = p.coding != Coding::kInt8;
+  p.code_stride = bits ? 8 * ceil_div(a.in_features, 64) : a.in_features;
+  for (const Tensor& codes : a.codes)
+    matrix(op, "codes", codes, out_features, p.code_stride, bits ? ScalarType::Byte : ScalarType::Char);
+  check((p.coding == Coding::kMask) == a.tile.has_value(), op, ": tile must be given for mask and for nothing else");
+  if (a.tile) p.tile = {matrix(op, "tile", *a.tile, out_features, a.in_features, type).const_data_ptr(), a.in_features};
+  p.in = {in.const_data_ptr(), in.size(1)};
+  p.out = {out.mutable_data_ptr(), out.size(1)};
+  if (rows == 0 || out_features == 0 || a.in_features == 0) return;
+
+  const CodedKernels& kernels = coded_kernels();
+  std::vector<int64_t> order;
+  std::vector<CodedPass> passes;
+  const auto add = [&](int64_t task, int64_t begin, int64_t end) {
+    const int64_t code = a.which[task];
+    check(code < int64_t(a.codes.size()), op, ": which must be in [-1, ", a.codes.size(), "), got ", code);
+    const char* factors = static_cast<const char*>(a.factors.const_data_ptr());
+    const int64_t part = even_part(std::max<int64_t>(end - begin, 1), kernels.tile_rows);
+    for (int64_t r = begin; r < end; r += part)
+      passes.push_back({static_cast<const uint8_t*>(a.codes[code].const_data_ptr()),
+                        factors + task * out_features * compute_size(p.dtype), r, std::min(r + part, end)});
+  };
+  if (a.offsets && a.order && a.ids) {
+    const int64_t batch = a.ids->numel();
+    check(a.order->numel() == batch && a.offsets->numel() == tasks + 2 && a.order->is_contiguous() &&
+              a.offsets->is_contiguous() && a.inner >= 1 && batch > 0 && rows % (a.inner * batch) == 0,
+          op, ": ids, order and offsets must be a batch of ", tasks, " tasks whose samples divide ", rows, " rows");
+    const Groups groups{static_cast<const int64_t*>(a.order->const_data_ptr()),
+                        static_cast<const int64_t*>(a.offsets->const_data_ptr()), batch, tasks, a.inner};
+    for (int64_t t = 0; t < tasks; t++) {
+      if (a.which[t] < 0) continue;
+      const int64_t begin = order.size();
+      for_each_row(groups, t + 1, rows, [&](int64_t r) { order.push_back(r); });
+      add(t, begin, order.size());
+    }
+    p.row_index = order.data();
+  } else {
+    check(tasks == 1, op, ": which must have one entry without tasks, got ", tasks);
+    if (a.which[0] >= 0) add(0, 0, rows);
+  }
+  if (passes.empty()) return;
+  p.passes = passes.data();
+  p.num_passes = passes.size();
+  p.col_block = kMostColumns;
+  const int64_t threads = torch::stable::get_num_threads();
+  while (p.col_block > kFewestColumns && num_items(p) < kItemsPerThread * threads) p.col_block /= 2;
+  const int64_t bytes = kernels.workspace_bytes(p);
+  int64_t next_item = 0;
+  const auto worker = [&](int64_t, int64_t) { kernels.run(p, &next_item, workspace(bytes)); };
+  const int64_t workers = std::min(num_items(p), threads);
+  if (workers <= 1) return worker(0, 1);
+  torch::stable::parallel_for(0, workers, 1, worker);
+}
+
+Tensor coded_fwd(const Tensor& y, const Tensor& x, const Tensors& codes, const OptionalTensor& tile,
+                 const Tensor& factors, const std::vector<int64_t>& which, const OptionalTensor& ids,
+                 const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, const std::string& format) {
+  check(x.dim() == 2, "coded_fwd: x must have 2 dimensions");
+  matrix("coded_fwd", "y", y, x.size(0), factors.size(1), y.scalar_type());
+  check(y.scalar_type() == x.scalar_type() || y.scalar_type() == factors.scalar_type(),
+        "coded_fwd: y must have the scalar type of x or of factors, got ", int(y.scalar_type()));
+  Tensor out = torch::stable::new_empty(y, y.sizes());
+  const int64_t size = y.scalar_type() == ScalarType::Double ? 8 : y.scalar_type() == ScalarType::Float ? 4 : 2;
+  if (y.numel()) std::memcpy(out.mutable_data_ptr(), y.const_data_ptr(), y.numel() * size);
+  run({"coded_fwd", codes, tile, factors, which, ids, order, offsets, inner, x.size(1), format}, true, x, out);
+  return out;
+}
+
+Tensor coded_dx(const Tensor& dy, const Tensors& codes, const OptionalTensor& tile, const Tensor& factors,
+                const std::vector<int64_t>& which, const OptionalTensor& ids, const OptionalTensor& order,
+                const OptionalTensor& offsets, int64_t inner, const std::string& format, int64_t in_features) {
+  check(dy.dim() == 2, "coded_dx: dy must have 2 dimensions");
+  Tensor out = torch::stable::new_zeros(dy, {dy.size(0), in_features});
+  run({"coded_dx", codes, tile, factors, which, ids, order, offsets, inner, in_features, format}, false, dy, out);
+  return out;
+}
+
+}  // namespace
+}  // namespace taps_fast
+
+STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {
+  m.impl("coded_fwd", TORCH_BOX(&taps_fast::coded_fwd));
+  m.impl("coded_dx", TORCH_BOX(&taps_fast::coded_dx));
+}

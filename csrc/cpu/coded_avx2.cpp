@@ -1,0 +1,10 @@
+#include "coded.h"
+
+namespace taps_fast::cpu {
+
+const CodedKernels& coded_avx2() {
+  static constexpr CodedKernels table = make_coded_table();
+  return table;
+}
+
+}  // namespace taps_fast::cpu

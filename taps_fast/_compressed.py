@@ -1,0 +1,218 @@
+"""Products with compressed deltas that never become dense: what `delta_linear` adds to the product of the rest.
+
+Of a mixed batch, a task may use several deltas of one kind. They are taken in turns: in one turn each task uses at
+most one, and one grouped product serves all rows. With one delta a task there is one turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _ext
+from .formats import Delta, Format, Int8, LowRank, MaskBits, SignBits
+from .tasks import Index, TaskBatch, sample_of_row
+
+ops = torch.ops.taps_fast
+
+CODED_ROWS = 16
+"""Rows a task up to which decoding a delta in registers costs less than decoding it into memory for a GEMM."""
+
+Linear = Callable[..., Tensor]
+"""`delta_linear`, handed down: a low-rank delta is two dense ones, one after the other."""
+
+
+def stays_apart(delta: Format, base: Tensor, rows: int, algorithm: str) -> bool:
+    """Whether a product of its own is what was asked for or, under "auto", costs less than a dense delta."""
+    if algorithm != "auto":
+        return algorithm == "split"
+    if isinstance(delta, LowRank):
+        return delta.rank * sum(base.shape) < base.numel()
+    return CODED_ROWS >= rows and base.device.type == "cpu" and _ext.CPU_LOADED
+
+
+def used_pairs(coeffs: Tensor, pairs: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """The (task, delta) pairs that need a product: without those of coefficient 0, where they are read for nothing."""
+    table = coeffs if coeffs.dim() == 2 else coeffs[None]
+    unread = table.requires_grad or table.device.type != "cpu" or torch.compiler.is_compiling()
+    if pairs is None:
+        if not unread:
+            return [(t, k) for t, k in table.nonzero().tolist()]
+        return [(t, k) for t in range(table.shape[0]) for k in range(table.shape[1])]
+    if unread:
+        return list(pairs)
+    values = table.tolist()
+    return [(t, k) for t, k in pairs if values[t][k] != 0]
+
+
+def turns(deltas: Iterable[int], pairs: Iterable[tuple[int, int]], num_tasks: int) -> list[list[int]]:
+    """For each turn the delta that each task uses, -1 for none."""
+    found: list[list[int]] = []
+    used = [0] * num_tasks
+    wanted = set(deltas)
+    for task, delta in pairs:
+        if delta in wanted:
+            if used[task] == len(found):
+                found.append([-1] * num_tasks)
+            found[used[task]][task] = delta
+            used[task] += 1
+    return found
+
+
+class Products(NamedTuple):
+    """The deltas of one call that stay apart, and what their products need. x is [..., I], not flattened."""
+
+    x: Tensor
+    deltas: Sequence[Delta]
+    apart: list[int]
+    coeffs: Tensor
+    batch: TaskBatch | None
+    batch_dim: int
+    inner: int
+    pairs: list[tuple[int, int]]
+    linear: Linear
+    backend: str | None
+
+    def added_to(self, y: Tensor) -> Tensor:
+        """y + Σ_k coeffs[t, k]·deltas[k] x over the deltas that stay apart."""
+        low = {k: d for k in self.apart if isinstance(d := self.deltas[k], LowRank)}
+        if any(k in low for _, k in self.pairs):
+            y = y + self._low_rank(low).to(y.dtype)
+        for kind, tile, places in self._coded_groups():
+            for which in turns(places, self.pairs, self.num_tasks):
+                y = self._coded(y, kind, tile, which)
+        return y
+
+    @property
+    def num_tasks(self) -> int:
+        return 1 if self.batch is None else self.batch.num_tasks
+
+    def _coded_groups(self) -> list[tuple[str, Tensor | None, list[int]]]:
+        """The deltas that one call can take: of one kind, and masks of one tile."""
+        found: list[tuple[str, Tensor | None, list[int]]] = []
+        for k in self.apart:
+            delta = self.deltas[k]
+            if isinstance(delta, SignBits | MaskBits | Int8):
+                tile = delta.tile if isinstance(delta, MaskBits) else None
+                for name, held, places in found:
+                    if name == delta.name and held is tile:
+                        places.append(k)
+                        break
+                else:
+                    found.append((delta.name, tile, [k]))
+        return found
+
+    def _coded(self, y: Tensor, kind: str, tile: Tensor | None, which: list[int]) -> Tensor:
+        """y + coeffs[t, k]·scale_k∘(D_k x) with k = which[t]."""
+        used = sorted({k for k in which if k >= 0})
+        deltas = [d for k in used if isinstance(d := self.deltas[k], SignBits | MaskBits | Int8)]
+        table = self.coeffs if self.batch is not None else self.coeffs[None]
+        scales = [d.scale.to(table.dtype) for d in deltas]
+        if any(scale.dim() for scale in scales):
+            scales = [scale.expand(y.shape[-1]) for scale in scales]
+        scale = torch.stack(scales).view(len(deltas), -1)  # [K', 1 or O]
+        rows = [used.index(k) if k >= 0 else 0 for k in which]
+        # What a task without such a delta gets here is not used.
+        own = (
+            table.diagonal()
+            if which == list(range(table.shape[1]))
+            else table[range(len(which)), [max(k, 0) for k in which]]
+        )
+        factors = own[:, None] * (scale if rows == list(range(len(used))) else scale[rows])
+        factors = factors.expand(-1, y.shape[-1])
+        index = (None, None, None) if self.batch is None else self.batch.tensors
+        call = CodedCall([rows[t] if k >= 0 else -1 for t, k in enumerate(which)], index, self.inner, kind)
+        tile = None if tile is None else tile.contiguous()
+        tensors = [y.flatten(0, -2).contiguous(), self.x.flatten(0, -2).contiguous(), factors.contiguous()]
+        codes = [d.codes.contiguous() for d in deltas]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            out: Tensor = Coded.apply(call, tile, *tensors, *codes)  # type: ignore[no-untyped-call]
+        else:
+            out = ops.coded_fwd(*tensors[:2], codes, tile, tensors[2], call.which, *call.batch, call.inner, kind)
+        return out.view(y.shape)
+
+    def _low_rank(self, low: dict[int, LowRank]) -> Tensor:
+        """Σ c·B (A x), grouped by task where each uses one delta; else with all deltas side by side."""
+        places, deltas = list(low), list(low.values())
+        coeffs = self.coeffs[..., places] * torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
+        if self.batch is not None:
+            each = turns(places, self.pairs, self.batch.num_tasks)
+            if len(each) == 1 and len(deltas) > 1 and len({d.rank for d in deltas}) == 1:
+                return self._grouped(deltas, [places.index(k) if k >= 0 else -1 for k in each[0]], coeffs)
+        weights = torch.cat([coeffs[..., n, None].expand(*coeffs.shape[:-1], d.rank) for n, d in enumerate(deltas)], -1)
+        if self.batch is not None:
+            weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], -1)
+        thin = F.linear(self.x, torch.cat([d.a for d in deltas]))
+        return F.linear((thin * weights).to(thin.dtype), torch.cat([d.b for d in deltas], 1))
+
+    def _grouped(self, deltas: list[LowRank], which: list[int], coeffs: Tensor) -> Tensor:
+        """Two products with one dense delta a task, over a base of 0."""
+        taken = torch.tensor([[k == n for n in range(len(deltas))] for k in which]).to(coeffs)
+        options: dict[str, Any] = {
+            "tasks": self.batch,
+            "base_coeffs": coeffs.new_zeros(len(which)),
+            "pairs": [(t, k) for t, k in enumerate(which) if k >= 0],
+            "batch_dim": self.batch_dim,
+            "backend": self.backend,
+        }
+        a, b = [d.a for d in deltas], [d.b for d in deltas]
+        thin = self.linear(self.x, torch.zeros_like(a[0]), a, taken, **options)
+        return self.linear(thin, torch.zeros_like(b[0]), b, coeffs, **options)
+
+    @property
+    def task_of_row(self) -> Tensor:
+        """int64 [M]: each row's row of a [T + 1, …] table, the base's being the last."""
+        assert self.batch is not None
+        ids, rows = self.batch.ids, self.x.shape[:-1].numel()
+        if ids.shape[0] == 0:
+            return ids.new_empty(rows)
+        return torch.remainder(ids[sample_of_row(rows, ids.shape[0], self.inner, ids.device)], self.batch.num_tasks + 1)
+
+
+class CodedCall(NamedTuple):
+    """What of a coded product is not differentiated."""
+
+    which: list[int]
+    batch: Index
+    inner: int
+    kind: str
+
+
+class Coded(torch.autograd.Function):
+    """y + factors[t]∘(D x). Saved: x, codes, tile and factors; D x is computed again for the factors' gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: CodedCall, tile: Tensor | None, y: Tensor, x: Tensor, factors: Tensor, *codes: Tensor
+    ) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, tile, factors, *call.batch, *codes)
+        out: Tensor = ops.coded_fwd(y, x, list(codes), tile, factors, call.which, *call.batch, call.inner, call.kind)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("delta_linear: second derivatives need backend='reference'; the kernels have none")
+        call: CodedCall = ctx.call
+        x, tile, factors, *rest = ctx.saved_tensors
+        index, codes = rest[:3], rest[3:]
+        dy = dy.contiguous()
+        dx = dfactors = None
+        if ctx.needs_input_grad[3]:
+            dx = ops.coded_dx(dy, codes, tile, factors, call.which, *index, call.inner, call.kind, x.shape[1])
+        if ctx.needs_input_grad[4]:
+            nothing, ones = dy.new_zeros(dy.shape, dtype=factors.dtype), torch.ones_like(factors)
+            product = ops.coded_fwd(nothing, x, codes, tile, ones, call.which, *index, call.inner, call.kind)
+            product *= dy
+            # A product with the one-hot task matrix keeps the order of summation fixed on every device.
+            task = torch.zeros(dy.shape[0], dtype=torch.int64, device=dy.device)
+            if index[0] is not None and dy.shape[0]:
+                task = index[0][sample_of_row(dy.shape[0], index[0].shape[0], call.inner, dy.device)]
+            member = task[None, :] == torch.arange(factors.shape[0], device=dy.device)[:, None]
+            dfactors = member.to(factors.dtype) @ product
+        return (None, None, dy, dx, dfactors, *(None for _ in codes))

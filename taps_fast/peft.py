@@ -1,0 +1,179 @@
+"""LoRA adapters as PEFT saves them, read as low-rank deltas.
+
+    <folder>/adapter_config.json             what kind of adapter, its rank and α
+    <folder>/adapter_model.safetensors       base_model.model.<path>.lora_A.weight, .lora_B.weight
+
+A layer's delta is (α/r)·B A, or (α/√r)·B A with ``use_rslora``. What would change the result and is not read here is
+refused by name; nothing of a folder is left out in silence. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .formats import LowRank
+from .store import did_you_mean
+
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"}
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "modules_to_save", "eva_config", "ensure_weight_tying", "runtime_config", "init_lora_weights",
+    "qalora_group_size", "megatron_core",
+}  # fmt: skip
+"""Keys of the configuration that say where and how an adapter was trained; its tensors say the rest."""
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base's weights as they are."""
+
+
+class AdapterError(ValueError):
+    """A folder that is no LoRA adapter, or one that cannot be read exactly."""
+
+
+def read_lora(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
+    """The low-rank delta of each adapted module of a PEFT LoRA folder.
+
+    Args:
+        folder: what ``PeftModel.save_pretrained`` wrote.
+
+    Returns:
+        By the module's path in the base model. For a convolution the delta has the shape of its kernel.
+
+    Raises:
+        AdapterError: no adapter, one of another type than LoRA (DoRA, QLoRA-A, …), or one with what a low-rank delta
+            cannot hold: trained biases, modules saved whole, embeddings, weights that an initialisation changed.
+
+    Source: LoRA, arXiv 2106.09685; rank-stabilised scaling, arXiv 2312.03732.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    tensors = _tensors(folder)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        if found is None:
+            raise AdapterError(
+                f"read_lora: {folder / _TENSORS} must hold lora_A and lora_B weights alone, got {name!r} "
+                f"({_what(name)})"
+            )
+        pairs.setdefault(found[1], {})[found[2]] = tensor
+    if not pairs:
+        raise AdapterError(f"read_lora: {folder / _TENSORS} must hold lora_A and lora_B weights, got none")
+    return {path: _delta(folder, path, pair, config) for path, pair in pairs.items()}
+
+
+def match(deltas: Mapping[str, LowRank], shapes: Mapping[str, Iterable[int]]) -> dict[str, LowRank]:
+    """The same deltas, each with the shape of its layer; every one must have a layer.
+
+    Args:
+        deltas: from `read_lora`.
+        shapes: of the layers' weights, by path.
+
+    Raises:
+        AdapterError: a path that is no layer's, or a delta of another shape.
+    """
+    for path, delta in deltas.items():
+        if path not in shapes:
+            raise AdapterError(
+                f"read_lora: every adapted module must be an adapted layer of the model, got {path!r}"
+                f"{did_you_mean(path, shapes)} ({len(set(deltas) - set(shapes))} of {len(deltas)} are none)"
+            )
+        if tuple(delta.shape) != tuple(shapes[path]):
+            raise AdapterError(
+                f"read_lora: the delta of {path!r} must be {tuple(shapes[path])} like the layer's weight, "
+                f"got {tuple(delta.shape)}"
+            )
+    return dict(deltas)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise AdapterError(f"read_lora: folder must be a PEFT adapter, with {_CONFIG}, got none in {folder}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"read_lora: {path} must be JSON, got a file that is not ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"read_lora: peft_type must be LORA, got {kind!r} ({path})")
+    if config.get("init_lora_weights", True) not in _INITIAL:
+        raise AdapterError(
+            "read_lora: init_lora_weights must leave the base's weights as they are, got "
+            f"{config['init_lora_weights']!r} (save it with path_initial_model_for_weight_conversion)"
+        )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"read_lora: bias must be 'none', got {config['bias']!r} (trained biases are not read)")
+    for key, value in config.items():
+        if value and key not in _READ | _HARMLESS:
+            raise AdapterError(
+                f"read_lora: {key} must not be set, got {value!r} (a plain low-rank delta is read alone)"
+            )
+    return config
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / _TENSORS
+    if not path.is_file():
+        other = " (adapter_model.bin is pickled, which is never loaded: save with safe_serialization=True)"
+        raise AdapterError(
+            f"read_lora: folder must hold {_TENSORS}, got none in {folder}"
+            f"{other if (folder / 'adapter_model.bin').exists() else ''}"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise AdapterError(
+            f"read_lora: {path} must be a whole safetensors file, got one that is not ({error})"
+        ) from None
+
+
+def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    if set(pair) != {"A", "B"}:
+        missing = "B" if "A" in pair else "A"
+        raise AdapterError(f"read_lora: {path!r} must have lora_A and lora_B, got no lora_{missing} ({folder})")
+    a, b = pair["A"], pair["B"]
+    rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank:
+        raise AdapterError(
+            f"read_lora: lora_A and lora_B of {path!r} must be [{rank}, I] and [O, {rank}], as the configuration "
+            f"says, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise AdapterError(
+            f"read_lora: lora_A and lora_B of {path!r} must be of one float dtype, got {a.dtype}, {b.dtype}"
+        )
+    if a.dim() == 4 and b.shape[2:].numel() != 1:
+        raise AdapterError(f"read_lora: lora_B of {path!r} must be a 1 x 1 convolution, got {tuple(b.shape)}")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank.of(b.flatten(1), a.flatten(1), scale, (b.shape[0], *a.shape[1:]))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that is the module's path, or the end of it after a dot, as a regular expression."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _what(name: str) -> str:
+    """What a tensor that is no lora_A or lora_B belongs to."""
+    if "lora_magnitude_vector" in name:
+        return "DoRA is not a low-rank delta"
+    if "lora_embedding" in name:
+        return "embeddings have no low-rank deltas here"
+    return "modules_to_save and trained biases are not read"

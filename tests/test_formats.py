@@ -1,0 +1,190 @@
+"""Compressed deltas: what each format means, and that every way of using one gives what its dense delta gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from taps_fast import delta_conv2d, delta_linear
+from taps_fast.formats import FORMATS, Format, Int8, LowRank, MaskBits, SignBits, compress, pack_bits, unpack_bits
+from taps_fast.testing import assert_no_worse_than_torch
+
+SHAPES = [(6, 5), (3, 64), (7, 65), (8, 3, 3, 3)]
+KINDS = tuple(FORMATS)
+
+
+def make(kind: str, shape: tuple[int, ...], dtype=torch.float32, seed=0, tile=None, rank=3) -> Format:
+    """A format that trains what it can, exactly representable in ``dtype``."""
+    g = torch.Generator().manual_seed(seed)
+    delta = torch.randn(shape, generator=g, dtype=torch.float64).mul(math.prod(shape[1:]) ** -0.5).to(dtype)
+    if kind == "mask":
+        tile = delta if tile is None else tile
+        made: Format = MaskBits.from_mask(torch.rand(shape, generator=g) < 0.4, tile, 0.75)
+    else:
+        made = compress(delta, kind, rank=rank if kind == "lowrank" else None)
+    for name in made.trained:
+        made.tensors[name].requires_grad_()
+    return made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_round_trip(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    codes = pack_bits(mask)
+    assert torch.equal(unpack_bits(codes, shape), mask)
+    assert codes.dtype == torch.uint8 and codes.shape == (shape[0], 8 * math.ceil(math.prod(shape[1:]) / 64))
+
+
+def test_bits_are_where_the_kernels_read_them():
+    codes = pack_bits(torch.arange(70)[None] == torch.tensor([[0], [9], [69]]))
+    assert codes[0].tolist() == [1] + [0] * 15 and codes[1, 1] == 2 and codes[2, 8] == 1 << 5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_formulas(shape, dtype):
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    delta.view(-1)[0] = 0
+    wide = delta.double()
+    exact = dict(atol=1e-6, rtol=1e-5) if dtype != torch.float64 else dict(atol=1e-12, rtol=1e-12)
+
+    signs = SignBits.from_dense(delta).dense(torch.float64)
+    torch.testing.assert_close(signs, ((wide >= 0).double() * 2 - 1) * wide.abs().mean(), **exact)
+
+    mask = wide > 0.3
+    torch.testing.assert_close(MaskBits.from_mask(mask, delta, 0.5).dense(torch.float64), wide * mask / 2, **exact)
+
+    int8 = Int8.from_dense(delta)
+    step = wide.flatten(1).abs().amax(1) / 127
+    error = (int8.dense(torch.float64) - wide).flatten(1).abs()
+    assert bool((error <= step[:, None] * 0.50001).all())
+    assert int8.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    u, s, v = torch.linalg.svd(wide.flatten(1), full_matrices=False)
+    low = LowRank.from_dense(delta, 2)
+    nearest = ((u[:, :2] * s[:2]) @ v[:2]).view(shape)
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(low.dense(torch.float64), nearest, atol=rounding, rtol=rounding)
+    assert low.error(delta) == pytest.approx(float(s[2:].norm() / s.norm()), abs=rounding)
+
+
+def test_bytes():
+    delta = torch.randn(16, 128)
+    assert SignBits.from_dense(delta).bytes == 16 * 128 // 8 + 4
+    assert MaskBits.from_mask(delta > 0, delta).bytes == 16 * 128 // 8 + 4  # the tile is not the task's own
+    assert Int8.from_dense(delta).bytes == 16 * 128 + 16 * 4
+    assert LowRank.from_dense(delta, 4).bytes == 4 * (16 + 128) * 4 + 4
+
+
+def test_a_zero_delta_stays_zero():
+    for kind in ("bits", "int8", "lowrank"):
+        small = compress(torch.zeros(4, 6), kind, rank=2 if kind == "lowrank" else None)
+        assert not small.dense().any() and small.error(torch.zeros(4, 6)) == 0
+
+
+IDS = [2, 0, -1, 2, 3, 0, 0]
+MIXED = (*KINDS, "dense", "lowrank")
+CASES = [
+    *(((kind,) * 4, shape, mix) for kind in KINDS for shape, mix in (((33, 128), "all"), ((70, 67), "own"))),
+    *(((kind,) * 8, (13, 70), "one") for kind in KINDS),
+    *((MIXED, (19, 65), mix) for mix in ("one", "all", "own")),
+    *((MIXED, (6, 4, 3, 3), mix) for mix in ("one", "own")),
+]
+"""Kinds of the deltas, their shape, and how tasks use them: one weight, each task all, each task its own."""
+
+
+class Problem:
+    """Tensors of a case; ``leaves`` are those that get a gradient."""
+
+    def __init__(self, kinds, shape, mix, dtype):
+        g = torch.Generator().manual_seed(3)
+
+        def draw(*size, scale=1.0):
+            return (torch.randn(size, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+        self.conv = len(shape) == 4
+        self.x = draw(2 * len(IDS), shape[1], *((6, 5) if self.conv else ()))
+        self.base, self.bias, tile = draw(*shape, scale=0.2), draw(shape[0]), draw(*shape, scale=0.2).detach()
+        self.deltas = [
+            draw(*shape, scale=0.2) if kind == "dense" else make(kind, shape, dtype, n, tile, 3 if n < 4 else 2)
+            for n, kind in enumerate(kinds)
+        ]
+        count, wide = len(kinds), torch.float64 if dtype == torch.float64 else torch.float32
+        self.pairs = [(t, t) for t in range(min(4, count))] if mix == "own" else None
+        coeffs = torch.randn((count,) if mix == "one" else (4, count), generator=g, dtype=torch.float64).to(wide)
+        if self.pairs is not None:
+            coeffs = coeffs * torch.eye(4, count, dtype=wide)
+        self.coeffs = coeffs.requires_grad_()
+        self.tasks = None if mix == "one" else torch.tensor(IDS)
+        self.leaves = {"dx": self.x, "dbase": self.base, "dbias": self.bias, "dcoeffs": self.coeffs}
+        for n, delta in enumerate(self.deltas):
+            own = {"delta": delta} if isinstance(delta, torch.Tensor) else delta.tensors
+            self.leaves |= {f"d{name}[{n}]": value for name, value in own.items() if value.requires_grad}
+
+    def results(self, y):
+        up = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
+        found = torch.autograd.grad(y, list(self.leaves.values()), up, allow_unused=True)
+        grads = [torch.zeros_like(v) if g is None else g for g, v in zip(found, self.leaves.values(), strict=True)]
+        named = {"y": y.detach(), **dict(zip(self.leaves, grads, strict=True))}
+        if self.pairs is not None:  # what no pair names is not asked for
+            rows, columns = zip(*self.pairs, strict=True)
+            named["dcoeffs"] = named["dcoeffs"][list(rows), list(columns)]
+        return named
+
+    def ours(self, **how):
+        operation = delta_conv2d if self.conv else delta_linear
+        how = {} if self.conv else how
+        return operation(
+            self.x, self.base, self.deltas, self.coeffs, self.bias, tasks=self.tasks, pairs=self.pairs, **how
+        )
+
+    def plain(self, dtype):
+        """One product for the base and one for each delta, weighed row by row, all in ``dtype``."""
+        product = F.conv2d if self.conv else F.linear
+        x, base, bias, coeffs = (t.to(dtype) for t in (self.x, self.base, self.bias, self.coeffs))
+        y = product(x, base, bias)
+        if self.tasks is None:
+            rows = coeffs.expand(len(x), -1)
+        else:
+            rows = F.pad(coeffs, (0, 0, 0, 1))[self.tasks].repeat_interleave(2, 0)
+        for k, delta in enumerate(self.deltas):
+            if isinstance(delta, LowRank) and not self.conv:
+                part = F.linear(F.linear(x, delta.a.to(dtype)), delta.b.to(dtype)) * delta.scale.to(dtype)
+            else:
+                part = product(x, delta.dense(dtype) if isinstance(delta, Format) else delta.to(dtype))
+            y = y + part * rows[:, k].view(-1, *(1,) * (y.dim() - 1))
+        return y
+
+    def pooled(self, named):
+        """The gradients <P, Δ> of coefficients and scales as one tensor, in units of |Δ|.
+
+        Each is one number whose error says little about PyTorch's error; all of them together do.
+        """
+        dense = [d.dense(torch.float64) if isinstance(d, Format) else d.detach().double() for d in self.deltas]
+        units = [float(d.detach().norm()) for d in dense]
+        sums = [named.pop("dcoeffs").double() / max(units)]
+        for n, delta in enumerate(self.deltas):
+            if f"dscale[{n}]" in named:
+                sums.append(named.pop(f"dscale[{n}]").double() * float(delta.scale.detach().abs().max()) / units[n])
+        return torch.cat([s.flatten() for s in sums]).to(named["y"].dtype)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "split", "blend"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kinds, shape, mix", CASES, ids=str)
+def test_products_and_gradients(kinds, shape, mix, dtype, algorithm):
+    """y and every gradient, those of what the formats train too, against plain PyTorch in float64."""
+    if len(shape) == 4 and algorithm != "auto":
+        return  # a convolution makes formats dense whatever is asked
+    problem = Problem(kinds, shape, mix, dtype)
+    out, low = problem.results(problem.ours(algorithm=algorithm)), problem.results(problem.plain(dtype))
+    truth = problem.results(problem.plain(torch.float64))
+    size = float(truth["dbase"].norm())
+    out["<P, Δ>"], low["<P, Δ>"], truth["<P, Δ>"] = (problem.pooled(found) for found in (out, low, truth))
+    for name, value in out.items():
+        assert_no_worse_than_torch(
+            value, truth[name].double(), low[name], scale=size if name == "<P, Δ>" else None, name=name
+        )
