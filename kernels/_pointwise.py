@@ -129,7 +129,7 @@ def task_sums_kernel(
     dy_ptr,
     scale_ptr,
     shift_ptr,
-    mean_ptr,
+    center_ptr,
     ids_ptr,
     order_ptr,
     offsets_ptr,
@@ -147,12 +147,13 @@ def task_sums_kernel(
     MIXED: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
+    CENTER: tl.constexpr,
     WHAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """Over part s of the rows and pixels of group g, for a block of channels, into [g, s, c]:
 
-    WHAT "mean": Σ x. "variance": Σ (x - mean)². "gradients": Σ du·x into first and Σ du into second.
+    WHAT "mean": Σ x. "variance": Σ (x - center)². "gradients": Σ du·(x - center) into first and Σ du into second.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
@@ -170,8 +171,9 @@ def task_sums_kernel(
     c = channel[:, None]
     first = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     second = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    if WHAT == "variance":
-        mean = tl.load(mean_ptr + task.to(tl.int64) * C + c, mask=c < C, other=0.0)
+    center = tl.zeros((BLOCK_C, 1), tl.float32)
+    if CENTER:
+        center = table_tile(center_ptr, task, c, C, T, c < C, CENTER == 2)
     for q in tl.range(part * chunk, last, BLOCK_Q):
         at = q + tl.arange(0, BLOCK_Q)
         valid = at < last
@@ -187,12 +189,12 @@ def task_sums_kernel(
         if WHAT == "mean":
             first += x
         elif WHAT == "variance":
-            first += tl.where(real, (x - mean) * (x - mean), 0.0)
+            first += tl.where(real, (x - center) * (x - center), 0.0)
         else:
             u = affine(x, scale_ptr, shift_ptr, task, c, C, T, c < C, SCALE, SHIFT)
             dy = tl.load(dy_ptr + place, mask=real, other=0.0).to(tl.float32)
             du = activation_gradient(dy, u, ACTIVATION)
-            first += du * x
+            first += du * (x - center)
             second += du
     into = (group.to(tl.int64) * PARTS + part) * C + channel
     tl.store(first_ptr + into, tl.sum(first, axis=1), mask=real_c)

@@ -102,9 +102,10 @@ def _pass(
 
 
 @on_its_device
-def scale_shift_sums(dy: Tensor, x: Tensor, scale: Ids, shift: Ids, *groups: Any) -> tuple[Tensor, Tensor]:
+def scale_shift_sums(dy: Tensor, x: Tensor, scale: Ids, shift: Ids, center: Ids, *groups: Any) -> tuple[Tensor, Tensor]:
     dense, pixels, last = _form(x)
-    first, second = _sums("gradients", dense, pixels, last, groups, dy=_like(dy, last), scale=scale, shift=shift)
+    tables: dict[str, Any] = dict(scale=scale, shift=shift, center=center)
+    first, second = _sums("gradients", dense, pixels, last, groups, dy=_like(dy, last), **tables)
     return first, second
 
 
@@ -112,7 +113,7 @@ def scale_shift_sums(dy: Tensor, x: Tensor, scale: Ids, shift: Ids, *groups: Any
 def moments(x: Tensor, *groups: Any) -> tuple[Tensor, Tensor]:
     dense, pixels, last = _form(x)
     (mean,) = _sums("mean", dense, pixels, last, (*groups, "none"))
-    (variance,) = _sums("variance", dense, pixels, last, (*groups, "none"), mean=mean)
+    (variance,) = _sums("variance", dense, pixels, last, (*groups, "none"), center=mean)
     return mean, variance
 
 
@@ -126,7 +127,7 @@ def _sums(
     dy: Tensor | None = None,
     scale: Ids = None,
     shift: Ids = None,
-    mean: Tensor | None = None,
+    center: Ids = None,
 ) -> list[Tensor]:
     """Two stages in a fixed order: parts of each task's rows, then the sum of the parts."""
     ids, order, offsets, inner, activation = groups
@@ -152,7 +153,7 @@ def _sums(
         dy,
         None if scale is None else scale.contiguous(),
         None if shift is None else shift.contiguous(),
-        mean,
+        None if center is None else center.contiguous(),
         ids,
         order,
         offsets,
@@ -170,6 +171,7 @@ def _sums(
         MIXED=mixed,
         SCALE=_kind(scale),
         SHIFT=_kind(shift),
+        CENTER=_kind(center),
         WHAT=what,
         ACTIVATION=activation,
         num_warps=4,

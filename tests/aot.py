@@ -156,7 +156,7 @@ def _exercise() -> None:
                 table, groups = torch.ones(4, dy.shape[1]), (*index, rows // 16, "relu")
                 pointwise.scale_shift(image, table, table, *groups)
                 pointwise.scale_shift_dx(image, image, table, table, table, table, *groups[:-1], "gelu")
-                pointwise.scale_shift_sums(image, image, table, table, *groups[:-1], "silu")
+                pointwise.scale_shift_sums(image, image, table, table, table, *groups[:-1], "silu")
                 pointwise.moments(image, *groups[:-1])
             pointwise.scale_shift(dy[:1], table[0], None, *none, 1, "relu")
             pointwise.moments(dy[:1], *none, 1)

@@ -66,7 +66,8 @@ def test_every_operator(layout, dtype):
     for groups, table, second in (((*index, 2), each, other), ((None, None, None, 1), shared, offset)):
         check("scale_shift", x, table, second, *groups, "relu")
         check("scale_shift_dx", dy, x, table, second, second, table, *groups, "silu")
-        check("scale_shift_sums", dy, x, table, second, *groups, "gelu", labels=("du·x", "du"))
+        for center in (None, shared, *((other,) if groups[0] is not None else ())):
+            check("scale_shift_sums", dy, x, table, second, center, *groups, "gelu", labels=("du·x", "du"))
         check("moments", x, *groups, labels=("mean", "variance"))
 
 
@@ -75,7 +76,7 @@ def test_every_activation(activation):
     x, dy, (_, each, other, _), index = drawn(torch.float32, "channels_last")
     check("scale_shift", x, each, other, *index, 2, activation)
     check("scale_shift_dx", dy, x, each, other, None, None, *index, 2, activation)
-    check("scale_shift_sums", dy, x, None, other, *index, 2, activation, labels=("du·x", "du"))
+    check("scale_shift_sums", dy, x, None, other, None, *index, 2, activation, labels=("du·x", "du"))
     check("scale_shift", x, None, None, *index, 2, activation)
 
 
@@ -94,7 +95,7 @@ def test_sums_in_parts(monkeypatch, layout):
     """More parts than some tasks have rows."""
     monkeypatch.setattr(pointwise._configs, "splits", lambda *_: 8)
     x, dy, (_, each, other, _), index = drawn(torch.float32, layout)
-    check("scale_shift_sums", dy, x, each, other, *index, 2, "none", labels=("du·x", "du"))
+    check("scale_shift_sums", dy, x, each, other, other, *index, 2, "none", labels=("du·x", "du"))
     check("moments", x, *index, 2, labels=("mean", "variance"))
 
 
@@ -112,6 +113,6 @@ def test_nan_stays_and_no_rows_are_no_error():
     assert pointwise.scale_shift(empty, None, None, *index, 1, "relu").shape == (0, 3)
     for sums in (
         pointwise.moments(empty, *index, 1),
-        pointwise.scale_shift_sums(empty, empty, None, None, *index, 1, "relu"),
+        pointwise.scale_shift_sums(empty, empty, None, None, None, *index, 1, "relu"),
     ):
         assert all(t.shape == (TASKS + 1, 3) and not t.any() for t in sums)
