@@ -98,6 +98,43 @@ def test_emr(vectors):
         check(merged.state(task), base + scale * mask * unified)
 
 
+def test_doge():
+    """Against autograd on the loss as it is written, one matrix after the other."""
+    g = torch.Generator().manual_seed(1)
+    shapes = {"0.w": (12, 9), "0.b": (12,), "1.w": (8, 2, 3, 3)}
+    base = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+    deltas = {n: [0.1 * torch.randn(s, generator=g) for _ in range(3)] for n, s in shapes.items()}
+    deltas["1.w"][2] = torch.zeros(shapes["1.w"])
+    seen = []
+    got = merging.doge(
+        TaskVectors(base, deltas, ["a", "b", "c"]), 0.5, 0.3, subspace=2, steps=40, lr=1e-2, progress=seen.append
+    )
+    assert seen == ["0.w", "1.w"]
+    assert torch.equal(got["0.b"], base["0.b"])
+    matrices = [n for n in shapes if n != "0.b"]
+    sizes = [torch.cat([deltas[n][k].flatten() for n in matrices]).abs() for k in range(3)]
+    limits = [s.sort(descending=True).values[round(0.3 * len(s)) - 1] for s in sizes]
+    for name in matrices:
+        tau = [d.flatten(1) for d in deltas[name]]
+        lam = [0.5 / t.norm() if t.any() else torch.tensor(0.0) for t in tau]
+        rank = min(tau[0].shape)
+        left = torch.cat([torch.linalg.svd(t)[0][:, : rank // 3] for t in tau], 1)
+        shared = torch.linalg.svd(left)[0][:, : rank // 2]
+        delta = torch.zeros_like(tau[0], requires_grad=True)
+        optimizer = torch.optim.Adam([delta], lr=1e-2)
+        for _ in range(40):
+            merged = sum(c * (t + delta) for c, t in zip(lam, tau, strict=True))
+            loss = sum(((t * (t - merged)).sum(1) ** 2).sum() for t in tau)
+            optimizer.zero_grad()
+            loss.backward()
+            delta.grad -= shared @ shared.T @ delta.grad
+            optimizer.step()
+        assert delta.abs().max() > 1e-2
+        masked = ((t.abs() >= m) * (t + delta) for t, m in zip(tau, limits, strict=True))
+        wanted = base[name].flatten(1) + sum(c * m for c, m in zip(lam, masked, strict=True))
+        torch.testing.assert_close(got[name].flatten(1), wanted.detach(), atol=1e-4, rtol=1e-4)
+
+
 def test_a_task_that_nothing_serves_has_scale_0():
     vectors = TaskVectors({"w": torch.zeros(1)}, {"w": [torch.tensor([3.0]), torch.tensor([-1.0])]}, ["a", "b"])
     assert merging.emr(vectors).scales == {"a": 1.0, "b": 0.0}
@@ -107,6 +144,11 @@ def test_a_task_that_nothing_serves_has_scale_0():
     ("call", "text"),
     [
         (lambda v: merging.ties(v, density=0.0), r"ties: density must be in \(0, 1\], got 0.0"),
+        (lambda v: merging.doge(v, density=1.5), r"doge: density must be in \(0, 1\], got 1.5"),
+        (
+            lambda v: merging.doge(v, subspace=0),
+            "doge: subspace must be at least 1 and steps at least 0, got 0 and 400",
+        ),
         (lambda v: merging.tall_masks(v, [0.4]), "tall_masks: lam must be one number or 4, got 1"),
         (lambda v: merging.tall_masks(v).state("x"), "MaskedDelta: task must be one of t0, t1, t2, t3, got 'x'"),
         (lambda v: merging.lines(v, 1, 1, {}), "lines: depths must name every merged tensor, got none for 'stem.w'"),
@@ -123,6 +165,7 @@ def test_no_tensors():
     for state in (
         merging.task_arithmetic(empty),
         merging.ties(empty),
+        merging.doge(empty),
         merging.lines(empty, 1, 1),
         merging.consensus(empty),
         merging.tall_masks(empty).state("a"),

@@ -10,6 +10,7 @@ from .atlas import atlas, random_parts
 from .checkpoints import save_merged
 from .codiemb import fusion
 from .concrete import ConcreteModel, concrete
+from .doge import doge
 from .emr import emr
 from .fold import fold
 from .generated import from_generator
@@ -39,6 +40,7 @@ __all__ = [
     "block_depths",
     "concrete",
     "consensus",
+    "doge",
     "elected",
     "emr",
     "entropy",

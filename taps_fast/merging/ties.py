@@ -58,10 +58,10 @@ def elected(vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
     return vectors.map(change)
 
 
-def thresholds(vectors: TaskVectors, density: float) -> list[float]:
+def thresholds(vectors: TaskVectors, density: float, function: str = "ties") -> list[float]:
     """For each task the magnitude that its largest ``density`` of elements reach."""
     if not 0 < density <= 1:
-        raise ValueError(f"ties: density must be in (0, 1], got {density}")
+        raise ValueError(f"{function}: density must be in (0, 1], got {density}")
     found = []
     for k in range(len(vectors)):
         sizes = torch.cat(
