@@ -1,36 +1,26 @@
-// What the files that register operators share: errors, dtypes, and how items reach the threads.
+// What the files that register CPU operators share: errors, dtypes, and how items reach the threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 
+#include "common/check.h"
 #include "cpu/problem.h"
 
 namespace taps_fast {
 
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-inline cpu::DType dtype_of(const char* op, const torch::stable::Tensor& x) {
+inline cpu::DType dtype_of(const char* op, torch::headeronly::ScalarType type, const char* name = "x") {
   using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
+  switch (type) {
     case ScalarType::Float: return cpu::DType::kFloat32;
     case ScalarType::BFloat16: return cpu::DType::kBFloat16;
     case ScalarType::Half: return cpu::DType::kFloat16;
     case ScalarType::Double: return cpu::DType::kFloat64;
     default: break;
   }
-  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(x.scalar_type()));
+  check(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got scalar type ", int(type));
   return {};
 }
 

@@ -7,11 +7,10 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/coded_problem.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
@@ -29,26 +28,6 @@ using namespace cpu;
 constexpr int64_t kMostColumns = 256, kFewestColumns = 32;  // of one item
 constexpr int64_t kItemsPerThread = 4;
 
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-DType dtype_of(const char* op, ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: break;
-  }
-  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(type));
-  return {};
-}
-
 Coding coding_of(const char* op, const std::string& format) {
   if (format == "bits") return Coding::kSign;
   if (format == "mask") return Coding::kMask;
@@ -58,10 +37,9 @@ Coding coding_of(const char* op, const std::string& format) {
 
 const CodedKernels& coded_kernels() {
   static const CodedKernels& chosen = []() -> const CodedKernels& {
-    const std::string name = kernels().name;
 #if defined(__x86_64__)
-    if (name == "avx512") return coded_avx512();
-    if (name == "avx2") return coded_avx2();
+    if (kernels().vector_bytes == 64) return coded_avx512();
+    if (kernels().vector_bytes == 32) return coded_avx2();
 #endif
     return coded_generic();
   }();

@@ -35,7 +35,7 @@ Tensor depthwise(const Tensor& x, const Tensor& weight, const Tensor& table, con
   check(out_h > 0 && out_w > 0, op, ": padding must make x at least as large as the kernel, got ", padding[0], ", ",
         padding[1]);
   Tensor out = torch::stable::new_empty(x, {n, out_h, out_w, c});
-  const cpu::Depthwise p{.dtype = dtype_of(op, x),
+  const cpu::Depthwise p{.dtype = dtype_of(op, x.scalar_type()),
                          .images = n,
                          .channels = c,
                          .in_h = h,

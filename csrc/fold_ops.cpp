@@ -5,12 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/fold_problem.h"
 #include "cpu/kernels.h"
 
@@ -23,26 +22,6 @@ using Tensors = std::vector<Tensor>;
 using namespace cpu;
 
 constexpr int64_t kItem = 16384;  // elements: eight deltas of an item fit a core's L2
-
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-DType dtype_of(const char* op, ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: break;
-  }
-  check(false, op, ": tensors must be float32, bfloat16, float16 or float64, got scalar type ", int(type));
-  return {};
-}
 
 const FoldKernels& fold_kernels() {
   static const FoldKernels& chosen = []() -> const FoldKernels& {
@@ -74,8 +53,8 @@ class Plan {
     const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check(coeffs.scalar_type() == wide && coeffs.is_contiguous(), op, ": coeffs must be contiguous, of scalar type ",
           int(wide), ", got ", int(coeffs.scalar_type()));
-    problem_ = {dtype_of(op, type),      MaskType::kNone, num_deltas, num_parts, nullptr, nullptr, 0,
-                coeffs.const_data_ptr(), nullptr};
+    problem_ = {dtype_of(op, type, "tensors"), MaskType::kNone, num_deltas, num_parts, nullptr, nullptr, 0,
+                coeffs.const_data_ptr(),       nullptr};
     if (!masks.empty())
       problem_.mask = masks[0].scalar_type() == ScalarType::Bool ? MaskType::kByte : MaskType::kElement;
     const ScalarType mask_type = problem_.mask == MaskType::kByte ? ScalarType::Bool : type;
@@ -98,13 +77,7 @@ class Plan {
     problem_.num_items = items_.size();
   }
 
-  void run(void (*kernel)(const Fold&, int64_t*)) {
-    int64_t next_item = 0;
-    const auto worker = [&](int64_t, int64_t) { kernel(problem_, &next_item); };
-    const int64_t threads = std::min<int64_t>(problem_.num_items, torch::stable::get_num_threads());
-    if (threads <= 1) return worker(0, 1);
-    torch::stable::parallel_for(0, threads, 1, worker);
-  }
+  void run(void (*kernel)(const Fold&, int64_t*)) { run_items(problem_, kernel); }
 
   void keep_partials() {
     partials_.assign(problem_.num_items * problem_.num_parts * problem_.num_deltas, 0);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "common/layout.h"
 #include "cpu/norm.h"
 
 namespace taps_fast {
@@ -22,20 +23,6 @@ constexpr int64_t kItemElements = 1 << 14;   // of a pointwise item: 64 KiB of f
 constexpr int64_t kSpanElements = 1 << 18;   // of a span, whose sums are kept for the end
 constexpr int64_t kChannelsPerItem = 64;
 
-/// Whether t holds its elements in the order [N, …, C].
-bool channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  const auto fits = [&](int64_t axis) {
-    if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
-    expected *= t.size(axis);
-    return true;
-  };
-  if (!fits(1)) return false;
-  for (int64_t axis = t.dim() - 1; axis > 1; axis--)
-    if (!fits(axis)) return false;
-  return fits(0);
-}
-
 /// What every operator here is given, checked, with copies of what is not dense kept alive.
 class Call {
  public:
@@ -43,7 +30,7 @@ class Call {
        const OptionalTensor& offsets, int64_t inner)
       : op_(op), x_(x) {
     check(x.dim() >= 2, op, ": x must have at least 2 dimensions, got ", x.dim());
-    rows.dtype = dtype_of(op, x);
+    rows.dtype = dtype_of(op, x.scalar_type());
     last_ = !x.is_contiguous() && channels_last(x);
     dense_ = last_ || x.is_contiguous();
     int64_t pixels = 1;

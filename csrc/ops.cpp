@@ -7,12 +7,11 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
@@ -25,14 +24,6 @@ using torch::stable::Tensor;
 using namespace cpu;
 
 using OptionalTensor = std::optional<Tensor>;
-
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 /// A tensor's layout, read once: every look at a tensor is a call through the C interface.
 struct Layout {
@@ -53,18 +44,6 @@ std::ostream& operator<<(std::ostream& s, const Layout& t) {
   s << "[";
   for (int64_t i = 0; i < t.dim; i++) s << (i ? ", " : "") << t.sizes[i];
   return s << "]";
-}
-
-DType dtype_of(const char* op, const Layout& x) {
-  switch (x.dtype) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: break;
-  }
-  check(false, op, ": x must be float32, bfloat16, float16 or float64, got scalar type ", int(x.dtype));
-  return {};
 }
 
 /// A matrix of x's type, not initialized.
@@ -171,7 +150,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   const Algorithm how = read_algorithm(op, algorithm);
   RowPlan plan;
   RowProduct& p = plan.problem;
-  p.dtype = dtype_of(op, in);
+  p.dtype = dtype_of(op, in.dtype);
   check(in.dim == 2 && weights.dim == 2, op, ": x and base must have 2 dimensions, got ", in, " and ", weights);
   p.transposed = transposed;
   p.rows = in.sizes[0];
@@ -224,7 +203,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, cons
   Inputs inputs(op, in.dtype);
   GradientPlan plan;
   WeightGradient& p = plan.problem;
-  p.dtype = dtype_of(op, in);
+  p.dtype = dtype_of(op, in.dtype);
   check(in.dim == 2 && weights.dim == 2, op, ": x and base must have 2 dimensions, got ", in, " and ", weights);
   const int64_t rows = in.sizes[0], out_features = weights.sizes[0], in_features = weights.sizes[1];
   p.rows = out_features;

@@ -169,7 +169,7 @@ class FoldItemRun {
 
 template <class S>
 void run_items(const Fold& problem, int64_t* next_item, bool gradient) {
-  for (int64_t i = claim(next_item); i < problem.num_items; i = claim(next_item)) {
+  for (int64_t i = claim(next_item); i < num_items(problem); i = claim(next_item)) {
     FoldItemRun<S> item(problem, i);
     if (gradient) item.gradient();
     else item.fold();

@@ -38,6 +38,8 @@ struct Fold {
   double* partials;    // [num_items, P, K] zeros that the gradient adds to; null: dcoeffs is not wanted
 };
 
+static inline int64_t num_items(const Fold& p) { return p.num_items; }
+
 struct FoldKernels {
   const char* name;
   void (*fold)(const Fold&, int64_t* next_item);

@@ -3,26 +3,13 @@
 
 #include <tuple>
 
+#include "../common/layout.h"
 #include "current.h"
 #include "inputs.h"
 #include "norm.h"
 
 namespace taps_fast::cuda {
 namespace {
-
-/// Whether t holds its elements in the order [N, …, C].
-bool channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  const auto fits = [&](int64_t axis) {
-    if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
-    expected *= t.size(axis);
-    return true;
-  };
-  if (!fits(1)) return false;
-  for (int64_t axis = t.dim() - 1; axis > 1; axis--)
-    if (!fits(axis)) return false;
-  return fits(0);
-}
 
 Activation read_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;

@@ -81,13 +81,7 @@ class FastTapsConv2d(TapsLayer):
         context: TaskContext | None = None,
     ) -> FastTapsConv2d:
         """A layer whose base is ``conv``'s kernel, in the same storage."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._start(context, threshold, initial_score, gate)
-        layer._take(conv)
-        layer.add_tasks(tasks)
-        layer.train(conv.training)
-        return layer
+        return cls._adapting(conv, tasks, context, threshold, initial_score, gate)
 
     def _take(self, conv: nn.Conv2d) -> None:
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size

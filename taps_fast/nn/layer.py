@@ -6,7 +6,7 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from . import gates
 from .compressed import CompressedDelta
 from .context import Layout, Located, Mix, Selection, TaskContext
 from .mixed_weight import MixedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Gated(NamedTuple):
@@ -101,6 +104,20 @@ class TapsLayer(Located, nn.Module):
         self.deltas, self.bias_deltas, self.scores = nn.ParameterDict(), nn.ParameterDict(), Scores()
         self.baked: set[str] = set()
         """Tasks whose "delta" is, for inference, their whole weight."""
+
+    @classmethod
+    def _adapting(cls, module: nn.Module, tasks: Iterable[str], context: TaskContext | None, *settings: Any) -> Self:
+        """A layer whose base is ``module``'s parameters, in the same storage; ``settings`` are `_start`'s."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._start(context, *settings)
+        layer._take(module)
+        layer.add_tasks(tasks)
+        return layer.train(module.training)
+
+    def _take(self, module: Any) -> None:
+        """Takes over what the ordinary layer is: sizes, weight and bias."""
+        raise NotImplementedError
 
     def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes weight and bias as the frozen base, in the storage they are in."""

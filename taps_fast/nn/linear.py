@@ -70,12 +70,7 @@ class FastTapsLinear(TapsLayer):
         context: TaskContext | None = None,
     ) -> FastTapsLinear:
         """A layer whose base is ``linear``'s weight, in the same storage."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._start(context, threshold, initial_score, gate)
-        layer._take(linear)
-        layer.add_tasks(tasks)
-        return layer.train(linear.training)
+        return cls._adapting(linear, tasks, context, threshold, initial_score, gate)
 
     def _take(self, linear: nn.Linear) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
