@@ -123,8 +123,7 @@ class SignBits(Format):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wide = self.scale.dtype if dtype is None else dtype
-        signs = unpack_bits(self.codes, self.shape).to(wide) * 2 - 1
-        return _scaled(self.scale, signs)
+        return _scaled(self.scale, unpack_bits(self.codes, self.shape, torch.tensor([-1, 1], dtype=wide)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,11 +315,16 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded.view(flat.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(codes: Tensor, shape: Sequence[int]) -> Tensor:
-    """The boolean tensor of this shape that `pack_bits` was given."""
+def unpack_bits(codes: Tensor, shape: Sequence[int], values: Tensor | None = None) -> Tensor:
+    """The boolean tensor of this shape that `pack_bits` was given, or ``values[bit]``."""
     out, into = _matrix(shape)
-    bits = codes[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
-    return bits.view(out, codes.shape[1] * 8)[:, :into].reshape(tuple(shape)).bool()
+    byte = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None]
+    bits = byte >> torch.arange(8, dtype=torch.int32, device=codes.device) & 1
+    # A row of eight for each byte there is: one pass, where shifts take four.
+    table = bits.to(torch.uint8) if values is None else values.to(codes.device)[bits]
+    found = torch.nn.functional.embedding(codes.to(torch.int32), table).view(out, codes.shape[1] * 8)
+    found = found[:, :into].reshape(tuple(shape))
+    return found.bool() if values is None else found
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:

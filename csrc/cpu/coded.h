@@ -54,6 +54,26 @@ TAPS_INLINE Vec<C> select_lanes(uint32_t bits, Vec<C> a, Vec<C> b) {
 #endif
 }
 
+/// kLanes<C> int8 as numbers. GCC converts the generic vector one element at a time.
+template <class C>
+TAPS_INLINE Vec<C> widen(const int8_t* bytes) {
+#if defined(__AVX2__)
+  __m128i raw = _mm_setzero_si128();
+  __builtin_memcpy(&raw, bytes, kLanes<C>);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return (Vec<C>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+  else return (Vec<C>)_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(raw));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) return (Vec<C>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+  else return (Vec<C>)_mm256_cvtepi32_pd(_mm_cvtepi8_epi32(raw));
+#else
+  Vec<C> v;
+  for (int i = 0; i < kLanes<C>; i++) v[i] = bytes[i];
+  return v;
+#endif
+}
+
 template <class S, Coding kCoding>
 class CodedItem {
   using C = Compute<S>;
@@ -146,11 +166,10 @@ class CodedItem {
   TAPS_INLINE V decode(int64_t o, int64_t i) const {
     const uint8_t* row = pass_.codes + o * p_.code_stride;
     if constexpr (kCoding == Coding::kInt8) {
-      typedef int8_t Bytes __attribute__((vector_size(lanes)));
-      Bytes bytes{};
-      if constexpr (kWhole) __builtin_memcpy(&bytes, row + i, lanes);
-      else __builtin_memcpy(&bytes, row + i, p_.in_features - i);
-      return __builtin_convertvector(bytes, V);
+      const int8_t* codes = reinterpret_cast<const int8_t*>(row + i);
+      int8_t part[16] = {};
+      if constexpr (!kWhole) __builtin_memcpy(part, codes, p_.in_features - i);
+      return widen<C>(kWhole ? codes : part);
     } else {
       const uint32_t bits = lane_bits<lanes>(row, i);
       if constexpr (kCoding == Coding::kSign) {
