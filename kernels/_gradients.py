@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,14 +39,13 @@ def linear_dw(
     dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
     dbase = base.new_empty(shape) if need_dbase else base.new_empty(0)
     ddeltas = {k: base.new_empty(shape) for k in ddeltas_for}
-    outputs = [dbase, *(ddeltas.get(k, base.new_empty(0)) for k in range(len(deltas)))]
+    unwanted = base.new_empty(0)
+    outputs = [dbase, *(ddeltas.get(k, unwanted) for k in range(len(deltas)))]
 
     # What one task alone contributes to is written from that task's tile; a sum over tasks takes its own pass.
     count = len(deltas)
-    listed = sorted(set(pairs))
-    owners = [0] * count
-    for pair in listed or range(weight.tasks * count):
-        owners[pair % count] += 1
+    listed, owners = _owners(tuple(pairs), count)
+    owners = owners or (weight.tasks,) * count
     for k in ddeltas:
         if owners[k] == 0:
             ddeltas[k].zero_()
@@ -55,15 +56,24 @@ def linear_dw(
             out.zero_()
         return dcoeffs, list(ddeltas.values()), dbase
     if weight.tasks and (need_dcoeffs or alone):
-        kept = [out if s in alone else base.new_empty(0) for s, out in enumerate(outputs)]
+        own = set(alone)
+        kept = [out if s in own else unwanted for s, out in enumerate(outputs)]
         _dw_by_task(dy, x, weight, rows, listed, kept, dcoeffs)
     if shared:
         _dw_shared(dy, x, weight, rows, shared, [outputs[s] for s in shared])
     return dcoeffs, list(ddeltas.values()), dbase
 
 
+@functools.lru_cache(maxsize=1024)
+def _owners(pairs: tuple[int, ...], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pairs in order, and how many tasks use each of ``count`` deltas. Kept: a layer's are the same each step."""
+    listed = tuple(sorted(set(pairs)))
+    used = collections.Counter(pair % count for pair in listed)
+    return listed, tuple(used[k] for k in range(count)) if listed else ()
+
+
 def _dw_by_task(
-    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, listed: list[int], outputs: list[Tensor], dcoeffs: Tensor
+    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, listed: Sequence[int], outputs: list[Tensor], dcoeffs: Tensor
 ) -> None:
     """dcoeffs at ``listed`` pairs (empty: all), and each output (0 elements: not wanted) of one task alone."""
     M, I = x.shape

@@ -80,10 +80,8 @@ def _cuda(problem: Problem) -> Iterator[str]:
         yield f"takes at most {STREAM_DELTAS} deltas, got {problem.num_deltas}"
     if max(problem.rows, *problem.shape) >= 2**30:
         yield f"counts rows and features in 30 bits, got {problem.rows} rows and weight {problem.shape}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        yield f"needs compute capability 8.0 or newer, the device has {torch.cuda.get_device_capability()}"
-    if _ext.CUDA_ERROR is not None:
-        yield _ext.CUDA_ERROR
+    if (reason := _ext.cuda_refusal()) is not None:
+        yield reason
 
 
 def _triton(problem: Problem) -> Iterator[str]:
@@ -243,7 +241,7 @@ def describe_machine() -> str:
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
     lines.append(f"CPU kernels: {_ext.CPU_ERROR or torch.ops.taps_fast.cpu_isa()}")
     if torch.cuda.is_available():
-        lines.append(f"CUDA device: {torch.cuda.get_device_name()}; CUDA kernels: {_ext.CUDA_ERROR or 'loaded'}")
+        lines.append(f"CUDA device: {torch.cuda.get_device_name()}; CUDA kernels: {_ext.cuda_refusal() or 'loaded'}")
     else:
         lines.append("CUDA device: none")
     try:

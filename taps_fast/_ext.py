@@ -47,6 +47,22 @@ CPU_ERROR = _load("_C")
 CPU_LOADED = CPU_ERROR is None
 CUDA_ERROR = f"PyTorch {torch.__version__} has no CUDA" if torch.version.cuda is None else _load("_C_cuda")
 CUDA_LOADED = CUDA_ERROR is None
+CUDA_CHIPS: list[tuple[int, int]] = []
+"""The compute capabilities that the CUDA extension was compiled for; each serves its generation, from itself on."""
+if CUDA_LOADED:
+    CUDA_CHIPS = [divmod(int(n) // 10, 10) for n in torch.ops.taps_fast.cuda_architectures().split(",")]
+_OTHER_CHIP = f"taps_fast._C_cuda was built for others. To build it: {_how_to_build()}"
+
+
+def cuda_refusal() -> str | None:
+    """Why the compiled CUDA kernels do not run on the current device, or None."""
+    if CUDA_ERROR is not None or not torch.cuda.is_available():
+        return CUDA_ERROR
+    chip = torch.cuda.get_device_properties()  # which torch.compile knows
+    if any(major == chip.major and minor <= chip.minor for major, minor in CUDA_CHIPS):
+        return None
+    return f"the device has compute capability {chip.major}.{chip.minor}, {_OTHER_CHIP}"
+
 
 if CPU_ERROR is not None:
     if os.environ.get("TAPS_FAST_EXT") == "require":

@@ -6,12 +6,12 @@ A schema is the contract that each backend implements:
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
-* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton, or from
-  plain PyTorch (`taps_fast._pointwise`) for float64; from plain PyTorch wherever no kernel is registered.
+* ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
+  installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
   and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
-* ``taps_fast::coded_*`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
-  and from plain PyTorch (`taps_fast._coded`) wherever no kernel is registered.
+* ``taps_fast::coded_*`` come from the C++ extension on CPU, from Triton on CUDA where it is installed (but for
+  float64), and from plain PyTorch (`taps_fast._coded`) wherever no kernel is registered.
 
 Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K deltas, T tasks, B samples):
 
@@ -232,14 +232,14 @@ def _from(module: str, name: str) -> Callable[..., Any]:
 
 _COMPILED = {"linear_stream", "task_plan"}
 """Operators that a compiled extension alone implements; its loading registers them."""
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _triton_or(plain: str, module: str, name: str) -> Callable[..., Any]:
-    """What an operator with a plain form runs on CUDA: Triton where it is installed, but for float64."""
+def _unless_float64(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, for the types that it computes."""
 
-    def run(*args: Any) -> Any:
-        there = args[0].dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-        return _from(module if there else plain, name)(*args)
+    def run(first: Tensor, *rest: Any) -> Any:
+        return (plain if first.dtype == torch.float64 else kernel)(first, *rest)
 
     return run
 
@@ -252,14 +252,11 @@ for _name, _schema in SCHEMAS.items():
         continue
     if _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
-    elif _name.startswith(("coded", "fold")):
-        _part = _name.partition("_")[0]
-        torch.library.impl(_op, "CompositeExplicitAutograd", _from(f"taps_fast._{_part}", _name))
-        if importlib.util.find_spec("triton") is not None:
-            torch.library.impl(_op, "CUDA", _from(f"taps_fast.kernels.{_part}", _name))
-    elif not _name.startswith("linear"):
-        torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._pointwise", _name))
-        if not _ext.CUDA_LOADED:
-            torch.library.impl(_op, "CUDA", _triton_or("taps_fast._pointwise", "taps_fast.kernels.pointwise", _name))
-    else:
+    elif _name.startswith("linear"):
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))
+    else:
+        _part = _name.partition("_")[0] if _name.startswith(("coded", "fold")) else "pointwise"
+        _plain, _kernel = _from(f"taps_fast._{_part}", _name), _from(f"taps_fast.kernels.{_part}", _name)
+        torch.library.impl(_op, "CompositeExplicitAutograd", _plain)
+        if _TRITON and _name != "depthwise" and not (_part == "pointwise" and _ext.CUDA_LOADED):
+            torch.library.impl(_op, "CUDA", _kernel if _part == "fold" else _unless_float64(_kernel, _plain))

@@ -64,7 +64,8 @@ class TaskBatch:
         if ids.dim() != 1:
             raise ValueError(f"TaskBatch: tasks must have 1 dimension, one id a sample, got shape {tuple(ids.shape)}")
         ids = ids.detach().to(device=ids.device if device is None else device, dtype=torch.int64)
-        if _ext.CUDA_LOADED and ids.is_cuda and ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS:
+        small = ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS
+        if ids.is_cuda and small and _ext.cuda_refusal() is None:
             order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
             torch._assert_async(valid, f"TaskBatch: tasks must be ids in [-1, {num_tasks})")
             return cls(ids, order, offsets, num_tasks)

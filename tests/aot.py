@@ -42,6 +42,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
 FMA = r"FFMA"
+ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOM[GS]?|REDG?)\b")
 TENSOR_CORE = {(8, 0): r"\bHMMA", (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
 
 
@@ -80,6 +81,7 @@ class Facts:
     spills_in_loops: int
     shared: int
     products: int
+    atomics: int
     async_copies: int
     warnings: tuple[str, ...]
     hazards: int
@@ -220,6 +222,7 @@ def compiled(launch: Launch) -> Facts:
         spills_in_loops=spills_in_loops(sass, FMA if is_ieee(launch) else TENSOR_CORE[launch.chip]),
         shared=binary.metadata.shared,
         products=len(re.findall(TENSOR_CORE[launch.chip], sass)),
+        atomics=len(ATOMIC.findall(sass)),
         async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log.getvalue())))),
         hazards=len(hazards(sass)),
@@ -249,6 +252,8 @@ def failures(launch: Launch, facts: Facts) -> list[str]:
         found.append(f"ptxas warns {', '.join(facts.warnings)}: wgmma is serialised")
     if facts.hazards:
         found.append(f"{facts.hazards} writes to registers that a wgmma may still read")
+    if facts.atomics:
+        found.append(f"{facts.atomics} atomic operations on memory: sums would depend on the order of programs")
     multiplies = "PRECISION" in dict(launch.constants)
     if multiplies and not facts.async_copies:
         found.append("loads are not pipelined")

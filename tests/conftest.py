@@ -20,7 +20,7 @@ NOT_RUN = pytest.StashKey[dict[str, int]]()
 
 MISSING = {
     "gpu": ("GPU tests not run: no CUDA device", lambda: not torch.cuda.is_available()),
-    "nvcc": ("compilations for GPUs not run: no CUDA toolkit", lambda: cuda_build.toolkit() is None),
+    "nvcc": ("compilations for GPUs not run: no CUDA toolkit for all", lambda: not cuda_build.compiles_for_all()),
 }
 """Markers of what a machine may lack: how that is said, and whether this one does."""
 

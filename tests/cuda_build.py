@@ -42,13 +42,20 @@ def setup() -> ModuleType:
     return module
 
 
-def toolkit() -> Path | None:
-    """Where nvcc is, or None."""
+def toolkit(version: str | None = None) -> Path | None:
+    """Where nvcc of PyTorch's CUDA version (None: any) is, or None."""
     module = setup()
     try:
-        return module.cuda_home(None)
+        return module.cuda_home(version)
     except module.Unavailable:
         return None
+
+
+def compiles_for_all() -> bool:
+    """Whether there is an nvcc that knows every chip."""
+    home = toolkit()
+    known = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True) if home else None
+    return known is not None and {f"compute_{chip.rstrip('a')}" for chip in CHIPS} <= set(known.stdout.split())
 
 
 def cuobjdump() -> str | None:

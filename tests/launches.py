@@ -3,8 +3,8 @@
     python -m pytest -p launches --report build/gpu/tests-0.json --shard 0/8
 
 Triton calls its launch hook for what it puts on a device's stream, and never in its interpreter. The report holds the
-number of launches of each kernel, the outcome of each test marked ``gpu``, and files left out for want of an optional
-package. Without a device nothing runs.
+number of launches of each kernel, the outcome of each test marked ``gpu``, and what was left out for want of an
+optional package or tool. Without a device nothing runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import torch
 
 OPTIONAL = {
     *("safetensors", "matplotlib", "sklearn", "skimage", "mlxtend", "efficientnet_lite_pytorch", "pytest_benchmark"),
-    *("ninja", "pybind11", "peft", "timm", "transformers", "torchvision", "PIL"),
+    *("ninja", "pybind11", "peft", "timm", "transformers", "torchvision", "PIL", "onnx", "onnxruntime", "accelerate"),
+    *("lightning", "tensorboard"),
 }
-"""Modules whose absence leaves out a file of tests. That of any other is an error."""
+"""Modules whose absence leaves out a test, or a file of them. That of any other is an error."""
+TOOLS = {"nvcc", "compute-sanitizer", "CUPTI"}
+"""What a test may be skipped for with "needs …", and is then left out like those."""
 
 
 class Launches(collections.Counter):
@@ -61,8 +64,22 @@ class Plugin:
             report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[1]}")
         return report
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        error = call.excinfo and call.excinfo.value
+        while error is not None and report.outcome == "failed":
+            name = (getattr(error, "name", None) or "").partition(".")[0]
+            if isinstance(error, ImportError) and name in OPTIONAL:
+                report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: needs {name}")
+            error = error.__cause__ or error.__context__
+        return report
+
     def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call" or report.outcome != "passed":
+        needs = re.search(r"Skipped: needs ([\w-]+)", str(report.longrepr)) if report.outcome == "skipped" else None
+        if needs and needs[1] in OPTIONAL | TOOLS:
+            self.left_out[report.nodeid] = needs[1]
+        elif report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
             if report.nodeid in self.marked:
                 self.gpu[report.nodeid] = report.outcome

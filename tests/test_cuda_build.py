@@ -84,10 +84,12 @@ try:
     torch.ops.taps_fast.task_plan(torch.tensor([0]), 1)
 except NotImplementedError as error:
     print(error)
+print(torch.ops.taps_fast.cuda_architectures())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=cuda_build.ROOT)
     assert done.returncode == 0, done.stderr
     assert "'taps_fast::task_plan' with arguments from the 'CPU' backend" in done.stdout
+    assert done.stdout.splitlines()[-1] == "800,900,1000"
 
 
 def test_it_needs_no_library_of_pytorchs_cuda(built):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_build
 import pytest
 import torch
 
@@ -18,6 +20,15 @@ from taps_fast.testing import Case, assert_no_worse_than_torch
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TASKS = 4
+SOURCES = (Path(__file__).parents[1] / "csrc/cuda").glob("*.cu")
+KERNELS = {name for path in SOURCES for name in re.findall(r"__global__.*? (\w+_kernel)\(", path.read_text())}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler():
+    """Without one, `make gpu` names it and leaves these out. With one, every test needs what it should have built."""
+    if not _ext.CUDA_LOADED and cuda_build.toolkit(torch.version.cuda) is None:
+        pytest.skip("needs nvcc")
 
 
 def stream(x: torch.Tensor, base: torch.Tensor, deltas: list[torch.Tensor], coeffs: torch.Tensor, **options: object):
@@ -37,6 +48,22 @@ def check(case: Case) -> None:
 def test_the_extension_is_loaded():
     """Every test below would otherwise only say that it is not."""
     assert _ext.CUDA_LOADED, _ext.CUDA_ERROR
+
+
+def test_every_kernel_is_launched():
+    """By the names that the driver reports, so that nothing else can have given the results of the tests below."""
+    x, ids = torch.randn(4, 64, device="cuda"), torch.arange(4, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        x + 1
+        batch = TaskBatch.from_ids(ids, TASKS)
+        stream(x, torch.randn(64, 64, device="cuda"), [], torch.empty(TASKS, 0, device="cuda"), tasks=batch)
+        torch.ops.taps_fast.scale_shift(x, None, None, *batch.tensors, 1, "relu")
+        torch.ops.taps_fast.moments(x, *batch.tensors, 1)
+        torch.cuda.synchronize()
+    names = " ".join(event.name for event in seen.events())
+    if "elementwise" not in names:
+        pytest.skip("needs CUPTI")  # which reports launches: it has not seen PyTorch's own
+    assert [kernel for kernel in KERNELS if kernel not in names] == []
 
 
 @pytest.mark.parametrize("case", list(testing.linear_cases(DTYPES)), ids=str)
@@ -144,6 +171,31 @@ def test_nothing_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_compiled_whole_and_never_again_for_another_mix():
+    layer = Layer()
+
+    def run(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        base, *deltas = layer.weights
+        return stream(x, base, deltas, layer.coeffs, tasks=TaskBatch.from_ids(ids, TASKS))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            layer.change(seed)
+            assert torch.equal(compiled(layer.x, layer.ids), layer())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast(dtype):
+    x, base = torch.randn(2, 16, 16, device="cuda")
+    coeffs = torch.empty(0, device="cuda")
+    with torch.autocast("cuda", dtype):
+        y = stream(x, base, [], coeffs)
+    assert y.dtype == dtype
+    assert torch.equal(y, stream(x.to(dtype), base.to(dtype), [], coeffs))
+
+
 def test_two_streams_at_once():
     """No scratch memory is shared, and the current stream is the one that is used."""
     layers, streams = [Layer(), Layer()], [torch.cuda.Stream() for _ in range(2)]
@@ -174,7 +226,7 @@ def test_tensors_decide_the_device():
 def test_compute_sanitizer_finds_nothing(tool):
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
-        pytest.skip("compute-sanitizer is not installed")
+        pytest.skip("needs compute-sanitizer")
     subset = "test_many_deltas or test_plan_sorts or (test_norms and bfloat16) or (test_real_sizes and 768)"
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q", Path(__file__)]

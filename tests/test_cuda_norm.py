@@ -140,13 +140,16 @@ def test_misaligned_rows_take_the_single_loads():
     check(ops.scale_shift(x, *n.tables[:2], *n.groups, "none"), "scale_shift", x, *n.tables[:2], *n.groups, "none")
 
 
-@pytest.mark.parametrize("name", ("scale_shift", "moments"))
-def test_a_failed_launch_says_what_was_started(settings, name):
+@pytest.mark.parametrize(
+    ("name", "kernel"), (("scale_shift", "pointwise_kernel"), ("moments", "group_sums_kernel")), ids=str
+)
+def test_a_failed_launch_says_what_was_started(settings, name, kernel):
     settings.refuse = "out of resources"
     n = Inputs((5, 8), torch.float32)
     args = (*n.tables[:2], *n.groups, "none") if name == "scale_shift" else n.groups
     with pytest.raises(
-        RuntimeError, match=r"did not start: out of resources \(float32, 5 rows of 8 channels, 1 pixels"
+        RuntimeError,
+        match=rf"{name}: {kernel} did not start: out of resources \(float32, 5 rows of 8 channels, 1 pixels",
     ):
         getattr(ops, name)(n.x, *args)
 

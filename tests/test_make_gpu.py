@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import launches
 import pytest
 import torch
 
@@ -23,9 +25,14 @@ GOOD = {
     "build": {"exit": 0, "failed": {}, "left_out": {}},
     "tests": [
         {"exit": 0, "gpu": {"a": "passed"}, "launches": {"split_kernel": 3}, "outcomes": {"passed": 9}},
-        {"exit": 5, "gpu": {}, "launches": {"merge_kernel": 1}},
+        {"exit": 5, "gpu": {}, "launches": {"merge_kernel": 1}, "left_out": {"test_x.py": "pybind11"}},
     ],
-    "bench": {"exits": {"rows": 0, "train": 124}, "launches": {"split_kernel": 7}, "records": [RECORD]},
+    "bench": {
+        "exits": {"targets": 0, "rows": 0, "train": 124},
+        "launches": {"split_kernel": 7},
+        "records": [RECORD],
+        "targets": [{"what": "a", "holds": False}],
+    },
 }
 KERNELS = {"split_kernel", "merge_kernel"}
 
@@ -46,12 +53,17 @@ def test_its_tests_do_not_run_without_a_device(tmp_path):
     assert not (tmp_path / "r.json").exists()
 
 
-def test_what_is_missing_is_named():
+def test_what_is_missing_is_named(monkeypatch):
     versions = {"torch": "2.9.1+cu130", "triton": "3.6.0", "numpy": "2.4", "pytest": None}
     assert gpu.missing(versions.get, lambda: True) == [
         "torch must be 2.10 or newer, found 2.9.1+cu130",
         "pytest is not installed",
     ]
+    with monkeypatch.context() as without:
+        without.setattr(gpu.shutil, "which", lambda name: None)
+        assert gpu.missing((versions | {"torch": "2.11", "pytest": "8"}).get, lambda: True) == [
+            "there is no C++ compiler: c++"
+        ]
     fine = versions | {"torch": "2.11.0+cu130", "pytest": "8"}
     assert gpu.missing(fine.get, lambda: True) == []
     assert gpu.missing(fine.get, lambda: False) == ["PyTorch sees no CUDA device"]
@@ -71,6 +83,7 @@ def test_a_whole_run_is_a_success():
         (("tests", 0, "gpu"), {}, "no test marked gpu ran"),
         (("tests", 0, "gpu"), {"a": "skipped"}, "a: skipped"),
         (("tests", 1, "launches"), {}, "merge_kernel was never launched on the device"),
+        (("tests", 1, "left_out"), {"test_cuda_gpu.py::a": "nvcc"}, "were left out, though they were built"),
         (("bench", "exits"), {"rows": 1}, "benchmark rows ended with 1"),
         (("bench", "records"), [], "measured nothing of ours"),
         (("bench", "records"), [RECORD, RECORD | {"backend": "reference"}], "w: ran on reference, not on a kernel"),
@@ -97,6 +110,35 @@ def test_a_step_that_takes_too_long_is_ended():
     assert gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5).returncode == 124
 
 
+@pytest.mark.parametrize(
+    ("note", "fails"),
+    (("Unavailable: no CUDA toolkit was found", False), ("RuntimeError: nvcc failed", True), (None, False)),
+)
+def test_only_what_the_machine_cannot_have_is_left_out(note, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(gpu, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "log"))
+    (tmp_path / "taps_fast").mkdir()
+    if note:
+        (tmp_path / "taps_fast/_C_cuda_error.txt").write_text(note + "\n")
+    built = gpu.build(1.0)
+    assert built["left_out"] == ({"_C_cuda": note} if note else {})
+    assert built["failed"] == ({"_C_cuda": note} if fails else {})
+
+
+def test_what_tests_need_is_known():
+    """Each package that a test imports is one that `make gpu` needs or can leave out."""
+    known = set(gpu.NEEDED) | launches.OPTIONAL | set(sys.stdlib_module_names) | {"taps_fast", "benchmarks", "examples"}
+    known |= {path.stem for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py")} | {"emulator"}
+    unknown = set()
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            unknown |= {(path.name, name) for name in names if name.partition(".")[0] not in known}
+    assert unknown == set()
+
+
 def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path):
     """The plugin on a run of its own, with a device made up: a launch, a gpu test, two absent packages."""
     (tmp_path / "conftest.py").write_text(
@@ -112,6 +154,12 @@ def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path)
     )
     (tmp_path / "test_b.py").write_text("import peft_is_not_here\n")
     (tmp_path / "test_c.py").write_text("import pybind11.nothing_like_it\n")
+    (tmp_path / "test_d.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_a(): import peft.nothing_like_it\n"
+        "@pytest.mark.gpu\ndef test_b(): pytest.skip('needs CUPTI')\n"
+        "@pytest.mark.gpu\ndef test_c(): pytest.skip('not today')\n"
+        "@pytest.mark.gpu\ndef test_d(): import peft_is_not_here\n"
+    )
     command = [sys.executable, "-c", "import torch; torch.cuda.is_available = lambda: True; import pytest, sys; "]
     command[-1] += "sys.exit(pytest.main(sys.argv[1:]))"
     env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
@@ -119,6 +167,8 @@ def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path)
     done = subprocess.run([*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["launches"] == {"split_kernel": 1}, done.stdout
-    assert report["gpu"] == {"test_a.py::test_a": "passed"}
-    assert report["left_out"] == {"test_c.py": "pybind11"}
+    assert report["gpu"] == {
+        "test_a.py::test_a": "passed", "test_d.py::test_c": "skipped", "test_d.py::test_d": "failed",
+    }  # fmt: skip
+    assert report["left_out"] == {"test_c.py": "pybind11", "test_d.py::test_a": "peft", "test_d.py::test_b": "CUPTI"}
     assert report["exit"] == 1  # a module that is not optional is an error

@@ -16,7 +16,15 @@ import pytest
 
 SCRIPT = Path(aot.__file__)
 GOOD = aot.Facts(
-    registers=128, spills=0, spills_in_loops=0, shared=81920, products=8, async_copies=40, warnings=(), hazards=0
+    registers=128,
+    spills=0,
+    spills_in_loops=0,
+    shared=81920,
+    products=8,
+    atomics=0,
+    async_copies=40,
+    warnings=(),
+    hazards=0,
 )
 LAUNCH = aot.Launch(
     "split_kernel", (9, 0), (("x_ptr", "*bf16"),), (), (("PRECISION", "ieee"), ("BLOCK_M", 16)), warps=4, stages=4
@@ -59,6 +67,7 @@ def test_good_code_passes():
         ({"registers": 255, "shared": 300000}, "shared memory"),
         ({"products": 0}, "tensor-core"),
         ({"async_copies": 0}, "not pipelined"),
+        ({"atomics": 1}, "1 atomic operations"),
         ({"warnings": ("C7515",)}, "C7515"),
         ({"hazards": 1}, "wgmma may still read"),
     ),
@@ -67,6 +76,12 @@ def test_good_code_passes():
 def test_each_gate_can_fail(fact, reason):
     (found,) = aot.failures(LAUNCH, replace(GOOD, **fact))
     assert reason in found
+
+
+def test_atomics_are_found_in_machine_code():
+    lines = ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R5", "@!P0 ATOMG.E.ADD.STRONG.GPU PT, R3, [R4], R5", "ATOMS.ADD RZ")
+    assert all(aot.ATOMIC.search(f"        /*0a20*/                   {line} ;") for line in lines)
+    assert not aot.ATOMIC.search("        /*0a20*/                   REDUX.SUM UR5, R3 ;")
 
 
 def test_more_registers_than_the_chip_has_fail():

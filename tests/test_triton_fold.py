@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from folds import double, draw, plain, run
 from taps_fast.kernels import fold as kernels
-from test_merging_fold import double, draw, plain, run
 from triton_shim import DEVICE
 
 from taps_fast.testing import assert_no_worse_than_torch

@@ -1,9 +1,10 @@
-"""What only a CUDA device can show: graphs replay with other data, nothing waits for the host, tf32 is obeyed."""
+"""What only a CUDA device can show: replayed graphs, streams, compiled and autocast code, no waiting, tf32 obeyed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from taps_fast.kernels import _configs, linear
 
 from taps_fast.functional import delta_linear
@@ -34,11 +35,14 @@ class Layer:
             self.ids.random_(-1, TASKS, generator=g)
             self.coeffs.copy_(torch.diag(torch.randint(0, 2, (TASKS,), generator=g, device="cuda").float()))
 
-    def __call__(self) -> list[torch.Tensor]:
-        y = delta_linear(
-            self.x, self.base, self.deltas, self.coeffs,
-            tasks=TaskBatch.from_ids(self.ids, TASKS), pairs=PAIRS, backend="triton", algorithm=self.algorithm,
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return delta_linear(
+            x, self.base, self.deltas, self.coeffs,
+            tasks=TaskBatch.from_ids(ids, TASKS), pairs=PAIRS, backend="triton", algorithm=self.algorithm,
         )  # fmt: skip
+
+    def __call__(self) -> list[torch.Tensor]:
+        y = self.forward(self.x, self.ids)
         return [y, *torch.autograd.grad(y, self.inputs, self.dy)]
 
 
@@ -74,6 +78,57 @@ def test_nothing_waits_for_the_host(algorithm):
         layer()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_the_same_bits_each_time_and_on_two_streams_at_once(algorithm):
+    """No scratch memory is shared, and the current stream is the one that is used."""
+    torch.use_deterministic_algorithms(False)
+    layers, streams = [Layer(algorithm), Layer(algorithm, dtype=torch.float32)], [torch.cuda.Stream() for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        layer.change(seed)
+    expected = [layer() for layer in layers]
+    torch.cuda.synchronize()
+    found: list[list[list[torch.Tensor]]] = [[], []]
+    for _ in range(20):
+        for n, (layer, on) in enumerate(zip(layers, streams, strict=True)):
+            with torch.cuda.stream(on):
+                found[n].append(layer())
+    torch.cuda.synchronize()
+    for n in range(2):
+        assert all(torch.equal(a, b) for again in found[n] for a, b in zip(again, expected[n], strict=True))
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_compiled_whole_and_never_again_for_another_mix(algorithm):
+    layer = Layer(algorithm)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.forward, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            layer.change(seed)
+            y = compiled(layer.x, layer.ids)
+            got = [y, *torch.autograd.grad(y, layer.inputs, layer.dy)]
+            torch.testing.assert_close(got, layer())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_autocast(algorithm, dtype):
+    """Products in the narrow type, gradients in the parameters' own, as of `F.linear`."""
+    layer = Layer(algorithm, dtype=torch.float32)
+    layer.change(0)
+    with torch.autocast("cuda", dtype):
+        y = layer.forward(layer.x, layer.ids)
+        assert y.dtype == F.linear(layer.x, layer.base).dtype == dtype
+    grads = torch.autograd.grad(y, layer.inputs, layer.dy.to(dtype))
+    assert [g.dtype for g in grads] == [torch.float32] * len(grads)
+    narrow = [w.detach().to(dtype) for w in (layer.base, *layer.deltas)]
+    plain = delta_linear(
+        layer.x.detach().to(dtype), narrow[0], narrow[1:], layer.coeffs.detach(),
+        tasks=TaskBatch.from_ids(layer.ids, TASKS), backend="triton", algorithm=algorithm,
+    )  # fmt: skip
+    assert torch.equal(y, plain)
 
 
 def test_float32_is_exact_unless_torch_allows_tf32():

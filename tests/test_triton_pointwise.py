@@ -7,7 +7,7 @@ import torch
 from taps_fast.kernels import pointwise
 from triton_shim import DEVICE
 
-from taps_fast import _pointwise
+from taps_fast import _ops, _pointwise
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -102,6 +102,16 @@ def test_sums_in_parts(monkeypatch, layout):
 def test_variance_far_from_zero_is_right():
     x = (1e4 + torch.randn(6, 8, 4, 4)).to(DEVICE)
     check("moments", x, None, None, None, 1, labels=("mean", "variance"))
+
+
+def test_operators_run_it_but_for_float64():
+    """On CUDA, where no compiled kernel does; `depthwise` has no Triton form."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert not has_kernel("taps_fast::depthwise", "CUDA")
+    for name in ("scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments", "coded_dx", "fold"):
+        assert has_kernel(f"taps_fast::{name}", "CUDA"), name
+    run = _ops._unless_float64(lambda x, y: ("kernel", y), lambda x, y: ("plain", y))
+    assert [run(torch.ones(1, dtype=d), 3) for d in (torch.bfloat16, torch.float64)] == [("kernel", 3), ("plain", 3)]
 
 
 def test_nan_stays_and_no_rows_are_no_error():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from taps_fast import _dispatch, _tuned
+from taps_fast import _dispatch, _ext, _tuned
 from taps_fast._problem import Problem
 
 ENTRY = {"op": "linear", "arch": "sm_90", "dtype": "bfloat16", "tb_per_s": 4.3, "tflops": 600, "measured": None}
@@ -66,6 +67,30 @@ def test_a_measurement_replaces_the_model(table, on_hopper):
     text = _dispatch.explain(problem(99))
     assert "->  triton    split  two products" in text
     assert "rows a task < 100 (measured on some GPU, 2030-01-01)" in text
+
+
+@pytest.mark.parametrize(
+    ("built", "served"),
+    (([(8, 0)], False), ([(8, 0), (9, 0)], True), ([(10, 0), (9, 0)], True), ([(9, 1)], False)),
+    ids=str,
+)
+def test_a_chip_that_the_extension_was_not_built_for_is_refused(built, served, on_hopper, monkeypatch):
+    """Then Triton's kernels serve it, and `explain` says why; all of it can be traced."""
+    chip = SimpleNamespace(major=9, minor=0)
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda: chip)
+    monkeypatch.setattr(_ext, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(_ext, "CUDA_ERROR", None)
+    monkeypatch.setattr(_ext, "CUDA_CHIPS", built)
+    chosen = _dispatch._select(problem(4), None, "auto")
+    assert chosen == (("cuda", "stream") if served else ("triton", "split"))
+    refused = "no  cuda      stream the device has compute capability 9.0, taps_fast._C_cuda was built for others. To "
+    assert (refused in _dispatch.explain(problem(4))) != served
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if _dispatch.select(problem(x.shape[0])).backend == "cuda" else 3)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=False)
+    assert compiled(torch.ones(4)).eq(2 if served else 3).all()
 
 
 def test_the_file_is_written_as_it_is_read(tmp_path):

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "architectures.h"
 #include "current.h"
 #include "inputs.h"
 #include "plan.h"
@@ -103,3 +104,21 @@ TAPS_FAST_IMPL(m) {
   m.impl("linear_stream", TORCH_BOX(&taps_fast::cuda::linear_stream));
   m.impl("task_plan", TORCH_BOX(&taps_fast::cuda::task_plan));
 }
+
+#ifndef TAPS_FAST_EMULATED
+
+namespace taps_fast::cuda {
+namespace {
+
+std::string cuda_architectures() { return architectures(); }
+
+}  // namespace
+}  // namespace taps_fast::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(taps_fast, m) { m.def("cuda_architectures() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(taps_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&taps_fast::cuda::cuda_architectures));
+}
+
+#endif
