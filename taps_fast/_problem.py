@@ -75,7 +75,7 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta]
 
 def _check_format(function: str, name: str, format: Format, x: Tensor, base: Tensor) -> None:
     kind = type(format).__name__
-    if tuple(format.shape) != tuple(base.shape):
+    if format.shape != base.shape:
         raise ValueError(
             f"{function}: {name} must be {tuple(base.shape)} like base, got {tuple(format.shape)} ({kind})"
         )

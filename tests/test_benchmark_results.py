@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_cells import CHECKOUT, SMALL, measured
 
-from benchmarks import report, results, workloads
+from benchmarks import conversion, report, results, workloads
 from benchmarks.providers import find
 from benchmarks.workloads import UnknownName, Workload
 
@@ -96,6 +96,13 @@ def test_every_table_has_its_place():
     page = report.PAGES[-1].read_text()
     assert set(report.TABLES) == {name for _, name, _, _ in report.MARKED.findall(page)}
     assert set(workloads.SUITES) - {"quick"} <= set(report.TABLES)
+
+
+def test_the_page_of_networks_is_what_its_results_say():
+    found = list(conversion.read().values())
+    assert conversion.PAGE.read_text() == conversion.page(found)
+    assert len(found) > 300
+    assert {o.name for o in found if o.verdict == "wrong"} <= conversion.EXPLAINED.keys()
 
 
 def test_a_losing_cell_is_shown_as_losing(records):
