@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import taps_fast
-from taps_fast._dispatch import _REASONS, TABLE, Choice, _Row, select
-from taps_fast._problem import Problem
+from taps_fast._dispatch import TABLE, Choice, _Row, reasons_against, select
+from taps_fast._problem import Problem, output_size
 
 from .layers import LayerProblem
 from .workloads import LAYERS, Workload, unknown
@@ -148,15 +149,19 @@ def _described(workload: Workload, device: str) -> Problem:
     layer, dtype = LAYERS[workload.layer], getattr(torch, workload.dtype)
     train = workload.phase == "train"
     deltas = workload.deltas if workload.tasks is None else workload.tasks if train else len(workload.open_tasks())
-    groups = dict(layer.conv).get("groups", 1)
-    return Problem(workload.op, device, dtype, layer.shape, workload.rows, deltas, workload.tasks, train, groups)
+    problem = Problem(workload.op, device, dtype, layer.shape, workload.rows, deltas, workload.tasks, train)
+    if workload.op != "conv2d":
+        return problem
+    conv = dict(layer.conv)
+    pixels = output_size(layer.size, layer.shape[2:], [conv["stride"]] * 2, [conv["padding"]] * 2, [1, 1])
+    return problem._replace(groups=conv["groups"], pixels=math.prod(pixels), channels_last=layer.channels_last)
 
 
 def _explicit(row: _Row) -> Callable[[Workload, str], str | None]:
     def absent(workload: Workload, device: str) -> str | None:
         if choice(workload, device) == (row.backend, row.algorithm):
             return "what taps_fast takes by itself"
-        reasons = list(_REASONS[row.backend](_described(workload, device)))
+        reasons = list(reasons_against(row, _described(workload, device)))
         return "; ".join(reasons) or None
 
     return absent

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from taps_fast import _tuned
 from taps_fast.functional import delta_linear
@@ -28,11 +29,13 @@ from taps_fast.testing import assert_no_worse_than_torch
 
 from . import timing
 
-BUCKETS = {"split": (16, 32, 64, None), "dx": (16, 32, 64, None), "dw": (None,)}
-"""Rows up to which an entry holds; None: any number. `MANY` stands for it while timing."""
+BUCKETS = {"split": (16, 32, 64, None), "dx": (16, 32, 64, None), "dw": (None,), "conv": (16, None)}
+"""Rows, or pixels of an image, up to which an entry holds; None: any number. `MANY` stands for it while timing."""
 MANY = 1024
 SIZES = (1024, 4096)
 """Out and in features that a config is judged on, by the geometric mean of its times."""
+IMAGES = 8
+"""Of a batch on which a convolution is judged."""
 TASKS = 4
 GAIN = 1.02
 """How many times faster than the entry there is a config must be to replace it."""
@@ -115,9 +118,9 @@ class Measured:
     """The timers of a GPU: whole operators as graph replays, each candidate checked against float64 first."""
 
     def __init__(self, seconds: float) -> None:
-        from taps_fast.kernels import _configs, linear
+        from taps_fast.kernels import _configs, conv2d, linear
 
-        self.linear, self.configs, self.seconds = linear, _configs, seconds
+        self.linear, self.conv2d, self.configs, self.seconds = linear, conv2d, _configs, seconds
         self.capability = torch.cuda.get_device_capability()
 
     def fits(self, kernel: str, itemsize: int) -> Callable[[Any], bool]:
@@ -127,7 +130,8 @@ class Measured:
         return self.configs.choose(kernel, rows or 2 * MANY, itemsize, self.capability)
 
     def config_timer(self, kernel: str, dtype: torch.dtype, rows: int | None) -> Timer:
-        cells = [self._cell(kernel, dtype, rows or MANY, size) for size in SIZES]
+        cell = self._conv_cell if kernel == "conv" else functools.partial(self._cell, kernel)
+        cells = [cell(dtype, rows or MANY, size) for size in SIZES]
 
         def timer(config: Any) -> float:
             chosen = self.configs.choose
@@ -168,6 +172,21 @@ class Measured:
             ),
         }[kernel]
 
+        return self._checked(call, result, ref, low)
+
+    def _conv_cell(self, dtype: torch.dtype, pixels: int, size: int) -> Callable[[], float]:
+        """A 3 x 3 convolution of square images, with as many weights as a linear layer that is 3 / 4 as wide."""
+        side, channels = math.isqrt(pixels), size // 4
+        layout: Any = {"device": "cuda", "memory_format": torch.channels_last}
+        x = torch.randn(IMAGES, channels, side, side).to(dtype=dtype, **layout)
+        weights = torch.randn(2, channels, channels, 3, 3) * (9 * channels) ** -0.5
+        base, delta = (w.to(dtype=dtype, **layout) for w in weights)
+        one = (base, [delta], torch.ones(1, device="cuda"), None, None)
+        call = functools.partial(self.conv2d.conv2d_implicit, x, *one, [1, 1], [1, 1], [1, 1], None, 1)
+        ref = F.conv2d(x.double(), base.double() + delta.double(), padding=1)
+        return self._checked(call, lambda y: y, ref, F.conv2d(x, base + delta, padding=1))
+
+    def _checked(self, call: Any, result: Callable[[Any], Any], ref: Any, low: Any) -> Callable[[], float]:
         def run() -> float:
             assert_no_worse_than_torch(result(call()), ref, low)
             return self._time(call)

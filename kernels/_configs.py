@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -21,12 +22,15 @@ SHARED_BYTES = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448,
 """Shared memory one program may use; SHARED_BYTES_ELSEWHERE on any other chip."""
 SHARED_BYTES_ELSEWHERE = 101376
 
-KERNELS = ("split", "dx", "dw")
+KERNELS = ("split", "dx", "dw", "conv")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Blocks are named by the kernel's own sides: what it reduces over is O for dx, M for dw and I for split."""
+    """Blocks are named by the kernel's own sides: what it reduces over is O for dx, M for dw, I for split and conv.
+
+    The rows of conv are the output pixels of one image, its I the channels of one tap.
+    """
 
     block_m: int
     block_o: int
@@ -109,10 +113,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision(dtype: torch.dtype) -> str:
-    """float32 products use tf32 only where torch's own GEMM would."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+def precision(dtype: torch.dtype, vendor: Any = torch.backends.cuda.matmul) -> str:
+    """float32 products use tf32 only where torch's own GEMM, or what else ``vendor`` stands for, would."""
+    return "tf32" if dtype == torch.float32 and vendor.fp32_precision == "tf32" else "ieee"
 
 
 def version() -> tuple[int, int]:

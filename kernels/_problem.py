@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -42,7 +43,8 @@ class Weight(NamedTuple):
     def of(cls, base: Tensor, deltas: Sequence[Tensor], coeffs: Tensor, base_coeffs: Tensor | None) -> Weight:
         sources = [base, *deltas]
         if any(s.stride() != base.stride() for s in deltas):
-            sources = [s.contiguous() for s in sources]
+            layout = torch.channels_last if base.dim() == 4 else torch.contiguous_format
+            sources = [s.contiguous(memory_format=layout) for s in sources]
         return cls(sources, coeffs, base_coeffs)
 
     @property

@@ -41,8 +41,12 @@ def forward(
     if call.algorithm == "stream":
         streamed: Tensor = ops.linear_stream(x, base, deltas, coeffs, base_coeffs, bias, call.batch[0], call.inner)
         return streamed
+    if call.algorithm == "implicit":
+        *how, _ = call.conv  # which has no groups
+        y: Tensor = ops.conv2d_implicit(x, base, deltas, coeffs, base_coeffs, bias, *how, call.batch[0], call.inner)
+        return y
     op = ops.conv2d_fwd if call.conv else ops.linear_fwd
-    y: Tensor = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
+    y = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
     return y
 
 

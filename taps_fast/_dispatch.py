@@ -85,21 +85,34 @@ def _cuda(problem: Problem) -> Iterator[str]:
 
 
 def _triton(problem: Problem) -> Iterator[str]:
-    if problem.op != "linear":
-        yield "has no convolution kernels yet"
     if problem.device != "cuda":
         yield f"runs on CUDA devices, the tensors are on {problem.device}"
         return
     try:
-        from .kernels import linear
+        from .kernels import conv2d, linear
     except ImportError as error:
         yield f"Triton cannot be imported: {error}"
         return
-    yield from linear.not_supported_reasons(problem)
+    yield from (linear if problem.op == "linear" else conv2d).not_supported_reasons(problem)
 
 
 def _few_rows(problem: Problem) -> bool:
+    if problem.op == "conv2d":
+        return _small_images(problem)
     return problem.rows < _crossover(problem).rows * max(problem.num_tasks or 1, 1)
+
+
+def _small_images(problem: Problem) -> bool:
+    """Whether the implicit product of a mixed batch is wanted: few pixels a task, and loads 16 bytes wide.
+
+    A task in the batch has at least an image.
+    """
+    if not _mixed(problem) or problem.pixel_rows or not problem.channels_last:
+        return False
+    if problem.shape[1] * problem.dtype.itemsize % 16:
+        return False
+    tasks = min(max(problem.num_tasks or 1, 1), max(problem.rows, 1))
+    return problem.rows * problem.pixels < _crossover(problem).rows * tasks
 
 
 def _crossover(problem: Problem) -> _tuned.Crossover:
@@ -108,6 +121,11 @@ def _crossover(problem: Problem) -> _tuned.Crossover:
 
 def _split_why(problem: Problem) -> str:
     rows, source = _crossover(problem)
+    if problem.op == "conv2d":
+        return (
+            "an implicit product for each image with its task's deltas alone; by itself in mixed batches on channels "
+            f"last of fewer than {rows} output pixels a task ({source})"
+        )
     return f"two products into one accumulator: bound by bytes while rows a task < {rows} ({source})"
 
 
@@ -143,6 +161,8 @@ class _Row(NamedTuple):
     preferred: Callable[[Problem], bool]
     """Whether "auto" may take this row."""
     why: str | Callable[[Problem], str]
+    op: str | None = None
+    """The only operation that it serves; None: what the backend's reasons say."""
 
 
 _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
@@ -159,7 +179,7 @@ TABLE = (
     _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
     _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
     _Row("triton", "split", _few_rows, _split_why),
-    _Row("triton", "merge", lambda p: True, _merge_why),
+    _Row("triton", "merge", lambda p: True, _merge_why, "linear"),
     _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
     _Row(
         "aten",
@@ -174,6 +194,13 @@ TABLE = (
 
 BACKENDS = tuple(_REASONS)
 ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in TABLE))
+
+
+def reasons_against(row: _Row, problem: Problem) -> Iterator[str]:
+    """Why a row of the table cannot run a problem; nothing if it can."""
+    if row.op not in (None, problem.op):
+        yield f"serves delta_{row.op} only"
+    yield from _REASONS[row.backend](problem)
 
 
 def select(problem: Problem, backend: str | None = None, algorithm: str = "auto") -> Choice:
@@ -193,17 +220,18 @@ def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
         raise ValueError(f"select: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    usable: dict[str, bool] = {}
+    usable: dict[tuple[str, str | None], bool] = {}
     able: Choice | None = None
     for row in TABLE:
         if (backend or row.backend) != row.backend or (algorithm not in ("auto", row.algorithm)):
             continue
-        if row.backend not in usable:
-            usable[row.backend] = next(_REASONS[row.backend](problem), None) is None
+        kind = row.backend, row.op
+        if kind not in usable:
+            usable[kind] = next(reasons_against(row, problem), None) is None
         # An explicit choice is taken at its word; "auto" also asks whether it pays.
-        if usable[row.backend] and (algorithm != "auto" or row.preferred(problem)):
+        if usable[kind] and (algorithm != "auto" or row.preferred(problem)):
             return Choice(row.backend, row.algorithm)
-        if usable[row.backend] and able is None:
+        if usable[kind] and able is None:
             able = Choice(row.backend, row.algorithm)
     if backend is not None and able is not None:
         return able
@@ -225,7 +253,7 @@ def explain(problem: Problem) -> str:
     ]
     taken = False
     for row in TABLE:
-        reasons = list(_REASONS[row.backend](problem))
+        reasons = list(reasons_against(row, problem))
         if reasons:
             verdict, text = "no ", "; ".join(reasons)
         else:

@@ -5,7 +5,8 @@ A schema is the contract that each backend implements:
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
-* ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device.
+* ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
+  groups, on CUDA from Triton.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
   installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
@@ -68,6 +69,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from . import _ext
+from ._problem import output_size
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
@@ -89,6 +91,8 @@ SCHEMAS = {
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "conv2d_implicit": f"(Tensor x, {_WEIGHT}, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+    "Tensor? ids, int inner) -> Tensor",
     "depthwise": "(Tensor x, Tensor weight, Tensor table, int[2] kernel, int[2] stride, int[2] padding, "
     "int[2] dilation) -> Tensor",
     "scale_shift": f"(Tensor x, {_TABLES}, {_GROUPS}, str activation) -> Tensor",
@@ -140,6 +144,12 @@ def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
 conv2d_dw = linear_dw
 
 
+def conv2d_implicit(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    size = output_size(x.shape[2:], base.shape[2:], *rest[-5:-2])
+    y = x.new_empty(x.shape[0], *size, base.shape[0]).movedim(-1, 1)
+    return y if x.stride(1) == 1 else y.contiguous()
+
+
 def depthwise(
     x: Tensor,
     weight: Tensor,
@@ -149,9 +159,7 @@ def depthwise(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    reach = [p * 2 - d * (k - 1) - 1 for k, p, d in zip(kernel, padding, dilation, strict=True)]
-    height, width = ((x.shape[i + 1] + reach[i]) // stride[i] + 1 for i in range(2))
-    return x.new_empty(x.shape[0], height, width, x.shape[3])
+    return x.new_empty(x.shape[0], *output_size(x.shape[1:3], kernel, stride, padding, dilation), x.shape[3])
 
 
 def scale_shift(x: Tensor, *_: Any) -> Tensor:
@@ -250,7 +258,9 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(_op, globals()[_name])
     if _name in _COMPILED:
         continue
-    if _name.startswith("conv2d"):
+    if _name == "conv2d_implicit":
+        torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.conv2d", _name))
+    elif _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
     elif _name.startswith("linear"):
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))

@@ -41,6 +41,10 @@ class Problem(NamedTuple):
     1 x 1, without groups and padding, on channels last."""
     depthwise: bool = False
     """Whether every channel is a group of its own, in and out, on channels last."""
+    pixels: int = 1
+    """Output pixels of an image."""
+    channels_last: bool = False
+    """Whether x and base are."""
 
 
 def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> list[Delta]:
@@ -236,6 +240,14 @@ def check_conv(
                 f"(x {tuple(x.shape)}, base {tuple(base.shape)}, dilation {dilation})"
             )
     return x, strides, pads, dilations, groups
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of a convolution's result."""
+    sides = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * pad - step * (taps - 1) - 1) // every + 1 for n, taps, every, pad, step in sides]
 
 
 def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:

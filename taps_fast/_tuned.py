@@ -1,11 +1,14 @@
 """What is tuned for a chip, as data: `tuned.json`, which `python -m benchmarks.tune` rewrites for the GPU it runs on.
 
-* ``crossovers``: up to how many rows a task a second product ("split") beats a summed weight ("merge"), by op, chip and
-  dtype. Until a chip is measured, the number follows from its assumed bandwidth and rate::
+* ``crossovers``: up to how many rows a task a second product ("split") is the better way, by op, chip and dtype. Until
+  a chip is measured, the number follows from its assumed bandwidth and rate::
 
-      rows = 3·bytes an element·rate / (2·bandwidth)
+      rows = tensors·bytes an element·rate / (2·bandwidth)
 
-  Summing reads the base and the delta and writes the weight, where a second product costs two flops a row.
+  "linear" moves three tensors if it sums instead ("merge"): it reads the base and the delta and writes the weight,
+  where a second product costs two flops a row. For "conv2d" a row is an output pixel, and the question is up to where
+  both products wait for the base and the delta, one tensor each: from there on the vendor's better rate may count.
+  Its float32 entries assume tf32, which PyTorch allows convolutions by default.
 * ``configs``: tile sizes of the Triton kernels, by kernel, chip, bytes an element and rows; see `kernels/_configs.py`.
 
 A chip that has no entry uses that of "other".
@@ -21,6 +24,7 @@ import torch
 
 PATH = Path(__file__).with_name("tuned.json")
 OTHER = "other"
+TENSORS = {"linear": 3, "conv2d": 1}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -76,7 +80,7 @@ def crossovers(entries: list[dict[str, Any]]) -> dict[tuple[str, str, torch.dtyp
 
 def modelled_rows(entry: dict[str, Any]) -> int:
     """The formula of this file."""
-    bytes_moved, flops = 3 * ITEMSIZE[entry["dtype"]], 2
+    bytes_moved, flops = TENSORS[entry["op"]] * ITEMSIZE[entry["dtype"]], 2
     rows: float = bytes_moved * entry["tflops"] / (flops * entry["tb_per_s"])
     return round(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -144,8 +145,9 @@ def delta_conv2d(
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
         backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": a 1 × 1 convolution on channels last
             is `delta_linear` on its pixels), "aten" ("merge": kernel summed into scratch, vendor convolution; "split":
-            base convolution for all images, then one for each open delta) or "reference" ("split", "blend");
-            default: what is fastest.
+            base convolution for all images, then one for each open delta), "triton" ("split", in inference: each
+            image with its own task's deltas in one kernel, fastest on channels last) or "reference" ("split",
+            "blend"); default: what is fastest.
 
     Returns:
         y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.
@@ -154,7 +156,8 @@ def delta_conv2d(
         ValueError, TypeError, BackendError: as `delta_linear`; RuntimeError where ``F.conv2d`` raises.
 
     Cost: one vendor convolution for each distinct weight in the batch; of a mixed batch on a GPU, where ids are not
-    read back, one of all images for the base and for each delta. Source: TAPS, arXiv 2203.16708.
+    read back, one of all images for the base and for each delta, or with "triton" one product an image for the base
+    and for each delta that its task uses. Source: TAPS, arXiv 2203.16708.
 
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)
@@ -282,6 +285,9 @@ def _run(
     # Without a delta one weight serves all rows, whatever their task.
     one = not deltas and base_coeffs is None and (bias is None or bias.dim() == 1)
     grad = torch.is_grad_enabled() and _any_requires_grad(rows, base, coeffs, bias, deltas)
+    area, last = 1, False
+    if conv:
+        area, last = math.prod(_problem.output_size(x.shape[2:], base.shape[2:], *conv[:3])), _is_channels_last(x)
     problem = Problem(
         "conv2d" if conv else "linear",
         x.device.type,
@@ -292,8 +298,10 @@ def _run(
         None if one else num_tasks,
         grad,
         conv[3] if conv else 1,
-        bool(conv) and _pixels_are_rows(x, base, conv),
-        bool(conv) and base.shape[:2] == (conv[3], 1) and _is_channels_last(x),
+        last and base.shape[2:] == (1, 1) and conv[3] == 1 and not any(conv[1]),
+        last and base.shape[:2] == (conv[3], 1),
+        area,
+        last and base.is_contiguous(memory_format=torch.channels_last),
     )
     choice = select(problem, backend, algorithm)
     if choice.backend == "linear":
@@ -313,7 +321,8 @@ def _run(
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     # The one kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
-    call = Call(index, inner, flat, "depthwise" if conv and choice.backend == "cpu" else choice.algorithm, conv)
+    own = {"cpu": "depthwise", "triton": "implicit"} if conv else {}
+    call = Call(index, inner, flat, own.get(choice.backend, choice.algorithm), conv)
     if one:
         call, coeffs = call._replace(batch=(None, None, None), inner=1), coeffs.flatten()
     if grad:
@@ -321,12 +330,6 @@ def _run(
     else:
         y = forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
     return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
-
-
-def _pixels_are_rows(x: Tensor, base: Tensor, conv: tuple[Any, ...]) -> bool:
-    if base.shape[2:] != (1, 1) or conv[3] != 1 or any(conv[1]):
-        return False
-    return _is_channels_last(x)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from sass_hazards import hazards, spills_in_loops
-from taps_fast.kernels import _arguments, _configs, _gradients, coded, linear, merge, pointwise
+from taps_fast.kernels import _arguments, _configs, _gradients, coded, conv2d, linear, merge, pointwise
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -37,7 +37,8 @@ from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
 PROCESSORS = 132
-HOSTS = (linear, merge, pointwise, coded, _gradients, _arguments)
+VENDORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+HOSTS = (linear, conv2d, merge, pointwise, coded, _gradients, _arguments)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
@@ -101,7 +102,7 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
     kernels = [
         (module, name, kernel) for module in HOSTS for name, kernel in vars(module).items() if name.endswith("_kernel")
     ]
-    chip_of, processors, precision = _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision
+    chip_of, processors, precisions = _configs.capability, _configs.processors, [v.fp32_precision for v in VENDORS]
     try:
         _configs.capability = lambda device: chip
         _configs.processors = lambda device: PROCESSORS
@@ -109,11 +110,9 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
             setattr(module, name, Recorder(kernel))
         _exercise()
     finally:
-        _configs.capability, _configs.processors, torch.backends.cuda.matmul.fp32_precision = (
-            chip_of,
-            processors,
-            precision,
-        )
+        _configs.capability, _configs.processors = chip_of, processors
+        for vendor, precision in zip(VENDORS, precisions, strict=True):
+            vendor.fp32_precision = precision
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
     return list(found)
@@ -127,7 +126,8 @@ def _exercise() -> None:
         (torch.bfloat16, "ieee", 256, False),
         *((torch.float32, precision, rows, True) for precision in ("ieee", "tf32") for rows in (16, 64)),
     ):
-        torch.backends.cuda.matmul.fp32_precision = precision
+        for vendor in VENDORS:
+            vendor.fp32_precision = precision
         O, I = (64 * 2 * PROCESSORS * 2, 64) if wide else (512, 512)
         base = torch.empty(O, I, dtype=dtype)
         x, dy = torch.empty(rows, I, dtype=dtype), torch.empty(rows, O, dtype=dtype)
@@ -162,6 +162,12 @@ def _exercise() -> None:
                 pointwise.moments(image, *groups[:-1])
             pointwise.scale_shift(dy[:1], table[0], None, *none, 1, "relu")
             pointwise.moments(dy[:1], *none, 1)
+            for side, images in itertools.product((4, 7), (16, 64)):  # pixels of a block or more; in parts or whole
+                image = torch.empty(images, 512, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+                taps = torch.empty(512, 512, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+                biases, how = torch.empty(4, 512, dtype=dtype), ([1, 1], [1, 1], [1, 1])
+                conv2d.conv2d_implicit(image, taps, [taps], one[:1], None, biases[0], *how, None, 1)
+                conv2d.conv2d_implicit(image, taps, [taps] * 3, each, one, biases, *how, index[0], images // 16)
             merge.fold([base], [base], torch.ones(1, 1, 1))
             merge.fold([base] * 53, [base] * 53, torch.ones(53, 1, 1))
 

@@ -78,11 +78,10 @@ def test_commands_of_the_readme_exist(capsys):
 
 def support(row, op: str) -> tuple[str, ...] | None:
     """(devices, dtypes, gradients) that one row of the table of backends takes, whatever this machine lacks."""
-    reasons = _dispatch._REASONS[row.backend]
     runs = {
         (device, dtype, grad)
         for device, dtype, grad in itertools.product(DEVICES, DTYPES, (False, True))
-        if not list(reasons(Problem(op, device, dtype, SHAPES[op], 8, 2, 2, grad)))
+        if not list(_dispatch.reasons_against(row, Problem(op, device, dtype, SHAPES[op], 8, 2, 2, grad)))
     }
     if not runs:
         return None

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "_problem": {"formats", "tasks"},
     "formats": set(),
     "tasks": {"_ext"},
-    "_ops": {"_ext", "_aten", "_coded", "_fold", "_pointwise", "kernels"},  # all but _ext when an operator first runs
+    # All but the first two when an operator first runs.
+    "_ops": {"_ext", "_problem", "_aten", "_coded", "_fold", "_pointwise", "kernels"},
     "_aten": {"tasks"},
     "_fold": set(),
     "_pointwise": {"tasks"},

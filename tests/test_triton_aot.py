@@ -41,9 +41,11 @@ def compile_for(*arguments: str) -> list[str]:
 
 
 def test_mixed_batches_compile_for_hopper():
-    lines = compile_for("--chips", "9.0", "--only", "bf16 mixed", "--kernels", "split_kernel", "dw_task_kernel")
+    kernels = ("split_kernel", "dw_task_kernel", "conv2d_kernel")
+    lines = compile_for("--chips", "9.0", "--only", "bf16 mixed", "--kernels", *kernels)
     assert sum("split_kernel" in line for line in lines) >= 8
     assert sum("dw_task_kernel" in line for line in lines) >= 2
+    assert sum("conv2d_kernel" in line for line in lines) >= 4
 
 
 def test_a_config_that_nobody_compiles_is_found():
