@@ -43,7 +43,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
 FMA = r"FFMA"
-ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOM[GS]?|REDG?)\b")
+ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOMG?|REDG?)\b")  # not ATOMS, which allocates tensor memory
 TENSOR_CORE = {(8, 0): r"\bHMMA", (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
 
 
