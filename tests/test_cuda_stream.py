@@ -108,6 +108,18 @@ def test_misaligned_tensors(dtype, offset):
     check(n.case, replace(n, base=n.base.detach().t().contiguous().t()))
 
 
+def test_rows_may_be_far_apart(tmp_path):
+    """Beyond 2**31 elements, in a sparse file of which only the pages that hold data exist."""
+    room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**32, dtype=torch.float16)
+    n = testing.make_inputs(Case(torch.float16, rows=3, shape=(4, 40), num_deltas=1, tasks=(0, -1, 0), num_tasks=1))
+
+    def far(tensor: torch.Tensor, first: int) -> torch.Tensor:
+        return room[first:].as_strided(tensor.shape, (2**30, 1)).copy_(tensor.detach())
+
+    moved = replace(n, x=far(n.x, 0), base=far(n.base, 64), deltas=[far(n.deltas[0], 128)])
+    assert torch.equal(check(n.case, moved), check(n.case, n))
+
+
 def test_a_closed_gate_keeps_a_nan_out():
     n = testing.make_inputs(Case(torch.bfloat16, rows=6, num_deltas=2, tasks=(0, 1, 0, 1, -1, -1), num_tasks=2))
     coeffs = torch.eye(2)

@@ -1,7 +1,8 @@
-"""`benchmarks.targets` without a GPU: what it would measure runs and is right."""
+"""`benchmarks.targets` without a GPU: what it would measure runs and is right; the README states what it predicts."""
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import emulator
@@ -70,3 +71,9 @@ def test_a_target_holds_on_its_own_side():
 def test_without_a_gpu_it_says_so(capsys):
     assert targets.main([]) == 1
     assert "no CUDA device, so nothing was measured" in capsys.readouterr().err
+
+
+def test_the_readme_states_each_prediction():
+    text = (targets.Path(targets.__file__).parent / "README.md").read_text()
+    written = re.findall(r"^\| (.*?) \| ([≤≥].*?) \| ", text, re.M)
+    assert written == [(t.what, t.predicted) for t in targets.TARGETS]

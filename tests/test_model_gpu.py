@@ -1,0 +1,79 @@
+"""A TapsModel on a CUDA device: what it gives, learns and prepares is what it does on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import TASKS, ConvNet, Transformer, images, three_tasks
+
+from taps_fast import TapsModel
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+NETS = {"conv": ConvNet, "transformer": Transformer}
+ROWS = ["cars", "cubs", None, "dogs", "cars", "cubs"]
+
+
+def pair(name: str, compressed: str | None = None) -> tuple[TapsModel, TapsModel]:
+    """The same model on both devices."""
+    model = three_tasks(NETS[name](), dtype=torch.float32)
+    model.probe(images(2, dtype=torch.float32))
+    if compressed:
+        for task in TASKS:
+            model.compress(task, compressed)
+    return model, copy.deepcopy(model).to(DEVICE)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """The vendor's convolutions in float32, not in tf32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("name", NETS)
+def test_a_mixed_step(name, training):
+    """Logits, every gradient, and in training the statistics of the tasks' batch norms."""
+    results = []
+    x = images(len(ROWS), dtype=torch.float32)
+    for model in pair(name):
+        model.train(training)
+        y = model(x.to(next(model.parameters()).device), tasks=ROWS)
+        y.masked_fill(y.isinf(), 0).square().sum().backward()
+        results.append((y, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict()))
+    (expected, gradients, state), (y, found, moved) = results
+    close(y, expected)
+    assert found.keys() == gradients.keys() and len(found) > 10
+    for n, gradient in gradients.items():
+        close(found[n], gradient)
+    for n, value in state.items():
+        close(moved[n], value)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_one_task_merged_and_prepared(name):
+    here, there = pair(name)
+    x = images(len(ROWS), dtype=torch.float32)
+    with torch.no_grad():
+        for task in TASKS:
+            close(there(x.to(DEVICE), tasks=task), here(x, tasks=task))
+            close(there.merge(task)(x.to(DEVICE)), here.merge(task)(x))
+        there.prepare_inference()
+        close(there(x.to(DEVICE), tasks=ROWS), here(x, tasks=ROWS))
+
+
+@pytest.mark.parametrize("format", ("bits", "int8"))
+def test_compressed(format):
+    here, there = pair("transformer", format)
+    x = images(len(ROWS), dtype=torch.float32)
+    with torch.no_grad():
+        close(there(x.to(DEVICE), tasks=ROWS), here(x, tasks=ROWS))
