@@ -76,6 +76,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     dict(rows=0, tasks=()),
     dict(channels_last=False),
     dict(channels_last=False, strided=True),
+    dict(channels_last=False, shape=(6, 70, 1, 2)),
 )
 
 
@@ -137,16 +138,24 @@ def test_tracing_expects_what_comes(channels_last):
     assert got.shape == F.conv2d(n.x, n.base, None, [2, 1], [1, 2]).shape
 
 
-@pytest.mark.parametrize("far", ("images", "rows"))
+FAR = {
+    "images and features": ((2**30, 1, 8, 4), 2, (2**30, 1, 4, 4)),
+    "rows": ((8, 1, 2**30, 4), 2, (8, 1, 4, 4)),
+    "taps": ((64, 1, 8, 4), 4, (4, 1, 2**30, 4)),
+}
+"""Strides of x, taps, strides of the weights: a stride of 2**30 fits 31 bits, its product with an index does not."""
+
+
+@pytest.mark.parametrize("far", FAR)
 def test_offsets_beyond_31_bits(tmp_path, far):
-    """Strides of 2**30 elements, whose product with an index does not fit; only pages that hold data exist."""
+    """Only pages that hold data exist."""
     room = 2**32 + 2**10
     if INTERPRETED:
         memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=room, dtype=torch.float16)
     else:
         memory = torch.empty(room, dtype=torch.float16, device=DEVICE)
-    of_x, of_w = ((2**30, 1, 8, 4), (2**30, 1, 4, 4)) if far == "images" else ((8, 1, 2**30, 4), (4, 1, 2**30, 4))
-    x, base, delta = (torch.randn(s, device=DEVICE).half() for s in ((4, 4, 4, 2), (4, 4, 4, 1), (4, 4, 4, 1)))
+    of_x, taps, of_w = FAR[far]
+    x, base, delta = (torch.randn(s, device=DEVICE).half() for s in ((4, 4, 4, 2), (4, 4, taps, 1), (4, 4, taps, 1)))
 
     def move(t: torch.Tensor, strides: tuple[int, ...], start: int) -> torch.Tensor:
         return memory[start:].as_strided(t.shape, strides).copy_(t)
