@@ -12,6 +12,7 @@ from ._arguments import pointers
 from ._tiles import pick
 
 BLOCK = 1024
+REGISTERS = 255  # left to its own guess, the assembler spills
 STEPS = 8  # blocks that one program of the gradient sums before it writes
 
 
@@ -126,7 +127,7 @@ def fold_grad(
                 fold_grad_kernel[(programs,)](
                     partials, dweight, argument, masks[l] if masks else dweight, parts[l] if parts else dweight,
                     dweight.numel(), num_deltas, num_parts, _dtype(dweight), _dtype(coeffs), BLOCK, STEPS,
-                    bool(masks), bool(parts), table,
+                    bool(masks), bool(parts), table, maxnreg=REGISTERS,
                 )  # fmt: skip
         found.append(partials.sum(0))
     return torch.stack(found) if found else torch.zeros_like(coeffs), dmasks
@@ -144,7 +145,7 @@ def _folded(
             fold_kernel[(triton.cdiv(start.numel(), BLOCK),)](
                 out, start, argument, coeffs[l], masks[l] if masks else start, parts[l] if parts else start,
                 start.numel(), num_deltas, _dtype(start), _dtype(coeffs), BLOCK, bool(masks), bool(parts), product,
-                table,
+                table, maxnreg=REGISTERS,
             )  # fmt: skip
     return out
 

@@ -13,9 +13,11 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -27,18 +29,19 @@ from typing import Any
 import torch
 import triton
 from sass_hazards import hazards, spills_in_loops
-from taps_fast.kernels import _arguments, _configs, _gradients, coded, conv2d, linear, merge, pointwise
+from taps_fast.kernels import _arguments, _configs, coded, conv2d, fold, linear, merge, pointwise
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
+from taps_fast import kernels
 from taps_fast.tasks import TaskBatch
 
 CHIPS = ((8, 0), (9, 0), (10, 0))
 PROCESSORS = 132
 VENDORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-HOSTS = (linear, conv2d, merge, pointwise, coded, _gradients, _arguments)
+HOSTS = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
@@ -179,6 +182,15 @@ def _exercise() -> None:
         coded.coded_fwd(x, x, *rest)
         coded.coded_dx(x, *rest, 512)
 
+    for dtype, masked, parted in itertools.product(
+        (torch.bfloat16, torch.float32, torch.float64), *[(False, True)] * 2
+    ):
+        base = torch.empty(512, 512, dtype=dtype)
+        parts = [torch.empty(512, 512, dtype=torch.uint8)] * parted
+        coeffs = torch.ones(1, 2 if parted else 1, 3, dtype=torch.promote_types(dtype, torch.float32))
+        fold.fold([base], [base] * 3, coeffs, parts, [base > 0] * masked)
+        fold.fold_grad([base], [base] * 3, coeffs, parts, [base] * masked, True, masked)
+
 
 def _launch(kernel: Any, chip: tuple[int, int], args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
     signature, attributes, constants = {}, {}, {}
@@ -268,6 +280,12 @@ def failures(launch: Launch, facts: Facts) -> list[str]:
     return found
 
 
+def unlaunched(launches: Sequence[Launch]) -> set[str]:
+    """Kernels of the library that no recorded launch starts."""
+    named = {name for module in HOSTS for name in vars(module) if name.endswith("_kernel")}
+    return named - {launch.kernel for launch in launches}
+
+
 def unseen(chip: tuple[int, int], launches: Sequence[Launch]) -> list[_configs.Config]:
     """Configs that the table can choose on this chip and that no recorded launch uses."""
     seen = set()
@@ -287,7 +305,7 @@ def main() -> int:
     launches = []
     for chip in (tuple(int(v) for v in text.split(".")) for text in arguments.chips):
         launches += recorded(chip)
-        if missing := unseen(chip, launches):
+        if missing := unseen(chip, launches) or unlaunched(launches):
             raise SystemExit(f"nothing here launches {missing} on {chip}")
     launches = [n for n in launches if not arguments.kernels or n.kernel in arguments.kernels]
     launches = [n for n in launches if arguments.only in n.blocks]

@@ -57,6 +57,12 @@ def test_a_config_that_nobody_compiles_is_found():
     assert first not in aot.unseen((9, 0), [launch])
 
 
+def test_a_kernel_that_nobody_compiles_is_found():
+    missing = aot.unlaunched([LAUNCH])
+    assert "split_kernel" not in missing
+    assert missing >= {"dw_task_kernel", "merge_kernel", "fold_kernel", "fold_grad_kernel", "coded_kernel"}
+
+
 def test_good_code_passes():
     assert aot.failures(LAUNCH, GOOD) == []
 
