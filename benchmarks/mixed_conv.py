@@ -117,7 +117,7 @@ def norm(seconds: float) -> None:
             x = torch.randn(TASKS * images, c, side, side).to(memory_format=torch.channels_last)
             plain = nn.BatchNorm2d(c).train(training)
             tasks = [str(t) for t in range(TASKS)]
-            model = TapsModel(nn.Sequential(nn.BatchNorm2d(c)), tasks).train(training)
+            model = TapsModel(nn.Sequential(nn.BatchNorm2d(c)), tasks, slice=None).train(training)
             batch = TaskBatch.from_ids(torch.arange(len(x)) % TASKS, TASKS)
 
             def run(module: nn.Module, x: Tensor = x, training: bool = training, **kwargs: object) -> None:
