@@ -77,3 +77,17 @@ def test_compressed(format):
     x = images(len(ROWS), dtype=torch.float32)
     with torch.no_grad():
         close(there(x.to(DEVICE), tasks=ROWS), here(x, tasks=ROWS))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_compiled_into_cuda_graphs(name):
+    """The compiler's own graphs, replayed with other mixes of the same size."""
+    here, there = pair(name)
+    compiled = torch.compile(there, mode="reduce-overhead")
+    x = images(len(ROWS), dtype=torch.float32)
+    with torch.no_grad():
+        for mix in ([0, 1, -1, 2, 0, 1], [2, 2, 1, 0, -1, 0], [0, 0, 0, 0, 0, 0]):
+            ids = torch.tensor(mix)
+            for _ in range(3):  # it warms up, records, and replays
+                y = compiled(x.to(DEVICE), tasks=ids.to(DEVICE))
+            close(y, here(x, tasks=ids))
