@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import _prepare
 from ._prepare import Preparation
-from ._probe import batch_of
+from ._probe import batch_of, probe
 from ._slices import Slicing, images_a_slice, in_slices
 from .nn import TaskContext
 from .nn.context import Mix, Selection
@@ -31,7 +31,10 @@ class PreparedModel(nn.Module):
 
     def __init__(self, slice: int | str | None) -> None:
         super().__init__()
+        self.probed = False
         self.slicing: Slicing | None = None
+        self.meeting: str | None = None
+        """Where samples of one batch change each other, as the probe saw it."""
         self.prepared: Preparation | None = None
         if not (slice in ("auto", None) or (isinstance(slice, int) and slice >= 0)):
             raise ValueError(f"TapsModel: slice must be 'auto', None or a number of samples, got {slice!r}")
@@ -110,6 +113,36 @@ class PreparedModel(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unprepared("load_state_dict")
         super()._load_from_state_dict(*args)
+
+    def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
+        """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
+
+        Also finds whether what a task changes of one sample would reach its neighbours, as in attention over the batch
+        axis: mixed batches of such a model are refused, with the first module that shows it; one task a batch runs.
+
+        Runs the base four times on one and two samples made from this input, without gradients, in eval mode;
+        buffers and random states stay as they are. The first mixed forward does this by itself, except under
+        ``torch.compile``.
+
+        Args:
+            *args, **kwargs: a typical input of the model, of any batch size.
+            batch_dim: the axis that carries the batch in the first tensor given.
+
+        Raises:
+            ValueError: inputs whose batch axis cannot be told, or that the model cannot take with one sample.
+        """
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if first is None:
+            raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
+        probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
+
+    def _apart(self, selection: Selection) -> None:
+        if self.meeting is not None and selection.mixed is not None:
+            raise ValueError(
+                "TapsModel: samples must not change each other in a mixed batch, got a model in which one task's "
+                f"samples change another's: {self.meeting} shows it (run one task a batch, or exclude the "
+                "modules before that place)"
+            )
 
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)

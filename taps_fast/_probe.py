@@ -1,9 +1,11 @@
 """Finding the axis of each layer's input that carries the batch, by running the base on one and two samples.
 
-Three forwards on samples made from the user's input: ``[a]``, ``[a, a]`` and ``[a, b]``. From the first to the
-second, the batch axis is the one that doubles. From the second to the third, the entries along it that change
-are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
-every second one where samples alternate.
+Four forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]`` and ``[a, b]`` once more. From the
+first to the second, the batch axis is the one that doubles. From the second to the third, the entries along it that
+change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
+every second one where samples alternate. In the fourth, all that a task could change of b is changed: what every module
+that tells tasks apart returns for it. Where that reaches sample a, a mixed batch would give a something else than a
+batch of its own, and is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from .nn.context import Layout, Selection
 from .nn.layer import TapsLayer
 
 if TYPE_CHECKING:
-    from .model import TapsModel
+    from ._inference import PreparedModel
 
+_MIXED = "samples are mixed in its input"
 Calls = dict[str, list[Any]]
 """What was seen at each call of each module, by path."""
 
@@ -54,8 +57,8 @@ def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -
     return axes
 
 
-def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
-    """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart."""
+def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
+    """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart, and `meeting`."""
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
     with _undisturbed(model), own_forwards(model):
@@ -65,14 +68,25 @@ def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> N
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
-            mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+            mixed, _ = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+            _locate(located, shapes, grown, mixed)
+            others = _Others(located, shapes, mixed)
+            _, disturbed = _run(model, two, others.see, others.change)
         except Exception as error:
             raise ValueError(
                 "TapsModel.probe: the model must run on one and on two samples of its input, got "
                 f"{type(error).__name__}: {error} (call model.probe(...) with an input that it takes so)"
             ) from error
     numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
-    model.slicing = Slicing(axes, _output_axes(single, double, differing), largest.bytes / max(numel, 1))
+    output_axes, apart = _outputs(single, double, disturbed)
+    model.slicing = Slicing(axes, output_axes, largest.bytes / max(numel, 1))
+    mixing = (path for path in shapes if _MIXED in (located[path].refusal or ""))
+    model.meeting = next(mixing, others.first) or (None if apart else "its output")
+    model.probed = True
+
+
+def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) -> None:
+    """Layouts and multiply-adds, or why there are none, from the first three forwards."""
     for path, module in located.items():
         module.layouts, module.refusal = {}, None
         if isinstance(module, TapsLayer):
@@ -89,7 +103,6 @@ def probe(model: TapsModel, args: Any, kwargs: Any, axes: list[int | None]) -> N
         ):
             module.layouts = {}
             module.refusal = module.refusal or "the probe could not tell: its calls depend on the batch"
-    model.probed = True
 
 
 def _layout(
@@ -103,14 +116,16 @@ def _layout(
         return f"its input goes from {shape} to {double} when the batch doubles"
     changed = ((before != after) & ~(before.isnan() & after.isnan())).nonzero().flatten().tolist()
     repeats = shape[axis]
-    if repeats == 1:
-        return Layout(axis, None) if 0 not in changed else "samples are mixed before it"
     outer, alternating = all(i >= repeats for i in changed), all(i % 2 for i in changed)
+    if outer and repeats == 1:
+        return Layout(axis, None)
     if outer != alternating:
         return Layout(axis, outer)
-    return (
-        f"its input {double} is the same for different samples" if outer else f"samples are mixed in its input {double}"
-    )
+    if outer:
+        return f"its input {double} is the same for different samples"
+    if len(changed) > repeats:
+        return f"{_MIXED} {double}"
+    return f"its input {double} has the entries of samples in an order that is not known"
 
 
 def _grown(shape: tuple[int, ...], double: tuple[int, ...]) -> int | None:
@@ -142,28 +157,75 @@ class _Largest:
         return tuple(x.shape), y.numel()
 
 
-def _output_axes(single: Any, double: Any, differing: Any) -> list[int] | None:
-    """The batch axis of each tensor in the output; None unless all have one and samples do not meet in them."""
-    axes = []
-    for one, twice, two in zip(tree_leaves(single), tree_leaves(double), tree_leaves(differing), strict=False):
+class _Others:
+    """The fourth forward: everything a task could change of the second sample is changed."""
+
+    first: str | None = None
+    """The first module whose input shows that in the first sample."""
+
+    def __init__(self, located: dict[str, Any], shapes: Calls, before: Calls) -> None:
+        self.located, self.shapes, self.before = located, shapes, before
+        self.generator = torch.Generator().manual_seed(1)
+
+    def see(self, path: str, call: int, x: Tensor, y: Tensor) -> None:
+        seconds = self._seconds(path, x)
+        if self.first is not None or seconds is None:
+            return
+        before, after = self.before[path][call][1], _digest(x, self.shapes, path, call)[1]
+        if before is None or after is None or not _equal(before[~seconds], after[~seconds]):
+            self.first = path
+
+    def change(self, path: str, x: Tensor, y: Tensor) -> Tensor:
+        """y with noise of its own size on the second sample."""
+        seconds, axis = self._seconds(path, x), self._axis(path, x)
+        if seconds is None or y.dim() <= axis or y.shape[axis] != len(seconds):
+            return y
+        size = y.abs().float().mean()
+        noise = torch.randn(y.shape, generator=self.generator).to(y.device) * torch.where(size > 0, size, 1.0)
+        where = seconds.view(*(1,) * axis, -1, *(1,) * (y.dim() - axis - 1))
+        return torch.where(where, y + noise.to(y.dtype), y)
+
+    def _axis(self, path: str, x: Tensor) -> int:
+        layouts: dict[int, Layout] = self.located[path].layouts
+        return layouts.get(x.dim(), Layout()).axis
+
+    def _seconds(self, path: str, x: Tensor) -> Tensor | None:
+        """Which entries along the batch axis are the second sample's; None where the layout is not known."""
+        layout = self.located[path].layouts.get(x.dim())
+        if layout is None:
+            return None
+        entries = torch.arange(x.shape[layout.axis], device=x.device)
+        return entries % 2 == 1 if layout.outer is False else entries >= len(entries) // 2
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _outputs(single: Any, double: Any, disturbed: Any) -> tuple[list[int] | None, bool]:
+    """The batch axis of each tensor in the output (None unless all have one, with each sample's entries together), and
+    whether samples stay apart in those that have one."""
+    axes: list[int | None] = []
+    apart = True
+    for one, twice, two in zip(tree_leaves(single), tree_leaves(double), tree_leaves(disturbed), strict=False):
         both = isinstance(one, Tensor) and isinstance(twice, Tensor) and isinstance(two, Tensor)
         axis = _grown(tuple(one.shape), tuple(twice.shape)) if both else None
-        if axis is None or two.shape != twice.shape or not _same_first(twice, two, axis):
-            return None
-        axes.append(axis)
-    counts = {len(tree_leaves(output)) for output in (single, double, differing)}
-    return axes if counts == {len(axes)} else None
+        if axis is None or two.shape != twice.shape:
+            axes.append(None)
+            continue
+        before, after = (t.movedim(axis, 0) for t in (twice, two))
+        together = _equal(before[: len(before) // 2], after[: len(after) // 2])
+        apart = apart and (together or _equal(before[::2], after[::2]))
+        axes.append(axis if together else None)
+    counts = {len(tree_leaves(output)) for output in (single, double, disturbed)}
+    known = [axis for axis in axes if axis is not None]
+    return known if counts == {len(known)} else None, apart
 
 
-def _same_first(twice: Tensor, two: Tensor, axis: int) -> bool:
-    """Whether the first sample's entries do not depend on the second's."""
-    half = twice.shape[axis] // 2
-    return torch.equal(twice.narrow(axis, 0, half), two.narrow(axis, 0, half))
-
-
-def _run(model: TapsModel, inputs: Any, see: Any) -> tuple[Calls, Any]:
+def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tuple[Calls, Any]:
     """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart.
 
+    ``change(path, x, y)`` is what the module returns instead. Random numbers are the same in each forward.
     Returns what was seen, and the model's output.
     """
     calls: Calls = {}
@@ -171,12 +233,13 @@ def _run(model: TapsModel, inputs: Any, see: Any) -> tuple[Calls, Any]:
     thread = threading.get_ident()
 
     def hook_for(path: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if threading.get_ident() != thread:
-                return
+                return None
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             record = calls.setdefault(path, [])
             record.append(see(path, len(record), x, output))
+            return None if change is None else change(path, x, output)
 
         return hook
 
@@ -184,6 +247,7 @@ def _run(model: TapsModel, inputs: Any, see: Any) -> tuple[Calls, Any]:
         for path, module in model.conversion.located().items():
             handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
         args, kwargs = inputs
+        torch.manual_seed(0)
         previous = model.context.enter(Selection())
         try:
             output = model.model(*args, **kwargs)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from . import _compress, _folder, store
 from ._compress import Compression
@@ -89,7 +88,6 @@ class TapsModel(PreparedModel):
         self.model, self.conversion = convert(
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
-        self.probed = False
         self.training = model.training
         for task in tasks:
             self.add_task(task)
@@ -120,41 +118,24 @@ class TapsModel(PreparedModel):
 
         Raises:
             ValueError: an unknown task, ids out of range or that do not divide the batch, several tasks and none
-                said, a layer whose batch axis is not known (see `probe`).
+                said, a layer whose batch axis is not known, samples that would change each other (see `probe`).
         """
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, None if first is None else first.device)
         if selection.mix is None or torch.compiler.is_compiling():
+            self._apart(selection)
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
         if not self.probed:
             probe(self, args, kwargs, batch_of(args, kwargs, count))
         elif selection.uniform:
             self.input_axes(args, kwargs, count)  # no layer will look at the ids
+        self._apart(selection)
         most = None if first is None or self.training else self.slice_of(first, count)
         if most is None:
             return self._run(selection, args, kwargs)
         return self._in_slices(selection.mix, args, kwargs, most)
-
-    def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
-        """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
-
-        Runs the base three times on one and two samples made from this input, without gradients, in eval mode;
-        buffers and random states stay as they are. The first mixed forward does this by itself, except under
-        ``torch.compile``.
-
-        Args:
-            *args, **kwargs: a typical input of the model, of any batch size.
-            batch_dim: the axis that carries the batch in the first tensor given.
-
-        Raises:
-            ValueError: inputs whose batch axis cannot be told, or that the model cannot take with one sample.
-        """
-        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if first is None:
-            raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
-        probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
 
     def set_task(self, task: str | None) -> None:
         """The task of forwards that name none; None: none, so that they must name one."""
@@ -280,18 +261,25 @@ class TapsModel(PreparedModel):
         head = [] if self.conversion.head is None else [self.conversion.head]
         return {module.path: module.tasks[task] for module in (*self.conversion.norms.values(), *head)}
 
-    def penalty(self, task: str | Sequence[str], lam: float = 0.1, *, layers: int | None = None) -> Tensor:
+    def penalty(
+        self, task: str | Sequence[str], lam: float = 0.1, *, by: str = "layer", layers: int | None = None
+    ) -> Tensor:
         """λ/L·Σ|s| over the L adapted layers, summed over the tasks named: add it to the loss.
 
         Args:
             task: a name, or several.
             lam: λ, at least 0; between 0.1 and 1 in the paper. More closes more gates.
-            layers: L; default: the number of adapted layers. (The authors' code divides by 52 in every network.)
+            by: "layer", the paper's: every gate costs the same; or "size": λ·Σ (n_i/N)·|s_i|, where layer i has n_i of
+                the N adapted weights. A large layer then closes first, and a task keeps many small layers instead of a
+                few large ones (benchmarks/README.md, Accuracy).
+            layers: L of "layer"; default: the number of adapted layers. (The authors' code divides by 52 in every
+                network.)
 
         Raises:
-            ValueError: an unknown task, λ that is negative or not finite, L below 1, a model without adapted layers.
+            ValueError: an unknown task or ``by``, λ that is negative or not finite, L below 1 or with "size", a model
+                without adapted layers.
 
-        Source: TAPS, arXiv 2203.16708.
+        Source: TAPS, arXiv 2203.16708; the weighing by size is ours.
         """
         names = [task] if isinstance(task, str) else list(task)
         adapted = list(self.conversion.layers.values())
@@ -299,8 +287,13 @@ class TapsModel(PreparedModel):
             raise ValueError(
                 f"TapsModel.penalty: there must be adapted layers and tasks, got {len(adapted)} and {names}"
             )
+        if by not in ("layer", "size"):
+            raise ValueError(f"TapsModel.penalty: by must be 'layer' or 'size', got {by!r}")
+        if by == "size" and layers is not None:
+            raise ValueError(f"TapsModel.penalty: layers must go with by='layer', got {layers} (by='size')")
+        sizes = [layer.base.numel() for layer in adapted] if by == "size" else None
         scores = [[layer.scores[self.context.check(name)] for layer in adapted] for name in names]
-        return torch.stack([gates.penalty(mine, lam, layers) for mine in scores]).sum()
+        return torch.stack([gates.penalty(mine, lam, layers, sizes) for mine in scores]).sum()
 
     def merge(self, task: str) -> nn.Module:
         """An ordinary module with the weights of one task ("base": none), in storage of its own.

@@ -269,6 +269,11 @@ def test_scores_have_a_rate_of_their_own_and_raw_gates_multiply():
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", -0.1), "penalty: lam must be finite and at least 0"),
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", float("nan")), "at least 0, got nan"),
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", layers=0), "layers must be at least 1, got 0"),
+        (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", by="sum"), "by must be 'layer' or 'size', got 'sum'"),
+        (
+            lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", by="size", layers=52),
+            r"layers must go with by='layer', got 52 \(by='size'\)",
+        ),
     ],
 )
 def test_out_of_range(act, text):
@@ -280,3 +285,18 @@ def test_the_divisor_of_the_penalty():
     model = TapsModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["a", "b"])
     assert model.penalty("a", 0.5).item() == pytest.approx(0.5 / 2 * 0.3)
     assert model.penalty(["a", "b"], 0.5, layers=52).item() == pytest.approx(2 * 0.5 / 52 * 0.3)
+
+
+def test_the_penalty_by_size():
+    """λ·Σ (n_i/N)·|s_i|: equal layers pay what they pay by layer, and three quarters of the weights three quarters."""
+    model = TapsModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 6)), ["a", "b"])
+    small, large = (model.conversion.layers[path].scores["a"] for path in "01")
+    small.data.fill_(-0.2)
+    loss = model.penalty("a", 0.5, by="size")
+    assert loss.item() == pytest.approx(0.5 * (0.25 * 0.2 + 0.75 * 0.15))
+    loss.backward()
+    assert (small.grad.item(), large.grad.item()) == pytest.approx((-0.5 * 0.25, 0.5 * 0.75))
+    both = model.penalty(["a", "b"], 0.5, by="size")
+    torch.testing.assert_close(both, model.penalty("a", 0.5, by="size") + model.penalty("b", 0.5, by="size"))
+    equal = TapsModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["a"])
+    torch.testing.assert_close(equal.penalty("a", 0.3, by="size"), equal.penalty("a", 0.3))

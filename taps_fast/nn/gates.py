@@ -53,22 +53,33 @@ def coefficients(scores: Tensor, threshold: float, gate: str) -> Tensor:
     return straight_through(scores, threshold) if gate == "ste" else scores
 
 
-def penalty(scores: Sequence[Tensor], lam: float, layers: int | None = None) -> Tensor:
+def penalty(
+    scores: Sequence[Tensor], lam: float, layers: int | None = None, sizes: Sequence[int] | None = None
+) -> Tensor:
     """λ/L·Σ|s| over the scores of L adapted layers: what pushes gates to close.
+
+    ::
+
+        λ·Σ (n_i / N)·|s_i|        N = Σ n_i        with sizes n_i
 
     Args:
         scores: one a layer.
         lam: λ, at least 0.
         layers: L, where it shall be another number than that of the scores.
+        sizes: n_i, the number of weights of each layer, so that a gate costs what it stores. Equal sizes: as without.
 
     Raises:
         ValueError: λ that is negative or not finite, L below 1.
 
-    Source: TAPS, arXiv 2203.16708.
+    Source: TAPS, arXiv 2203.16708; the weighing by size is ours.
     """
     count = len(scores) if layers is None else layers
     if not 0 <= lam < math.inf:
         raise ValueError(f"penalty: lam must be finite and at least 0, got {lam}")
     if count < 1:
         raise ValueError(f"penalty: layers must be at least 1, got {count} ({len(scores)} scores)")
-    return torch.stack(list(scores)).abs().sum() * (lam / count)
+    if sizes is None:
+        return torch.stack(list(scores)).abs().sum() * (lam / count)
+    # By numbers of Python's, so that nothing is copied to the device.
+    parts = torch._foreach_mul(torch._foreach_abs(list(scores)), [lam * size / sum(sizes) for size in sizes])
+    return torch.stack(parts).sum()
