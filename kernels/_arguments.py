@@ -8,6 +8,7 @@ them: up to ARGUMENTS pointers directly, longer lists by a kernel that writes it
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,17 +30,23 @@ class Pointers(NamedTuple):
 
 
 def pointers(tensors: Sequence[Tensor]) -> Pointers:
+    """Of tensors on one device. A few go as arguments; more as a table, which is found again while they stay put."""
     if len(tensors) <= ARGUMENTS:
         return Pointers(tuple(tensors), 0)
-    addresses = [t.data_ptr() for t in tensors]
-    return Pointers(table(addresses, tensors[0].device), common_power(addresses))
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    return _kept_or_written(_table_of_pointers, addresses, tensors[0].device)
+
+
+def slots(bank: Tensor) -> Pointers:
+    """Of the slots of one contiguous tensor."""
+    first, size = bank.data_ptr(), bank.stride(0) * bank.element_size()
+    end = first + size * bank.shape[0]
+    return Pointers(torch.arange(first, end, size, dtype=torch.int64, device=bank.device), common_power((first, size)))
 
 
 def common_power(addresses: Sequence[int]) -> int:
     """The largest power of two up to 16 that divides every address."""
-    bits = 16
-    for address in addresses:
-        bits |= address
+    bits = functools.reduce(operator.or_, addresses, 16)
     return bits & -bits
 
 
@@ -49,11 +56,23 @@ def table(values: Sequence[int], device: torch.device) -> Tensor:
     A table of the same values is written once and kept. Not while a graph is captured: what a graph reads must be
     its own, and what it would write only its replays do.
     """
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _written(tuple(values), device)
-        return _kept(tuple(values), device, torch.cuda.current_stream(device).cuda_stream)
-    return _written(tuple(values), device)
+    return _kept_or_written(_written, tuple(values), device)
+
+
+def _kept_or_written(make: Callable[..., Any], values: tuple[int, ...], device: torch.device) -> Any:
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        return _kept(make, values, device, torch.cuda.current_stream(device).cuda_stream)
+    return make(values, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(make: Callable[..., Any], values: tuple[int, ...], device: torch.device, stream: int) -> Any:
+    """One for each stream, since another would not wait until it is written. The values are the key: never stale."""
+    return make(values, device)
+
+
+def _table_of_pointers(addresses: tuple[int, ...], device: torch.device) -> Pointers:
+    return Pointers(_written(addresses, device), common_power(addresses))
 
 
 def _written(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -63,12 +82,6 @@ def _written(values: tuple[int, ...], device: torch.device) -> Tensor:
         some += [_disguise(0)] * (ARGUMENTS - len(some))
         write_kernel[(1,)](written[first:], tuple(some), COUNT=ARGUMENTS, num_warps=1)
     return written
-
-
-@functools.lru_cache(maxsize=256)
-def _kept(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """One for each stream, since another would not wait until it is written."""
-    return _written(values, device)
 
 
 def _disguise(value: int) -> int:

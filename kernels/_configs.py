@@ -96,9 +96,11 @@ def shipped(capability: Capability) -> Iterator[tuple[str, int, Config]]:
 def splits(programs: int, steps: int, processors: int) -> int:
     """Into how many parts to cut a reduction of ``steps`` when ``programs`` tiles are too few for the chip.
 
-    Two programs a processor hide each other's latency; a part keeps at least four steps to fill its pipeline.
+    Two programs a processor hide each other's latency; a part keeps at least four steps to fill its pipeline. A power
+    of two, since each value compiles once.
     """
-    return max(1, min(2 * processors // max(programs, 1), steps // 4, 16))
+    most = max(1, min(2 * processors // max(programs, 1), steps // 4, 16))
+    return 1 << most.bit_length() - 1
 
 
 def capability(device: torch.device) -> Capability:

@@ -70,7 +70,7 @@ def use_product(
     stride_wo,
     stride_wi,
     dtype: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    PAIRS: tl.constexpr,
     DOTS: tl.constexpr,
     WRITES: tl.constexpr,
     WRITE_BASE: tl.constexpr,
@@ -80,17 +80,16 @@ def use_product(
 ):
     """slots[p, tile] = <product, Δ_k> and ddeltas[k] = c[t, k]·product for every pair p = (t, k) of this task.
 
-    BLOCK_P is 0 when all K deltas belong to each task. An output whose pointer is null is not wanted. The deltas of
-    a task with no rows (``empty``) are not read.
+    Without PAIRS all K deltas belong to each task. With it, ``pairs`` holds P of them as t·K + k in order, then for
+    each task how many come before its own, and P. An output whose pointer is null is not wanted. The deltas of a task
+    with no rows (``empty``) are not read.
     """
     real = (ro < O)[:, None] & (ri < I)[None, :]
     in_w = ro.to(tl.int64)[:, None] * stride_wo + ri.to(tl.int64)[None, :] * stride_wi  # [BLOCK_O, BLOCK_I]
     in_out = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
-    if BLOCK_P:
-        rp = tl.arange(0, BLOCK_P)
-        listed = tl.load(pairs_ptr + rp, mask=rp < P, other=1 << 40)
-        before = tl.sum((listed < task.to(tl.int64) * K).to(tl.int32), axis=0)
-        after = tl.sum((listed < (task.to(tl.int64) + 1) * K).to(tl.int32), axis=0)
+    if PAIRS:
+        before = tl.load(pairs_ptr + P + task).to(tl.int32)
+        after = tl.load(pairs_ptr + P + task + 1).to(tl.int32)
     else:
         before = task * K
         after = before + K
@@ -99,7 +98,7 @@ def use_product(
         into = pick(outputs, 0, dtype, OUT_TABLE)
         tl.store(into + in_out, weighted(c, product).to(dtype), mask=real)
     for p in tl.range(before, after):
-        if BLOCK_P:
+        if PAIRS:
             source = (tl.load(pairs_ptr + p) - task.to(tl.int64) * K).to(tl.int32) + 1
         else:
             source = p - before + 1
@@ -144,7 +143,7 @@ def dw_task_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
     DOTS: tl.constexpr,
     WRITES: tl.constexpr,
@@ -157,12 +156,12 @@ def dw_task_kernel(
 ):
     """One tile of one task's P, used at once; with SPLITS > 1 (one weight only) a range of its rows, into partial[s].
 
-    Programs of one tile are neighbours, so that its part of the sources is shared by the tasks.
+    Programs of one task, or of one range, are neighbours in time, so that its rows come from memory once.
     """
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tiles_i * tl.cdiv(O, BLOCK_O)
-    tile = tl.program_id(0)
-    which = tl.program_id(1)
+    tile = tl.program_id(0) % tiles
+    which = tl.program_id(0) // tiles
     ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
     ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
     if MIXED:
@@ -184,7 +183,7 @@ def dw_task_kernel(
         use_product(
             product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, task, start >= stop,
             tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
-            BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+            PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
         )  # fmt: skip
 
 
@@ -206,7 +205,7 @@ def dw_splits_kernel(
     dtype: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
     DOTS: tl.constexpr,
     WRITES: tl.constexpr,
@@ -229,7 +228,7 @@ def dw_splits_kernel(
     use_product(
         product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, tile * 0, tile < 0,
         tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, dtype,
-        BLOCK_P, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+        PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
     )  # fmt: skip
 
 
@@ -267,8 +266,10 @@ def dw_shared_kernel(
     A task whose coefficient is 0, or that has no rows, is passed over.
     """
     tiles_i = tl.cdiv(I, BLOCK_I)
-    tile = tl.program_id(0)
-    source = tl.load(wanted_ptr + tl.program_id(1)).to(tl.int32)
+    tiles = tiles_i * tl.cdiv(O, BLOCK_O)
+    tile = tl.program_id(0) % tiles
+    which = tl.program_id(0) // tiles
+    source = tl.load(wanted_ptr + which).to(tl.int32)
     ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
     ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
     acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -283,7 +284,7 @@ def dw_shared_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offset = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
     tl.store(
-        pick(outputs, tl.program_id(1), dtype, OUT_TABLE) + offset,
+        pick(outputs, which, dtype, OUT_TABLE) + offset,
         acc.to(dtype),
         mask=(ro < O)[:, None] & (ri < I)[None, :],
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,81 +40,111 @@ def linear_dw(
     weight = Weight.of(base, deltas, coeffs, base_coeffs)
     rows = Rows(ids, order, offsets, x.shape[0], max(inner, 1))
     shape = (dy.shape[1], x.shape[1])
+    plan = _plan(tuple(pairs), tuple(ddeltas_for), len(deltas), weight.tasks, rows.mixed, need_dbase)
     dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
-    dbase = base.new_empty(shape) if need_dbase else base.new_empty(0)
-    ddeltas = {k: base.new_empty(shape) for k in ddeltas_for}
     unwanted = base.new_empty(0)
-    outputs = [dbase, *(ddeltas.get(k, unwanted) for k in range(len(deltas)))]
-
-    # What one task alone contributes to is written from that task's tile; a sum over tasks takes its own pass.
-    count = len(deltas)
-    listed, owners = _owners(tuple(pairs), count)
-    owners = owners or (weight.tasks,) * count
-    for k in ddeltas:
-        if owners[k] == 0:
-            ddeltas[k].zero_()
-    alone = [k + 1 for k in ddeltas if owners[k] == 1] + [0] * (need_dbase and not rows.mixed)
-    shared = [k + 1 for k in ddeltas if owners[k] > 1] + [0] * (need_dbase and rows.mixed)
+    dbase = base.new_empty(shape) if need_dbase else unwanted
+    ddeltas = list(map(base.new_empty, itertools.repeat(shape, len(ddeltas_for))))
+    made = (unwanted, dbase, *ddeltas)
     if rows.count == 0 or math.prod(shape) == 0:
-        for out in outputs:
-            out.zero_()
-        return dcoeffs, list(ddeltas.values()), dbase
-    if weight.tasks and (need_dcoeffs or alone):
-        own = set(alone)
-        kept = [out if s in own else unwanted for s, out in enumerate(outputs)]
-        _dw_by_task(dy, x, weight, rows, listed, kept, dcoeffs)
-    if shared:
-        _dw_shared(dy, x, weight, rows, shared, [outputs[s] for s in shared])
-    return dcoeffs, list(ddeltas.values()), dbase
+        torch._foreach_zero_([dbase, *ddeltas])
+        return dcoeffs, ddeltas, dbase
+    for n in plan.unused:
+        made[n].zero_()
+    if weight.tasks and (need_dcoeffs or plan.writes or plan.writes_base):
+        _dw_by_task(dy, x, weight, rows, plan, plan.alone(made), dcoeffs)
+    if plan.shared:
+        _dw_shared(dy, x, weight, rows, plan.shared, plan.sums(made))
+    return dcoeffs, ddeltas, dbase
+
+
+class Plan(NamedTuple):
+    """Which tasks contribute to which result. Results are counted as in (unwanted, dbase, *ddeltas)."""
+
+    listed: tuple[int, ...]
+    """The pairs t·K + k in order, for each task how many come before its own, and their number; empty: all pairs."""
+    pairs: int
+    unused: tuple[int, ...]
+    """Results to which no task contributes: zeros."""
+    alone: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """For each source the result that one task alone contributes to, written from that task's tile, or unwanted."""
+    writes: bool
+    writes_base: bool
+    shared: tuple[int, ...]
+    """The sources whose gradients are sums over tasks, which take a pass of their own."""
+    sums: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """The results of those."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _owners(pairs: tuple[int, ...], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The pairs in order, and how many tasks use each of ``count`` deltas. Kept: a layer's are the same each step."""
-    listed = tuple(sorted(set(pairs)))
+def _plan(
+    pairs: tuple[int, ...], ddeltas_for: tuple[int, ...], count: int, tasks: int, mixed: bool, need_dbase: bool
+) -> Plan:
+    """Kept: a layer's are the same each step, and work a delta on the host is done once."""
+    listed = sorted(set(pairs))
     used = collections.Counter(pair % count for pair in listed)
-    return listed, tuple(used[k] for k in range(count)) if listed else ()
+    owners = {k: used[k] if listed else tasks for k in ddeltas_for}
+    results = {k + 1: n + 2 for n, k in enumerate(ddeltas_for)} | ({0: 1} if need_dbase else {})
+    alone = {k + 1 for k in ddeltas_for if owners[k] == 1} | ({0} if need_dbase and not mixed else set())
+    shared = [k + 1 for k in ddeltas_for if owners[k] > 1] + [0] * (need_dbase and mixed)
+    starts = [bisect.bisect_left(listed, task * count) for task in range(tasks + 1)] if listed else []
+    return Plan(
+        (*listed, *starts),
+        len(listed),
+        tuple(results[k + 1] for k in ddeltas_for if owners[k] == 0),
+        _picked([results[s] if s in alone else 0 for s in range(count + 1)]),
+        bool(alone - {0}),
+        0 in alone,
+        tuple(shared),
+        _picked([results[s] for s in shared]),
+    )
+
+
+def _picked(places: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """What is at these places of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda made: tuple(made[n] for n in places)
 
 
 def _dw_by_task(
-    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, listed: Sequence[int], outputs: list[Tensor], dcoeffs: Tensor
+    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, plan: Plan, outputs: tuple[Tensor, ...], dcoeffs: Tensor
 ) -> None:
-    """dcoeffs at ``listed`` pairs (empty: all), and each output (0 elements: not wanted) of one task alone."""
+    """dcoeffs at the plan's pairs, and each output (0 elements: not wanted) of one task alone."""
     M, I = x.shape
     O = dy.shape[1]
-    count = len(weight.sources) - 1
+    count = weight.count - 1
     device, itemsize = x.device, x.element_size()
     config = _configs.choose("dw", M, itemsize, _configs.capability(device))
     tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
     splits = 1
     if not rows.mixed:
         splits = _configs.splits(tiles, triton.cdiv(M, config.block_m), _configs.processors(device))
-        splits = 1 << splits.bit_length() - 1
     partial = torch.empty((splits, O, I) if splits > 1 else (0,), dtype=torch.float32, device=device)
-    wanted = len(listed) or weight.tasks * count
+    wanted = plan.pairs or weight.tasks * count
     dots = dcoeffs.numel() > 0
     slots = torch.empty((wanted, tiles) if dots else (0,), dtype=torch.float32, device=device)
-    pairs = table(listed, device) if listed else None
-    sources, into = pointers(weight.sources), pointers(outputs)
+    pairs = table(plan.listed, device) if plan.pairs else None
+    into = pointers(outputs)
     how = {
         "BLOCK_O": config.block_o,
         "BLOCK_I": config.block_i,
-        "BLOCK_P": triton.next_power_of_2(len(listed)) if listed else 0,
+        "PAIRS": plan.pairs > 0,
         "SPLITS": splits,
         "DOTS": dots,
-        "WRITES": any(out.numel() for out in outputs[1:]),
-        "WRITE_BASE": outputs[0].numel() > 0,
+        "WRITES": plan.writes,
+        "WRITE_BASE": plan.writes_base,
         "BAKED": weight.base_coeffs is not None,
-        "TABLE": sources.table,
+        "TABLE": weight.pointers.table,
         "OUT_TABLE": into.table,
     }
-    dw_task_kernel[(tiles, weight.tasks if rows.mixed else splits)](
+    dw_task_kernel[(tiles * (weight.tasks if rows.mixed else splits),)](
         partial,
         slots,
         into.argument,
         dy,
         x,
-        sources.argument,
+        weight.pointers.argument,
         weight.coeffs,
         weight.base_coeffs,
         pairs,
@@ -127,7 +161,7 @@ def _dw_by_task(
         rows.per_sample,
         *dy.stride(),
         *x.stride(),
-        *weight.stride,
+        *weight.strides,
         BLOCK_M=config.block_m,
         MIXED=rows.mixed,
         PRECISION=_configs.precision(x.dtype),
@@ -141,7 +175,7 @@ def _dw_by_task(
             slots,
             into.argument,
             partial,
-            sources.argument,
+            weight.pointers.argument,
             weight.coeffs,
             weight.base_coeffs,
             pairs,
@@ -149,23 +183,25 @@ def _dw_by_task(
             O,
             count,
             wanted,
-            *weight.stride,
+            *weight.strides,
             dtype=triton_dtype(x.dtype),
             num_warps=config.warps,
             **how,
         )
     if dots and wanted:
-        sum_slots_kernel[(wanted,)](dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=bool(listed), num_warps=4)
+        sum_slots_kernel[(wanted,)](dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=plan.pairs > 0, num_warps=4)
 
 
-def _dw_shared(dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: list[int], outputs: list[Tensor]) -> None:
+def _dw_shared(
+    dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: tuple[int, ...], outputs: tuple[Tensor, ...]
+) -> None:
     """outputs[n] = Σ over tasks of the gradient of source ``wanted[n]``."""
     M, I = x.shape
     O = dy.shape[1]
     config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
     into = pointers(outputs)
     tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
-    dw_shared_kernel[(tiles, len(wanted))](
+    dw_shared_kernel[(tiles * len(wanted),)](
         into.argument,
         dy,
         x,
@@ -177,7 +213,7 @@ def _dw_shared(dy: Tensor, x: Tensor, weight: Weight, rows: Rows, wanted: list[i
         rows.offsets,
         I,
         O,
-        len(weight.sources) - 1,
+        weight.count - 1,
         weight.tasks,
         rows.samples,
         rows.inner,

@@ -14,52 +14,66 @@ def merge_kernel(
     coeffs_ptr,
     base_coeffs_ptr,
     offsets_ptr,
-    size,
+    rows,
+    columns,
+    start,
     K,
     L,
+    slots,
+    stride_row,
+    stride_column,
     dtype: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr,
     MIXED: tl.constexpr,
     BAKED: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """weight = Σ_s c[row, s]·W_s in float32, rounded once; sources with coefficient 0 are not read.
+    """weight = Σ_s c[t, s]·W_s in float32, rounded once; sources with coefficient 0 are not read.
 
-    Each weight and its sources hold equally many numbers in one and the same order.
-
-    * One layer: ``size`` numbers. With MIXED, slot g = t + 1 of weight is task t's and slot 0 the base's, as in the
-      groups of `TaskBatch`; a slot whose group has no samples is left as it is.
-    * BLOCK_L > 0: L layers, each with a row of coefficients. ``layers`` holds the number of each one's first program,
-      then their sizes, then for each layer the addresses of its weight and of its K + 1 sources.
+    * One layer: weight [slots, rows, columns] is the part of the sources that begins at element ``start``. With
+      MIXED, slot g = t + 1 is task t's and slot 0 the base's, as in the groups of `TaskBatch`; a slot whose group has
+      no samples is left as it is. Slots of one tile are neighbours in time, so that base comes from memory once.
+    * BLOCK_L > 0: L layers, each one row of any length, with coefficients of its own. ``layers`` holds the number of
+      each one's first program, then their lengths, then for each the addresses of its weight and its K + 1 sources.
     """
-    block = tl.program_id(0)
-    row = tl.program_id(1)
+    tile = tl.program_id(0)
+    slot = tile * 0
+    task = slot
+    down = slot
     if BLOCK_L:
         rl = tl.arange(0, BLOCK_L)
         firsts = tl.load(layers_ptr + rl, mask=rl < L, other=1 << 62)
-        row = tl.sum((firsts <= block).to(tl.int32), axis=0) - 1
-        block -= tl.load(layers_ptr + row).to(tl.int32)
-        size = tl.load(layers_ptr + L + row)
-        own = layers_ptr + 2 * L + row.to(tl.int64) * (K + 2)
+        task = tl.sum((firsts <= tile).to(tl.int32), axis=0) - 1
+        across = tile - tl.load(layers_ptr + task).to(tl.int32)
+        columns = tl.load(layers_ptr + L + task)
+        own = layers_ptr + 2 * L + task.to(tl.int64) * (K + 2)
         weight_ptr = pick(own, 0, dtype, TABLE)
         sources = own + 1
-    elif MIXED:
-        if tl.load(offsets_ptr + row) == tl.load(offsets_ptr + row + 1):
-            return
-        weight_ptr += row.to(tl.int64) * size
-        row -= 1
-    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = element < size
-    acc = tl.zeros((BLOCK,), tl.float32)
+    else:
+        slot = tile % slots
+        if MIXED:
+            task = slot - 1
+            if tl.load(offsets_ptr + slot) == tl.load(offsets_ptr + slot + 1):
+                return
+        tiles_row = tl.cdiv(columns, BLOCK_C)
+        down = tile // slots // tiles_row
+        across = tile // slots % tiles_row
+    row = (down.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    column = (across.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    real = (row < rows) & (column < columns)
+    element = start + row * stride_row + column * stride_column  # [BLOCK_R, BLOCK_C]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in tl.range(0, K + 1, BLOCK_S):
         candidates = first + tl.arange(0, BLOCK_S)
-        table = coefficient(candidates, row, coeffs_ptr, base_coeffs_ptr, K, BAKED)
+        table = coefficient(candidates, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
         used = (table != 0.0) & (candidates <= K)  # [BLOCK_S]
         source = -1
         for _ in tl.range(0, tl.sum(used.to(tl.int32), axis=0)):
             source = next_source(used, candidates, source)
             w = tl.load(pick(sources, source, dtype, TABLE) + element, mask=real, other=0.0).to(tl.float32)
-            acc += coefficient(source, row, coeffs_ptr, base_coeffs_ptr, K, BAKED) * w
-    tl.store(weight_ptr + element, acc.to(dtype), mask=real)
+            acc += coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED) * w
+    place = (slot.to(tl.int64) * rows + row) * columns + column
+    tl.store(weight_ptr + place, acc.to(dtype), mask=real)

@@ -93,8 +93,9 @@ def scale_shift_kernel(
     A program has BLOCK_R outer places, (row, pixel) where channels are last and (row, channel) where they are not, and
     BLOCK_E of the channels or pixels inside each.
     """
-    outer = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    element = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    blocks = tl.cdiv(C if LAST else P, BLOCK_E)
+    outer = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    element = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     if LAST:
         width, row, channel = C, outer // P, element
         real = (outer < tl.cast(N, tl.int64) * P) & (element < C)
@@ -155,9 +156,10 @@ def task_sums_kernel(
 
     WHAT "mean": Σ x. "variance": Σ (x - center)². "gradients": Σ du·(x - center) into first and Σ du into second.
     """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    part = tl.program_id(1)
-    group = tl.program_id(2)
+    blocks = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(0) // blocks % PARTS
+    group = tl.program_id(0) // blocks // PARTS
     if MIXED:
         start, stop = group_range(group, offsets_ptr, rows_per_sample)
         task = tl.where(group == 0, T, group - 1)
@@ -218,8 +220,9 @@ def sum_parts_kernel(
     AVERAGE: tl.constexpr,
 ):
     """out[t, c] = Σ_s partial[g, s, c] in the order of s; AVERAGE: by the number of rows and pixels. Base is last."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    group = tl.program_id(1)
+    blocks = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(0) // blocks
     total = tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
         into = (group.to(tl.int64) * PARTS + part) * C + channel

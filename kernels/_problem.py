@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ._arguments import Pointers, pointers, slots
+
 
 class Rows(NamedTuple):
     """Which rows belong to which task; without tasks every row is task 0's."""
@@ -36,30 +38,34 @@ class Weight(NamedTuple):
     """The sources, their common strides, and the coefficients that weigh them."""
 
     sources: list[Tensor]
-    coeffs: Tensor
+    """Kept while kernels read them by their addresses."""
+    pointers: Pointers
+    count: int
+    strides: tuple[int, ...]
+    coeffs: Tensor | None
+    """None: task t has source t alone."""
     base_coeffs: Tensor | None
+    tasks: int
 
     @classmethod
     def of(cls, base: Tensor, deltas: Sequence[Tensor], coeffs: Tensor, base_coeffs: Tensor | None) -> Weight:
         sources = [base, *deltas]
-        if any(s.stride() != base.stride() for s in deltas):
+        # Whole-list calls: this is paid by each layer of each forward, for each delta.
+        if not all(map(Tensor.is_contiguous, sources)) and len(set(map(Tensor.stride, sources))) > 1:
             layout = torch.channels_last if base.dim() == 4 else torch.contiguous_format
             sources = [s.contiguous(memory_format=layout) for s in sources]
-        return cls(sources, coeffs, base_coeffs)
+        tasks = coeffs.shape[0] if coeffs.dim() == 2 else 1
+        return cls(sources, pointers(sources), len(sources), sources[0].stride(), coeffs, base_coeffs, tasks)
 
-    @property
-    def stride(self) -> tuple[int, int]:
-        out, into = self.sources[0].stride()
-        return out, into
-
-    @property
-    def tasks(self) -> int:
-        return self.coeffs.shape[0] if self.coeffs.dim() == 2 else 1
+    @classmethod
+    def of_bank(cls, bank: Tensor, stride: tuple[int, int]) -> Weight:
+        """Task t has bank[t] for its weight, whose out and in features lie ``stride`` apart."""
+        return cls([bank], slots(bank), bank.shape[0], stride, None, None, bank.shape[0])
 
     @property
     def source_block(self) -> int:
         """How many coefficients of a row a kernel looks at together."""
-        return source_block(len(self.sources))
+        return source_block(self.count)
 
 
 def source_block(sources: int) -> int:

@@ -117,6 +117,7 @@ def sum_splits_kernel(
     T,
     B,
     inner,
+    stride_ym,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -137,4 +138,5 @@ def sum_splits_kernel(
         if MIXED:
             task = tl.load(ids_ptr + (rm // inner) % B, mask=rm < M, other=0).to(tl.int32)
         y += bias_tile(bias_ptr, task, ro, O, T, BIAS)
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=real)
+    place = y_ptr + rm.to(tl.int64)[:, None] * stride_ym + ro[None, :]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=real)

@@ -52,16 +52,22 @@ def group_range(group, offsets_ptr, rows_per_sample):
 
 @triton.jit
 def coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED: tl.constexpr):
-    """float32: what multiplies ``source`` for ``task``, of any shapes that broadcast; task -1 is the base alone."""
-    own = task >= 0
-    found = tl.load(
-        coeffs_ptr + tl.cast(task, tl.int64) * K + (source - 1), mask=own & (source > 0) & (source <= K), other=0.0
-    )
-    if BAKED:
-        of_base = tl.load(base_coeffs_ptr + task + source * 0, mask=own & (source == 0), other=1.0)
+    """float32: what multiplies ``source`` for ``task``, of any shapes that broadcast; task -1 is the base alone.
+
+    Without a table, each task has the source of its own number, and no other.
+    """
+    if coeffs_ptr is None:
+        c = tl.where(source == task, 1.0, 0.0)
     else:
-        of_base = 1.0
-    return tl.where(source == 0, of_base, found)
+        own = task >= 0
+        place = tl.cast(task, tl.int64) * K + (source - 1)
+        c = tl.load(coeffs_ptr + place, mask=own & (source > 0) & (source <= K), other=0.0)
+        if BAKED:
+            of_base = tl.load(base_coeffs_ptr + task + source * 0, mask=own & (source == 0), other=1.0)
+        else:
+            of_base = 1.0
+        c = tl.where(source == 0, of_base, c)
+    return c
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ._tiles import locate, pick
 
 FORMATS = {"bits": 0, "mask": 1, "int8": 2}
 BLOCK_M, BLOCK_N, BLOCK_R = 16, 64, 64
+REGISTERS = 255  # left to its own guess, the assembler spills
 
 
 def coded_fwd(
@@ -107,6 +108,7 @@ def _run(
             BLOCK_R=BLOCK_R,
             num_warps=4,
             num_stages=2,
+            maxnreg=REGISTERS,
         )
     return out
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from taps_fast._problem import output_size
 
 from . import _configs, linear
-from ._arguments import on_its_device, pointers
+from ._arguments import on_its_device
 from ._conv import conv2d_kernel
 from ._problem import Weight
-from ._split import sum_splits_kernel
 
 if TYPE_CHECKING:
     from taps_fast._problem import Problem
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
 
 def not_supported_reasons(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot take a problem; nothing if it can."""
-    yield from linear.not_supported_reasons(problem._replace(rows=problem.rows * problem.pixels))
+    # A block's rows are pixels of one image.
+    pixels = triton.cdiv(problem.pixels, 16) * 16
+    yield from linear.not_supported_reasons(problem._replace(rows=problem.rows * pixels))
     if problem.groups != 1:
         yield f"has no convolution kernel with groups, got {problem.groups}"
     if problem.grad:
@@ -77,17 +78,14 @@ def _launch(
     config = _configs.choose("conv", pixels, x.element_size(), _configs.capability(x.device))
     tiles = N * triton.cdiv(pixels, config.block_m) * triton.cdiv(O, config.block_o)
     splits = _configs.splits(tiles, taps_h * taps_w * triton.cdiv(C, config.block_i), _configs.processors(x.device))
-    # A power of two: each value compiles once.
-    splits = 1 << splits.bit_length() - 1
     target = y if splits == 1 else torch.empty(splits, M, O, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:
         bias = bias.contiguous()
-    sources = pointers(weight.sources)
     conv2d_kernel[(tiles * splits,)](
         target,
         x,
-        sources.argument,
+        weight.pointers.argument,
         weight.coeffs,
         weight.base_coeffs,
         bias,
@@ -101,7 +99,7 @@ def _launch(
         width,
         taps_h * taps_w,
         taps_w,
-        len(weight.sources) - 1,
+        weight.count - 1,
         weight.tasks,
         samples,
         inner,
@@ -110,7 +108,7 @@ def _launch(
         *dilation,
         target.stride(0) if splits > 1 else 0,
         *x.stride(),
-        *weight.sources[0].stride(),
+        *weight.strides,
         BLOCK_M=config.block_m,
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
@@ -119,28 +117,11 @@ def _launch(
         MIXED=ids is not None,
         BAKED=weight.base_coeffs is not None,
         BIAS=has_bias if splits == 1 else 0,
-        TABLE=sources.table,
+        TABLE=weight.pointers.table,
         PRECISION=_configs.precision(x.dtype, torch.backends.cudnn.conv),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
     )
     if splits > 1:
-        block_m, block_o = min(16, triton.next_power_of_2(M)), 128
-        sum_splits_kernel[(triton.cdiv(M, block_m) * triton.cdiv(O, block_o),)](
-            y,
-            target,
-            bias,
-            ids,
-            M,
-            O,
-            weight.tasks,
-            samples,
-            inner * pixels,
-            SPLITS=splits,
-            BLOCK_M=block_m,
-            BLOCK_O=block_o,
-            MIXED=ids is not None,
-            BIAS=has_bias,
-            num_warps=4,
-        )
+        linear.sum_splits(y, target, bias, ids, weight.tasks, samples, inner * pixels)

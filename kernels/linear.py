@@ -17,11 +17,11 @@ from torch import Tensor
 from taps_fast import _tuned
 
 from . import _configs
-from ._arguments import on_its_device, pointers
+from ._arguments import on_its_device
 from ._gradients import linear_dw
 from ._problem import Rows, Weight
 from ._split import split_kernel, sum_splits_kernel
-from .merge import merged
+from .merge import merged, part_of
 
 if TYPE_CHECKING:
     from taps_fast._problem import Problem
@@ -38,8 +38,10 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"computes float32, bfloat16 and float16, the tensors are {problem.dtype}"
     if max(problem.rows, *problem.shape) >= 2**31 - 2**16:
         yield f"counts rows and features in 31 bits, got {problem.rows} rows and weight {problem.shape}"
-    if (problem.num_tasks or 0) >= 2**16 - 1:
-        yield f"takes fewer than {2**16 - 1} tasks, got {problem.num_tasks}"
+    out_tiles, in_tiles = (triton.cdiv(size, 64) for size in problem.shape[:2])
+    forward = triton.cdiv(problem.rows, 16) * max(out_tiles, in_tiles)
+    if max(forward, out_tiles * in_tiles * (problem.num_tasks or 1)) >= 2**31:
+        yield f"numbers its programs in 31 bits, got {problem.num_tasks} tasks of weights {problem.shape}"
     if torch.cuda.is_available() and torch.cuda.get_device_properties().major < 8:
         yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch()}"
 
@@ -62,7 +64,8 @@ def linear_fwd(
     rows = Rows(ids, order, offsets, x.shape[0], max(inner, 1))
     if _algorithm(algorithm) == "merge":
         return _merged_product(x, weight, rows, bias, transposed=False)
-    return _split("split", x, weight, rows, bias, base.shape[0], *weight.stride)
+    y = x.new_empty(x.shape[0], base.shape[0])
+    return _split("split", y, x, weight, rows, bias, *weight.strides)
 
 
 @on_its_device
@@ -82,7 +85,8 @@ def linear_dx(
     rows = Rows(ids, order, offsets, dy.shape[0], max(inner, 1))
     if _algorithm(algorithm) == "merge":
         return _merged_product(dy, weight, rows, None, transposed=True)
-    return _split("dx", dy, weight, rows, None, base.shape[1], *reversed(weight.stride))
+    dx = dy.new_empty(dy.shape[0], base.shape[1])
+    return _split("dx", dx, dy, weight, rows, None, *reversed(weight.strides))
 
 
 linear_dw = on_its_device(linear_dw)
@@ -96,32 +100,29 @@ def _algorithm(algorithm: str) -> str:
 
 def _split(
     kernel: str,
+    y: Tensor,
     x: Tensor,
     weight: Weight,
     rows: Rows,
     bias: Tensor | None,
-    out_features: int,
     stride_wo: int,
     stride_wi: int,
 ) -> Tensor:
-    M, I = x.shape
-    y = x.new_empty(M, out_features)
+    """Into y, whose rows may be parts of longer ones."""
+    (M, I), out_features = x.shape, y.shape[1]
     if y.numel() == 0:
         return y
     config = _configs.choose(kernel, M, x.element_size(), _configs.capability(x.device))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(out_features, config.block_o)
     splits = _configs.splits(tiles, triton.cdiv(I, config.block_i), _configs.processors(x.device))
-    # A power of two: each value compiles once.
-    splits = 1 << splits.bit_length() - 1
     target = y if splits == 1 else torch.empty(splits, M, out_features, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:
         bias = bias.contiguous()
-    sources = pointers(weight.sources)
     split_kernel[(tiles * splits,)](
         target,
         x,
-        sources.argument,
+        weight.pointers.argument,
         weight.coeffs,
         weight.base_coeffs,
         bias,
@@ -130,7 +131,7 @@ def _split(
         M,
         I,
         out_features,
-        len(weight.sources) - 1,
+        weight.count - 1,
         weight.tasks,
         rows.samples,
         rows.inner,
@@ -148,70 +149,96 @@ def _split(
         MIXED=rows.mixed,
         BAKED=weight.base_coeffs is not None,
         BIAS=has_bias if splits == 1 else 0,
-        TABLE=sources.table,
+        TABLE=weight.pointers.table,
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
     )
     if splits > 1:
-        block_m, block_o = min(16, triton.next_power_of_2(M)), 128
-        sum_splits_kernel[(triton.cdiv(M, block_m) * triton.cdiv(out_features, block_o),)](
-            y,
-            target,
-            bias,
-            rows.ids,
-            M,
-            out_features,
-            weight.tasks,
-            rows.samples,
-            rows.inner,
-            SPLITS=splits,
-            BLOCK_M=block_m,
-            BLOCK_O=block_o,
-            MIXED=rows.mixed,
-            BIAS=has_bias,
-            num_warps=4,
-        )
+        sum_splits(y, target, bias, rows.ids, weight.tasks, rows.samples, rows.inner)
     return y
+
+
+def sum_splits(
+    y: Tensor, partial: Tensor, bias: Tensor | None, ids: Tensor | None, tasks: int, samples: int, inner: int
+) -> None:
+    """y = Σ_s partial[s] + bias; the last axis of y is contiguous, and its others are rows."""
+    splits, M, O = partial.shape
+    block_m, block_o = min(16, triton.next_power_of_2(M)), 128
+    sum_splits_kernel[(triton.cdiv(M, block_m) * triton.cdiv(O, block_o),)](
+        y,
+        partial,
+        bias,
+        ids,
+        M,
+        O,
+        tasks,
+        samples,
+        inner,
+        y.stride(-2),
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_O=block_o,
+        MIXED=ids is not None,
+        BIAS=0 if bias is None else bias.dim(),
+        num_warps=4,
+    )
 
 
 def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    """x·W_tᵀ + bias_t, or with ``transposed`` x·W_t, each weight summed first."""
+    """x·W_tᵀ + bias_t, or with ``transposed`` x·W_t, each weight summed first.
+
+    Of a mixed batch so many features at a time as fit in scratch for every task: the host knows how many those are,
+    and not how many rows a task has.
+    """
+    axis = 1 if transposed else 0
+    features, summed = weight.sources[0].shape[axis], x.shape[1]
     if not rows.mixed:
-        whole = merged(weight, rows)[0]
+        whole = merged(weight, rows, 0, features, features=axis)[0]
         return x @ whole if transposed else F.linear(x, whole, bias)
-    bias_row = None if bias is None or bias.dim() == 1 else _task_of_row(rows)
-    ids, order, offsets = _joined(weight, rows)
-    rows = rows._replace(ids=ids, order=order, offsets=offsets)
-    bank = merged(weight, rows)
-    bank = bank if transposed else bank.transpose(1, 2)  # [T + 1, in, out]
-    if _grouped_mm_fits(x, bank):
-        place = _rows_in_group_order(rows)
-        ends = offsets[1:] * rows.per_sample
-        y = x.new_empty(x.shape[0], bank.shape[2])
-        y[place] = F.grouped_mm(x[place], bank, offs=ends.to(torch.int32))
-    else:
-        # Each row uses one source, its own group's weight: row g of this table is task g - 1's, the last the base's.
-        eye = torch.eye(bank.shape[0], dtype=torch.float32, device=x.device)
-        slot = torch.remainder(ids + 1, bank.shape[0])
-        one = Weight(list(bank.unbind()), eye[:, 1:].contiguous(), eye[:, 0].contiguous())
-        rows = rows._replace(ids=slot)
-        y = _split("dx" if transposed else "split", x, one, rows, None, bank.shape[2], *reversed(bank.stride()[1:]))
+    y = x.new_empty(x.shape[0], features)
+    if y.numel() and summed:
+        _mixed_product(y, x, weight, _joined(weight, rows), axis)
+    elif summed == 0:
+        y.zero_()
     if bias is not None:
-        y += bias if bias_row is None else bias[bias_row]
+        y += bias if bias.dim() == 1 else bias[_task_of_row(rows)]
     return y
 
 
-def _joined(weight: Weight, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """The index with the samples of tasks whose gates are all closed among the base's: one GEMM serves them."""
+def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, axis: int) -> None:
+    features, summed = y.shape[1], x.shape[1]
+    part = part_of(features, summed, weight.tasks + 1, x.element_size())
+    grouped = _grouped_mm_fits(x, summed, features, weight.tasks + 1)
+    if grouped:
+        place, ends = _rows_in_group_order(rows), (rows.offsets[1:] * rows.per_sample).int()
+        x = x[place]
+    else:
+        # Each row uses one slot of the bank, its own group's.
+        slotted = rows._replace(ids=torch.remainder(rows.ids + 1, weight.tasks + 1))
+    for first in range(0, features, part):
+        count = min(part, features - first)
+        bank = merged(weight, rows, first, count, features=axis)
+        bank = bank if axis else bank.transpose(1, 2)  # [T + 1, in, out]
+        own = y[:, first : first + count]
+        if grouped:
+            own[place] = F.grouped_mm(x, bank, offs=ends)
+        else:
+            stride = bank.stride()[:0:-1]
+            _split("dx" if axis else "split", own, x, Weight.of_bank(bank, stride), slotted, None, *stride)
+
+
+def _joined(weight: Weight, rows: Rows) -> Rows:
+    """The rows with the samples of tasks whose gates are all closed among the base's: one GEMM serves them."""
     closed = (weight.coeffs == 0).all(1)
     if weight.base_coeffs is not None:
         closed &= weight.base_coeffs == 1
     closed = F.pad(closed, (0, 1), value=True)  # id -1 finds the last entry
     ids = torch.where(closed[rows.ids], -1, rows.ids)
     ascending, order = torch.sort(ids, stable=True)
-    return ids, order, torch.searchsorted(ascending, torch.arange(-1, weight.tasks + 1, device=ids.device))
+    offsets = torch.searchsorted(ascending, torch.arange(-1, weight.tasks + 1, device=ids.device))
+    return rows._replace(ids=ids, order=order, offsets=offsets)
 
 
 def _rows_in_group_order(rows: Rows) -> Tensor:
@@ -228,8 +255,8 @@ def _task_of_row(rows: Rows) -> Tensor:
     return rows.ids[row // rows.inner % rows.samples]
 
 
-def _grouped_mm_fits(x: Tensor, bank: Tensor) -> bool:
+def _grouped_mm_fits(x: Tensor, summed: int, features: int, groups: int) -> bool:
     """Whether F.grouped_mm runs this as one kernel; where it would not, it loops on the host and stalls the stream."""
-    if x.dtype != torch.bfloat16 or any(size * 2 % 16 for size in bank.shape[1:]) or bank.shape[0] >= 1024:
+    if x.dtype != torch.bfloat16 or summed % 8 or features % 8 or groups >= 1024:
         return False
     return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)

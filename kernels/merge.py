@@ -8,46 +8,72 @@ import torch
 import triton
 from torch import Tensor
 
-from ._arguments import common_power, on_its_device, pointers, table, triton_dtype
+from ._arguments import common_power, on_its_device, table, triton_dtype
 from ._merge import merge_kernel
 from ._problem import Rows, Weight, source_block
 
 BLOCK, WARPS = 2048, 4
+SCRATCH = 2**28
+"""Bytes that the weights of a mixed batch may take at once."""
+LEAST = 64
+"""Features that one part of a weight has at least; fewer would leave a GEMM's tiles empty."""
 
 
-def merged(weight: Weight, rows: Rows) -> Tensor:
-    """Each group's weight [T + 1, O, I] (one weight: [1, O, I]), closed gates skipped, groups without rows unwritten.
+def part_of(features: int, summed: int, slots: int, itemsize: int) -> int:
+    """How many of the features that a product makes fit in scratch at once, for the weights of all slots."""
+    most = SCRATCH // (slots * summed * itemsize)
+    whole = 128 if most >= 128 else LEAST  # whole tiles of a GEMM
+    return min(features, max(most // whole * whole, LEAST))
 
-    The result comes from PyTorch's caching allocator: freed after use, it is the next layer's scratch.
+
+def scratch_refusal(shape: Sequence[int], tasks: int, itemsize: int) -> str | None:
+    """Why the weights of so many tasks are not summed beforehand, or None."""
+    least = (tasks + 1) * LEAST * max(shape) * itemsize
+    if least <= SCRATCH:
+        return None
+    return f"sums weights in at most {SCRATCH >> 20} MiB of scratch, {tasks} tasks need {least >> 20} MiB or more"
+
+
+def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int = 0) -> Tensor:
+    """Each group's weight in part, [T + 1, out, in] (one weight: [1, out, in]), in memory as the sources are.
+
+    Of axis ``features`` of the weight, ``count`` from ``first`` on. Closed gates are skipped, groups without rows
+    unwritten. The result comes from PyTorch's caching allocator: freed after use, it is the next layer's scratch.
     """
-    sources = weight.sources
-    base = sources[0]
-    transposed = base.t().is_contiguous() and not base.is_contiguous()
-    if not transposed:
-        sources = [s.contiguous() for s in sources]
+    shape = list(weight.sources[0].shape)
+    shape[features] = count
+    turned = weight.strides[0] < weight.strides[1]
+    slow, fast = (1, 0) if turned else (0, 1)
     slots = weight.tasks + 1 if rows.mixed else 1
-    bank = base.new_empty(slots, *(base.shape[::-1] if transposed else base.shape))
-    found = pointers(sources)
-    merge_kernel[(triton.cdiv(base.numel(), BLOCK), slots)](
+    bank = weight.sources[0].new_empty(slots, shape[slow], shape[fast])
+    block_c = min(triton.next_power_of_2(shape[fast]), BLOCK)
+    block_r = BLOCK // block_c
+    merge_kernel[(triton.cdiv(shape[slow], block_r) * triton.cdiv(shape[fast], block_c) * slots,)](
         bank,
-        found.argument,
+        weight.pointers.argument,
         None,
         weight.coeffs,
         weight.base_coeffs,
         rows.offsets,
-        base.numel(),
-        len(sources) - 1,
+        shape[slow],
+        shape[fast],
+        first * weight.strides[features],
+        weight.count - 1,
         1,
-        dtype=triton_dtype(base.dtype),
-        BLOCK=BLOCK,
+        slots,
+        weight.strides[slow],
+        weight.strides[fast],
+        dtype=triton_dtype(bank.dtype),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
         BLOCK_S=weight.source_block,
         BLOCK_L=0,
         MIXED=rows.mixed,
         BAKED=weight.base_coeffs is not None,
-        TABLE=found.table,
+        TABLE=weight.pointers.table,
         num_warps=WARPS,
     )
-    return bank.transpose(1, 2) if transposed else bank
+    return bank.transpose(1, 2) if turned else bank
 
 
 @on_its_device
@@ -61,24 +87,30 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
     out = [torch.empty_like(base) for base in bases]
     firsts, addresses = [0], []
     for l, base in enumerate(bases):
-        addresses += [t.data_ptr() for t in (out[l], base, *deltas[l * K : (l + 1) * K])]
+        addresses += map(Tensor.data_ptr, (out[l], base, *deltas[l * K : (l + 1) * K]))
         firsts.append(firsts[-1] + triton.cdiv(base.numel(), BLOCK))
     blocks = firsts.pop()
     if blocks == 0:
         return out
     layers = table([*firsts, *(base.numel() for base in bases), *addresses], coeffs.device)
-    merge_kernel[(blocks, 1)](
+    merge_kernel[(blocks,)](
         None,
         None,
         layers,
         coeffs.contiguous(),
         None,
         None,
+        1,
+        0,
         0,
         K,
         L,
+        1,
+        0,
+        1,
         dtype=triton_dtype(bases[0].dtype),
-        BLOCK=BLOCK,
+        BLOCK_R=1,
+        BLOCK_C=BLOCK,
         BLOCK_S=source_block(K + 1),
         BLOCK_L=triton.next_power_of_2(L),
         MIXED=False,

@@ -75,7 +75,7 @@ def _pass(
     outer, width = (N * pixels, C) if last else (N * C, pixels)
     block_e = min(triton.next_power_of_2(width), 512)
     block_r = max(TILE // block_e, 1)
-    scale_shift_kernel[(triton.cdiv(outer, block_r), triton.cdiv(width, block_e))](
+    scale_shift_kernel[(triton.cdiv(outer, block_r) * triton.cdiv(width, block_e),)](
         y,
         x,
         dy,
@@ -134,19 +134,18 @@ def _sums(
     N, C = x.shape[:2]
     tasks = _tasks(offsets)
     slots = tasks + 1 if ids is not None else 1
-    results = [x.new_zeros(slots, C, dtype=torch.float32) for _ in range(2 if what == "gradients" else 1)]
+    results = [x.new_empty(slots, C, dtype=torch.float32) for _ in range(2 if what == "gradients" else 1)]
     if x.numel() == 0:
-        return results
+        return [out.zero_() for out in results]
     block_c, block_q = (64, 32) if last else (16, 128)
     programs = triton.cdiv(C, block_c) * slots
     steps = triton.cdiv(N * pixels, block_q * slots)
     parts = _configs.splits(programs, steps, _configs.processors(x.device))
-    parts = 1 << parts.bit_length() - 1
-    partial = torch.empty(len(results), slots, parts, C, dtype=torch.float32, device=x.device)
+    partial = x.new_empty(len(results), slots, parts, C, dtype=torch.float32)
     samples = 1 if ids is None else max(ids.shape[0], 1)
     per_sample = max(N // samples, 1)
     mixed = ids is not None
-    task_sums_kernel[(triton.cdiv(C, block_c), parts, slots)](
+    task_sums_kernel[(programs * parts,)](
         partial[0],
         partial[-1],
         x,
@@ -178,7 +177,7 @@ def _sums(
         maxnreg=255,
     )
     for out, part in zip(results, partial, strict=True):
-        sum_parts_kernel[(triton.cdiv(C, 128), slots)](
+        sum_parts_kernel[(triton.cdiv(C, 128) * slots,)](
             out, part, offsets, N, C, pixels, tasks, per_sample,
             BLOCK_C=128, PARTS=parts, MIXED=mixed, AVERAGE=what != "gradients", num_warps=4,
         )  # fmt: skip

@@ -96,6 +96,20 @@ def _triton(problem: Problem) -> Iterator[str]:
     yield from (linear if problem.op == "linear" else conv2d).not_supported_reasons(problem)
 
 
+def _scratch(problem: Problem) -> Iterator[str]:
+    if problem.op != "linear":
+        yield "serves delta_linear only"
+        return
+    try:
+        from .kernels import merge
+    except ImportError:
+        return  # said by _triton
+    if problem.num_tasks is not None:
+        reason = merge.scratch_refusal(problem.shape[:2], problem.num_tasks, problem.dtype.itemsize)
+        if reason is not None:
+            yield reason
+
+
 def _few_rows(problem: Problem) -> bool:
     if problem.op == "conv2d":
         return _small_images(problem)
@@ -161,8 +175,8 @@ class _Row(NamedTuple):
     preferred: Callable[[Problem], bool]
     """Whether "auto" may take this row."""
     why: str | Callable[[Problem], str]
-    op: str | None = None
-    """The only operation that it serves; None: what the backend's reasons say."""
+    against: Callable[[Problem], Iterator[str]] | None = None
+    """Reasons of its own, beside those of the backend, why it cannot run a problem."""
 
 
 _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
@@ -179,7 +193,7 @@ TABLE = (
     _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
     _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
     _Row("triton", "split", _few_rows, _split_why),
-    _Row("triton", "merge", lambda p: True, _merge_why, "linear"),
+    _Row("triton", "merge", lambda p: True, _merge_why, _scratch),
     _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
     _Row(
         "aten",
@@ -198,8 +212,8 @@ ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in TABLE))
 
 def reasons_against(row: _Row, problem: Problem) -> Iterator[str]:
     """Why a row of the table cannot run a problem; nothing if it can."""
-    if row.op not in (None, problem.op):
-        yield f"serves delta_{row.op} only"
+    if row.against is not None:
+        yield from row.against(problem)
     yield from _REASONS[row.backend](problem)
 
 
@@ -220,12 +234,12 @@ def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
         raise ValueError(f"select: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    usable: dict[tuple[str, str | None], bool] = {}
+    usable: dict[tuple[str, object], bool] = {}
     able: Choice | None = None
     for row in TABLE:
         if (backend or row.backend) != row.backend or (algorithm not in ("auto", row.algorithm)):
             continue
-        kind = row.backend, row.op
+        kind = row.backend, row.against
         if kind not in usable:
             usable[kind] = next(reasons_against(row, problem), None) is None
         # An explicit choice is taken at its word; "auto" also asks whether it pays.

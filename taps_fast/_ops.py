@@ -8,7 +8,8 @@ A schema is the contract that each backend implements:
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
   groups, on CUDA from Triton.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
-  installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered.
+  installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered. Of each
+  the overload ``uncompiled`` is what runs without an extension, to which that of CUDA hands chips it was not built for.
 * ``taps_fast::fold`` and ``fold_grad`` come from the C++ extension on CPU, from Triton on CUDA where it is installed,
   and from plain PyTorch (`taps_fast._fold`) wherever no kernel is registered.
 * ``taps_fast::coded_*`` come from the C++ extension on CPU, from Triton on CUDA where it is installed (but for
@@ -240,6 +241,7 @@ def _from(module: str, name: str) -> Callable[..., Any]:
 
 _COMPILED = {"linear_stream", "task_plan"}
 """Operators that a compiled extension alone implements; its loading registers them."""
+POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -267,6 +269,11 @@ for _name, _schema in SCHEMAS.items():
     else:
         _part = _name.partition("_")[0] if _name.startswith(("coded", "fold")) else "pointwise"
         _plain, _kernel = _from(f"taps_fast._{_part}", _name), _from(f"taps_fast.kernels.{_part}", _name)
-        torch.library.impl(_op, "CompositeExplicitAutograd", _plain)
-        if _TRITON and _name != "depthwise" and not (_part == "pointwise" and _ext.CUDA_LOADED):
-            torch.library.impl(_op, "CUDA", _kernel if _part == "fold" else _unless_float64(_kernel, _plain))
+        _chosen = _kernel if _part == "fold" else _unless_float64(_kernel, _plain)
+        _compiled = _name in POINTWISE and _ext.CUDA_LOADED
+        if _name in POINTWISE:
+            torch.library.define(f"{_op}.uncompiled", _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        for _each in (_op, f"{_op}.uncompiled")[: 1 + (_name in POINTWISE)]:
+            torch.library.impl(_each, "CompositeExplicitAutograd", _plain)
+            if _TRITON and _name != "depthwise" and not (_each == _op and _compiled):
+                torch.library.impl(_each, "CUDA", _chosen)

@@ -44,10 +44,12 @@ VENDORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 HOSTS = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-# The instruction that multiplies tiles. wgmma needs 64 rows of weights, four warps and 16-bit types or tf32.
+# The instruction that multiplies tiles. wgmma needs 64 rows on the left, four warps and 16-bit types or tf32; with
+# decoded weights on the right there are 16.
 FMA = r"FFMA"
 ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOMG?|REDG?)\b")  # not ATOMS, which allocates tensor memory
-TENSOR_CORE = {(8, 0): r"\bHMMA", (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
+WARP = r"\bHMMA"
+TENSOR_CORE = {(8, 0): WARP, (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,7 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
             self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Any:
+            assert len(grid) == 1, f"{self.kernel.fn.__name__}: axes of a grid but the first end at 65535 programs"
             return lambda *args, **kwargs: found.setdefault(_launch(self.kernel, chip, args, kwargs))
 
     kernels = [
@@ -155,8 +158,10 @@ def _exercise() -> None:
             linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True)
             many = [base] * (_arguments.ARGUMENTS + 1)
             linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
-            merge.merged(merge.Weight.of(base, deltas, one, None), merge.Rows(*none, rows, 1))
-            merge.merged(merge.Weight.of(base, deltas, each, one), merge.Rows(*index, rows, 1))
+            merge.merged(merge.Weight.of(base, deltas, one, None), merge.Rows(*none, rows, 1), 0, O)
+            merge.merged(merge.Weight.of(base, deltas, each, one), merge.Rows(*index, rows, 1), 0, O)
+            merge.merged(merge.Weight.of(base, deltas, each, None), merge.Rows(*index, rows, 1), 16, I // 2, features=1)
+            linear.linear_fwd(x, base, many[:3], each, None, None, *index, rows // 16, "merge")
             for image in (dy[:, :, None, None].expand(-1, -1, 16, 1).contiguous(), dy):
                 table, groups = torch.ones(4, dy.shape[1]), (*index, rows // 16, "relu")
                 pointwise.scale_shift(image, table, table, *groups)
@@ -237,9 +242,9 @@ def compiled(launch: Launch) -> Facts:
     return Facts(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=int(spills[1]) + int(spills[2]),
-        spills_in_loops=spills_in_loops(sass, FMA if is_ieee(launch) else TENSOR_CORE[launch.chip]),
+        spills_in_loops=spills_in_loops(sass, FMA if is_ieee(launch) else instruction(launch)),
         shared=binary.metadata.shared,
-        products=len(re.findall(TENSOR_CORE[launch.chip], sass)),
+        products=len(re.findall(instruction(launch), sass)),
         atomics=len(ATOMIC.findall(sass)),
         async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log.getvalue())))),
@@ -249,6 +254,11 @@ def compiled(launch: Launch) -> Facts:
 
 def _cuobjdump(what: str, path: str) -> str:
     return subprocess.run([TOOLS / "cuobjdump", what, path], capture_output=True, text=True, check=True).stdout
+
+
+def instruction(launch: Launch) -> str:
+    """The one of tensor cores that a launch should use."""
+    return WARP if launch.kernel == "coded_kernel" else TENSOR_CORE[launch.chip]
 
 
 def is_ieee(launch: Launch) -> bool:

@@ -154,6 +154,24 @@ def test_a_failed_launch_says_what_was_started(settings, name, kernel):
         getattr(ops, name)(n.x, *args)
 
 
+def test_a_chip_that_it_was_not_compiled_for_gets_what_runs_without_it(settings):
+    """No launch is tried there; an error of another kernel is not swallowed either."""
+    settings.served = False
+    n = Inputs((5, 8, 4), torch.float32)
+    scale, shift, slope, offset = n.tables
+    for name, args in (
+        ("scale_shift", (n.x, scale, shift, *n.groups, "silu")),
+        ("scale_shift_dx", (n.dy, n.x, *n.tables, *n.groups, "gelu")),
+        ("scale_shift_sums", (n.dy, n.x, scale, shift, slope, *n.groups, "silu")),
+        ("moments", (n.x, *n.groups)),
+    ):
+        torch.testing.assert_close(getattr(ops, name)(*args), getattr(_pointwise, name)(*args), rtol=0, atol=0)
+    over = n.x.clone()
+    ops.scale_shift_(over, scale, offset, *n.groups, "relu")
+    assert torch.equal(over, _pointwise.scale_shift(n.x, scale, offset, *n.groups, "relu"))
+    assert len(settings.launches) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     (

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from taps_fast.kernels import _arguments, _configs, linear
+from taps_fast.kernels import _arguments, _configs, linear, merge
 from triton_shim import DEVICE, INTERPRETED
 
 from taps_fast import _autograd, _dispatch
@@ -152,18 +152,54 @@ def test_grouped_gemm_serves_merged_weights():
     ids = (1, 3, -1, 1, 0, 0, 3, 1)
     case = Case(HALF, rows=16, shape=(32, 24), num_deltas=4, tasks=ids, num_tasks=4, zeros=(4, 5, 6, 7), bias="base")
     n = make_inputs(case, DEVICE)
-    bank = torch.empty(5, 24, 32, dtype=HALF, device=DEVICE)
-    assert linear._grouped_mm_fits(n.x, bank)
-    assert not linear._grouped_mm_fits(n.x, bank[:, :, 1:])
-    assert not linear._grouped_mm_fits(n.x.float(), bank.float())
-    assert not linear._grouped_mm_fits(n.x, bank[:1].expand(1024, -1, -1))
+    fits = (24, 32, 5)
+    assert linear._grouped_mm_fits(n.x, *fits)
+    assert not linear._grouped_mm_fits(n.x, 24, 31, 5)
+    assert not linear._grouped_mm_fits(n.x.float(), *fits)
+    assert not linear._grouped_mm_fits(n.x, 24, 32, 1024)
     assert_close_to_oracle(case, "triton", "merge", DEVICE)
     index = TaskBatch.from_ids(torch.tensor(ids, device=DEVICE), 4).tensors
-    joined, _, offsets = linear._joined(
-        linear.Weight.of(n.base, n.deltas, n.coeffs, None), linear.Rows(*index, n.x.shape[0], 2)
-    )
-    assert joined.tolist() == [-1, 3, -1, -1, 0, 0, 3, -1]
-    assert offsets.tolist() == [0, 4, 6, 6, 6, 8]
+    joined = linear._joined(linear.Weight.of(n.base, n.deltas, n.coeffs, None), linear.Rows(*index, n.x.shape[0], 2))
+    assert joined.ids.tolist() == [-1, 3, -1, -1, 0, 0, 3, -1]
+    assert joined.offsets.tolist() == [0, 4, 6, 6, 6, 8]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, HALF))
+def test_weights_of_a_mixed_batch_take_bounded_scratch(monkeypatch, dtype):
+    """In parts of 64 features, forward and in dx, for `F.grouped_mm` and for the kernel that stands in for it."""
+    limit = 6 * 200 * 64 * dtype.itemsize
+    monkeypatch.setattr(merge, "SCRATCH", limit)
+    banks = []
+
+    def recorded(*args, **how):
+        banks.append(merge.merged(*args, **how))
+        return banks[-1]
+
+    monkeypatch.setattr(linear, "merged", recorded)
+    case = Case(dtype, rows=12, shape=(136, 200), num_deltas=2, tasks=(1, -1, 0, 4), num_tasks=5, bias="task")
+    assert_close_to_oracle(case, "triton", "merge", DEVICE)
+    assert len(banks) == 2 * (3 + 4)  # it runs twice
+    assert max(bank.nbytes for bank in banks) <= limit
+
+
+def test_how_many_features_are_merged_at_once():
+    scratch = merge.SCRATCH
+    assert merge.part_of(4096, 4096, 9, 2) == 3584
+    assert merge.part_of(768, 3072, 9, 2) == 768
+    assert merge.part_of(4096, 4096, 33, 2) * 4096 * 33 * 2 <= scratch
+    assert merge.scratch_refusal((4096, 4096), 511, 2) is None
+    assert merge.part_of(4096, 4096, 512, 2) == 64
+
+
+def test_too_many_weights_to_merge_are_refused_with_a_reason():
+    """By itself the batch runs by split, however many its rows."""
+    problem = _dispatch.Problem("linear", "cuda", HALF, (4096, 4096), 2**25, 512, 512, grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_dispatch._REASONS, "triton", linear.not_supported_reasons)
+        assert _dispatch._select(problem._replace(num_tasks=511), "triton", "auto") == ("triton", "merge")
+        assert _dispatch._select(problem, "triton", "auto") == ("triton", "split")
+        with pytest.raises(_dispatch.BackendError, match="at most 256 MiB of scratch, 512 tasks need 256 MiB or more"):
+            _dispatch._select(problem, "triton", "merge")
 
 
 def test_tables_hold_any_value():
@@ -183,7 +219,8 @@ def test_an_algorithm_it_does_not_have_is_refused():
         ({"dtype": torch.float64}, "float64"),
         ({"rows": 2**31}, "31 bits"),
         ({"shape": (2**31, 8)}, "31 bits"),
-        ({"num_tasks": 70000}, "65535 tasks"),
+        ({"shape": (2**15, 2**15), "num_tasks": 2**13}, "numbers its programs in 31 bits, got 8192 tasks"),
+        ({"shape": (2**15, 64), "rows": 2**26}, "numbers its programs in 31 bits"),
     ),
 )
 def test_what_kernels_cannot_take_is_refused_with_its_reason(change, reason):

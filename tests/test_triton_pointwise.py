@@ -114,6 +114,30 @@ def test_operators_run_it_but_for_float64():
     assert [run(torch.ones(1, dtype=d), 3) for d in (torch.bfloat16, torch.float64)] == [("kernel", 3), ("plain", 3)]
 
 
+@pytest.mark.parametrize("shape", ((2, 70), (2, 3, 2**26)), ids=str)
+def test_no_number_of_tasks_or_pixels_exceeds_a_grid(monkeypatch, shape):
+    """Axes of a grid but the first end at 65535 programs: there is only the first."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for name in ("scale_shift_kernel", "task_sums_kernel", "sum_parts_kernel"):
+        monkeypatch.setattr(pointwise, name, Recorder())
+    torch.use_deterministic_algorithms(False)
+    x = torch.empty(1, dtype=torch.float32, device=DEVICE).expand(shape)
+    monkeypatch.setattr(pointwise, "_form", lambda x: (x, 2**26 if x.dim() > 2 else 1, x.dim() == 2))
+    monkeypatch.setattr(torch, "empty_like", lambda x: x)
+    index = TaskBatch.from_ids(torch.tensor([0, 69_999], device=DEVICE), 70_000).tensors
+    pointwise.scale_shift(x, None, None, *index, 1, "none")
+    pointwise.moments(x, *index, 1)
+    assert len(grids) == 5
+    assert all(len(grid) == 1 and grid[0] < 2**31 for grid in grids)
+    assert max(grids) >= (70_001,)
+
+
 def test_nan_stays_and_no_rows_are_no_error():
     x = torch.full((2, 3), float("nan"), device=DEVICE)
     for activation in ACTIVATIONS:

@@ -93,7 +93,9 @@ class Inputs {
 
 // The emulator's kernels take CPU tensors, and may not stand in for the CPU extension's.
 #ifdef TAPS_FAST_EMULATED
+#define TAPS_FAST_NAMESPACE "taps_fast_emulated"
 #define TAPS_FAST_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(taps_fast_emulated, CPU, m)
 #else
+#define TAPS_FAST_NAMESPACE "taps_fast"
 #define TAPS_FAST_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(taps_fast, CUDA, m)
 #endif

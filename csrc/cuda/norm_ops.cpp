@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../common/layout.h"
+#include "architectures.h"
 #include "current.h"
 #include "inputs.h"
 #include "norm.h"
@@ -191,13 +192,30 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, c
   return run(call, p, x);
 }
 
+/// Runs a boxed operator; on chips that the kernels were not compiled for, `<kName>.uncompiled` of the same arguments.
+template <const char* kName, auto kBoxed>
+void where_served(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
+  int32_t device = 0;  // of the first argument, a tensor, which stays the stack's
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_device_index(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &device));
+  if (serves(device)) return kBoxed(stack, num_arguments, num_results);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(kName, "uncompiled", stack, TORCH_ABI_VERSION));
+}
+
+constexpr char kScaleShift[] = TAPS_FAST_NAMESPACE "::scale_shift";
+constexpr char kScaleShiftInPlace[] = TAPS_FAST_NAMESPACE "::scale_shift_";
+constexpr char kScaleShiftDx[] = TAPS_FAST_NAMESPACE "::scale_shift_dx";
+constexpr char kScaleShiftSums[] = TAPS_FAST_NAMESPACE "::scale_shift_sums";
+constexpr char kMoments[] = TAPS_FAST_NAMESPACE "::moments";
+
 }  // namespace
 }  // namespace taps_fast::cuda
 
 TAPS_FAST_IMPL(m) {
-  m.impl("scale_shift", TORCH_BOX(&taps_fast::cuda::scale_shift));
-  m.impl("scale_shift_", TORCH_BOX(&taps_fast::cuda::scale_shift_));
-  m.impl("scale_shift_dx", TORCH_BOX(&taps_fast::cuda::scale_shift_dx));
-  m.impl("scale_shift_sums", TORCH_BOX(&taps_fast::cuda::scale_shift_sums));
-  m.impl("moments", TORCH_BOX(&taps_fast::cuda::moments));
+  using namespace taps_fast::cuda;
+  m.impl("scale_shift", where_served<kScaleShift, TORCH_BOX(&scale_shift)>);
+  m.impl("scale_shift_", where_served<kScaleShiftInPlace, TORCH_BOX(&scale_shift_)>);
+  m.impl("scale_shift_dx", where_served<kScaleShiftDx, TORCH_BOX(&scale_shift_dx)>);
+  m.impl("scale_shift_sums", where_served<kScaleShiftSums, TORCH_BOX(&scale_shift_sums)>);
+  m.impl("moments", where_served<kMoments, TORCH_BOX(&moments)>);
 }

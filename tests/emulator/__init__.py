@@ -20,7 +20,7 @@ import pybind11
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from taps_fast import _ops
+from taps_fast import _ops, _pointwise
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/emulator"
@@ -78,6 +78,9 @@ def load() -> ModuleType:
     """The module `emulated`."""
     for name in OPERATORS:
         torch.library.define(f"taps_fast_emulated::{name}", _ops.SCHEMAS[name])
+        if name in _ops.POINTWISE:
+            torch.library.define(f"taps_fast_emulated::{name}.uncompiled", _ops.SCHEMAS[name])
+            torch.library.impl(f"taps_fast_emulated::{name}.uncompiled", "CPU", getattr(_pointwise, name))
     spec = importlib.util.spec_from_file_location("emulated", build())
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -85,6 +85,7 @@ struct Launch {
 struct Settings {
   int processors = 4;
   bool has_clusters = false;
+  bool served = true;  // whether the kernels were compiled for this chip
   int shared_limit = 99 * 1024;  // the smallest of the GPUs that are served
   std::string order = "forward";
   unsigned seed = 0;

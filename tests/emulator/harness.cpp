@@ -40,6 +40,7 @@ PYBIND11_MODULE(emulated, m) {
       .def(py::init())
       .def_readwrite("processors", &Settings::processors)
       .def_readwrite("has_clusters", &Settings::has_clusters)
+      .def_readwrite("served", &Settings::served)
       .def_readwrite("shared_limit", &Settings::shared_limit)
       .def_readwrite("order", &Settings::order)
       .def_readwrite("seed", &Settings::seed)
