@@ -1,114 +1,22 @@
-// The pointwise operators of taps_fast/_ops.py and the sums of norms on top of their CPU kernels.
+// The pointwise operators of taps_fast/_ops.py, norms and the sums of norms on top of their CPU kernels.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
+#include <cmath>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "common/layout.h"
-#include "cpu/norm.h"
+#include "norm_call.h"
 
 namespace taps_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace cpu;
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kItemElements = 1 << 14;   // of a pointwise item: 64 KiB of float32
 constexpr int64_t kSpanElements = 1 << 18;   // of a span, whose sums are kept for the end
 constexpr int64_t kChannelsPerItem = 64;
-
-/// What every operator here is given, checked, with copies of what is not dense kept alive.
-class Call {
- public:
-  Call(const char* op, const Tensor& x, const OptionalTensor& ids, const OptionalTensor& order,
-       const OptionalTensor& offsets, int64_t inner)
-      : op_(op), x_(x) {
-    check(x.dim() >= 2, op, ": x must have at least 2 dimensions, got ", x.dim());
-    rows.dtype = dtype_of(op, x.scalar_type());
-    last_ = !x.is_contiguous() && channels_last(x);
-    dense_ = last_ || x.is_contiguous();
-    int64_t pixels = 1;
-    for (int64_t axis = 2; axis < x.dim(); axis++) pixels *= x.size(axis);
-    rows.channels = x.size(1);
-    rows.rows = last_ ? x.size(0) * pixels : x.size(0);
-    rows.pixels = last_ ? 1 : pixels;
-    Membership& m = rows.member;
-    check(ids.has_value() == order.has_value() && ids.has_value() == offsets.has_value(), op,
-          ": ids, order and offsets must come together");
-    m = {nullptr, nullptr, nullptr, 0, 0, 1};
-    if (!ids) return;
-    m.batch = ids->numel();
-    m.tasks = offsets->numel() - 2;
-    m.inner = last_ ? inner * pixels : inner;
-    m.ids = integers("ids", *ids, m.batch);
-    m.order = integers("order", *order, m.batch);
-    m.offsets = integers("offsets", *offsets, m.tasks + 2);
-    check(inner >= 1 && (m.batch ? x.size(0) % (inner * m.batch) == 0 : x.size(0) == 0), op,
-          ": rows must be a multiple of inner times the batch, got ", x.size(0), " (inner ", inner, ", batch ", m.batch,
-          ")");
-    check(m.offsets[0] == 0 && m.offsets[m.tasks + 1] == m.batch, op, ": offsets must span the batch of ", m.batch,
-          ", got ", m.offsets[0], " to ", m.offsets[m.tasks + 1]);
-    for (int64_t b = 0; b < m.batch; b++)
-      check(-1 <= m.ids[b] && m.ids[b] < m.tasks && 0 <= m.order[b] && m.order[b] < m.batch, op,
-            ": ids must be in [-1, ", m.tasks, "), got ", m.ids[b]);
-  }
-
-  /// A result like x, in its layout where that is dense.
-  Tensor like_x() const { return dense_ ? torch::stable::empty_like(x_) : torch::stable::new_empty(x_, x_.sizes()); }
-
-  /// The elements of x or of a gradient, in the order that `rows` describes.
-  const void* elements(const char* name, const Tensor& t) {
-    check(t.dim() == x_.dim() && t.scalar_type() == x_.scalar_type(), op_, ": ", name, " must be like x");
-    for (int64_t axis = 0; axis < t.dim(); axis++)
-      check(t.size(axis) == x_.size(axis), op_, ": ", name, " must have x's shape, got ", t.size(axis), " for ",
-            x_.size(axis), " along axis ", axis);
-    if (last_ ? channels_last(t) : t.is_contiguous()) return t.const_data_ptr();
-    Tensor dense = last_ ? torch::stable::empty_like(x_) : torch::stable::new_empty(t, t.sizes());
-    kept_.push_back(torch::stable::copy_(dense, t));
-    return kept_.back().const_data_ptr();
-  }
-
-  /// A table; `fill` stands in for one that is absent.
-  Matrix table(const char* name, const OptionalTensor& t, std::optional<double> fill) {
-    if (!t) {
-      if (!fill) return {nullptr, 0};
-      const bool wide = rows.dtype == DType::kFloat64;
-      Tensor row = torch::stable::new_empty(x_, {rows.channels}, wide ? ScalarType::Double : ScalarType::Float);
-      kept_.push_back(torch::stable::fill_(row, *fill));
-      return {kept_.back().const_data_ptr(), 0};
-    }
-    const ScalarType dtype = rows.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-    const int64_t count = rows.member.offsets && t->dim() == 2 ? rows.member.tasks + 1 : 1;
-    check(t->scalar_type() == dtype && t->numel() == count * rows.channels, op_, ": ", name, " must have ", count,
-          " x ", rows.channels, " elements of scalar type ", int(dtype), ", got ", t->numel(), " of ",
-          int(t->scalar_type()));
-    if (t->is_contiguous()) return {t->const_data_ptr(), count > 1 ? rows.channels : 0};
-    kept_.push_back(torch::stable::contiguous(*t));
-    return {kept_.back().const_data_ptr(), count > 1 ? rows.channels : 0};
-  }
-
-  Rows rows;
-  bool dense() const { return dense_; }
-
- private:
-  const int64_t* integers(const char* name, const Tensor& t, int64_t size) {
-    check(t.numel() == size && t.scalar_type() == ScalarType::Long, op_, ": ", name, " must be ", size, " int64, got ",
-          t.numel());
-    kept_.push_back(torch::stable::contiguous(t));
-    return static_cast<const int64_t*>(kept_.back().const_data_ptr());
-  }
-
-  const char* op_;
-  const Tensor& x_;
-  bool last_, dense_;
-  std::vector<Tensor> kept_;
-};
 
 Activation read_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;
@@ -129,7 +37,7 @@ Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalT
                    const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
                    const std::string& activation) {
   const char* op = "scale_shift";
-  Call call(op, x, ids, order, offsets, inner);
+  NormCall call(op, x, ids, order, offsets, inner);
   Tensor out = call.like_x();
   Pointwise p{call.rows,
               read_activation(op, activation),
@@ -149,7 +57,7 @@ void scale_shift_(Tensor x, const OptionalTensor& scale, const OptionalTensor& s
                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
                   const std::string& activation) {
   const char* op = "scale_shift_";
-  Call call(op, x, ids, order, offsets, inner);
+  NormCall call(op, x, ids, order, offsets, inner);
   if (!call.dense()) {
     torch::stable::copy_(x, scale_shift(x, scale, shift, ids, order, offsets, inner, activation));
     return;
@@ -172,7 +80,7 @@ Tensor scale_shift_dx(const Tensor& dy, const Tensor& x, const OptionalTensor& s
                       const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
                       const std::string& activation) {
   const char* op = "scale_shift_dx";
-  Call call(op, x, ids, order, offsets, inner);
+  NormCall call(op, x, ids, order, offsets, inner);
   Tensor out = call.like_x();
   Pointwise p{call.rows,
               read_activation(op, activation),
@@ -244,7 +152,7 @@ std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, c
                                             const OptionalTensor& offsets, int64_t inner,
                                             const std::string& activation) {
   const char* op = "scale_shift_sums";
-  Call call(op, x, ids, order, offsets, inner);
+  NormCall call(op, x, ids, order, offsets, inner);
   GroupSums p{.in = call.rows,
               .activation = read_activation(op, activation),
               .x = call.elements("x", x),
@@ -257,9 +165,145 @@ std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, c
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, const OptionalTensor& order,
                                    const OptionalTensor& offsets, int64_t inner) {
-  Call call("moments", x, ids, order, offsets, inner);
+  NormCall call("moments", x, ids, order, offsets, inner);
   GroupSums p{.in = call.rows, .activation = Activation::kNone, .x = call.elements("x", x)};
   return run_sums(x, p, true);
+}
+
+/// Memory for the tables of a call; allocated after its result, which then finds the block that the last one left.
+class Tables {
+ public:
+  explicit Tables(int64_t bytes) : data_(new char[bytes]) {}
+  char* at(int64_t byte) { return data_.get() + byte; }
+
+ private:
+  std::unique_ptr<char[]> data_;
+};
+
+using Tensors = std::vector<Tensor>;
+
+Tensor batch_norm_eval(const Tensor& x, const Tensors& weight, const Tensors& bias, const Tensors& mean,
+                       const Tensors& variance, const std::vector<double>& eps, const OptionalTensor& ids,
+                       const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner) {
+  const char* op = "batch_norm_eval";
+  NormCall call(op, x, ids, order, offsets, inner);
+  const auto scales = call.vectors("weight", weight), shifts = call.vectors("bias", bias);
+  auto means = call.vectors("mean", mean);
+  const auto variances = call.vectors("variance", variance);
+  check(!mean.empty() && mean.size() == variance.size() && mean.size() == eps.size(), op,
+        ": mean, variance and eps must be one for each table, got ", mean.size(), ", ", variance.size(), " and ",
+        eps.size());
+  const int64_t tables = mean.size(), channels = call.rows.channels;
+  const Membership& member = call.rows.member;
+  for (int64_t g = 0; member.offsets && g < tables; g++)
+    if (member.offsets[g] == member.offsets[g + 1]) means[task_row(member, g)] = nullptr;
+  Tensor out = call.like_x();
+  const int64_t half = tables * channels * compute_size(call.rows.dtype);
+  Tables memory(2 * half);
+  const NormTables n{call.rows.dtype == DType::kFloat64,
+                     tables,
+                     channels,
+                     scales.empty() ? nullptr : scales.data(),
+                     shifts.empty() ? nullptr : shifts.data(),
+                     means.data(),
+                     variances.data(),
+                     eps.data(),
+                     memory.at(0),
+                     memory.at(half),
+                     std::max<int64_t>(1, kItemElements / std::max<int64_t>(channels, 1))};
+  run_items(n, norm_kernels().norm_tables);
+  const int64_t stride = member.offsets ? channels : 0;
+  Pointwise p{call.rows,
+              Activation::kNone,
+              call.elements("x", x),
+              nullptr,
+              out.mutable_data_ptr(),
+              {memory.at(0), stride},
+              {memory.at(half), stride},
+              {nullptr, 0},
+              {nullptr, 0},
+              0};
+  run_pointwise(p);
+  return out;
+}
+
+/// Groups that are not runs of adjacent elements: channels last, several pixels. Moments of every channel of every
+/// image are joined by group, and the norm is then a scale and a shift for each of them.
+template <class C>
+void normalise_channels_last(NormCall& call, const Tensor& x, const std::vector<const void*>& weight,
+                             const std::vector<const void*>& bias, int64_t groups, bool center, double eps,
+                             Tensor& out) {
+  const int64_t images = x.size(0), channels = call.rows.channels, each = channels / groups;
+  std::vector<int64_t> places(2 * images + 2);
+  for (int64_t n = 0; n < images; n++) places[n] = n, places[images + n + 1] = n;
+  places[images] = 0;
+  places[2 * images + 1] = images;
+  // Every image is a task of its own; there are none of the base.
+  Rows rows = call.rows;
+  rows.member = {places.data(), places.data(), places.data() + images, images, images, call.rows.rows / images};
+  GroupSums sums{.in = rows, .activation = Activation::kNone, .x = call.elements("x", x)};
+  const auto [found_mean, found_variance] = run_sums(x, sums, true);
+  const C *means = static_cast<const C*>(found_mean.const_data_ptr()),
+          *variances = static_cast<const C*>(found_variance.const_data_ptr());
+  Tables memory(2 * images * channels * sizeof(C));
+  C *scale = reinterpret_cast<C*>(memory.at(0)), *shift = scale + images * channels;
+  for (int64_t n = 0; n < images; n++) {
+    const int64_t table = table_row(call.rows.member, n * (call.rows.rows / images));
+    const C *w = weight.empty() ? nullptr : static_cast<const C*>(weight[table]),
+            *b = bias.empty() ? nullptr : static_cast<const C*>(bias[table]);
+    for (int64_t first = 0; first < channels; first += each) {
+      const C *m = means + n * channels + first, *v = variances + n * channels + first;
+      C mean = 0, variance = 0;
+      for (int64_t c = 0; center && c < each; c++) mean += m[c] / each;
+      for (int64_t c = 0; c < each; c++) variance += (v[c] + (m[c] - mean) * (m[c] - mean)) / each;
+      const C rstd = 1 / std::sqrt(variance + static_cast<C>(eps));
+      for (int64_t c = first; c < first + each; c++) {
+        scale[n * channels + c] = w ? rstd * w[c] : rstd;
+        shift[n * channels + c] = (b ? b[c] : 0) - mean * scale[n * channels + c];
+      }
+    }
+  }
+  Pointwise p{rows,
+              Activation::kNone,
+              call.elements("x", x),
+              nullptr,
+              out.mutable_data_ptr(),
+              {scale, channels},
+              {shift, channels},
+              {nullptr, 0},
+              {nullptr, 0},
+              0};
+  run_pointwise(p);
+}
+
+Tensor group_norm(const Tensor& x, const Tensors& weight, const Tensors& bias, int64_t groups, double eps, bool center,
+                  const OptionalTensor& ids, const OptionalTensor& order, const OptionalTensor& offsets,
+                  int64_t inner) {
+  const char* op = "group_norm";
+  NormCall call(op, x, ids, order, offsets, inner);
+  const auto scales = call.vectors("weight", weight), shifts = call.vectors("bias", bias);
+  check(groups >= 1 && call.rows.channels % groups == 0, op, ": groups must divide ", call.rows.channels,
+        " channels, got ", groups);
+  Tensor out = call.like_x();
+  if (call.is_empty()) return out;
+  if (call.is_channels_last()) {
+    if (call.rows.dtype == DType::kFloat64)
+      normalise_channels_last<double>(call, x, scales, shifts, groups, center, eps, out);
+    else normalise_channels_last<float>(call, x, scales, shifts, groups, center, eps, out);
+    return out;
+  }
+  const int64_t length = call.rows.channels / groups * call.rows.pixels;
+  const GroupNorm p{call.rows,
+                    groups,
+                    center,
+                    eps,
+                    call.elements("x", x),
+                    out.mutable_data_ptr(),
+                    scales.empty() ? nullptr : scales.data(),
+                    shifts.empty() ? nullptr : shifts.data(),
+                    std::max<int64_t>(1, kItemElements / length)};
+  run_items(p, norm_kernels().group_norm);
+  return out;
 }
 
 }  // namespace
@@ -271,4 +315,6 @@ STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {
   m.impl("scale_shift_dx", TORCH_BOX(&taps_fast::scale_shift_dx));
   m.impl("scale_shift_sums", TORCH_BOX(&taps_fast::scale_shift_sums));
   m.impl("moments", TORCH_BOX(&taps_fast::moments));
+  m.impl("batch_norm_eval", TORCH_BOX(&taps_fast::batch_norm_eval));
+  m.impl("group_norm", TORCH_BOX(&taps_fast::group_norm));
 }

@@ -43,6 +43,9 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
     moments                 mean and biased variance of x over the same rows; 0 for a task without any
     activation              "none", "relu", "relu6", "silu" or "gelu"
 
+`batch_norm_eval` and `group_norm` are the norms of a CPU without gradients; `taps_fast.norms` has their formulas, and
+composes them of the operators above elsewhere. Each list has T + 1 vectors of C elements, the base's last, or none.
+
 `fold` takes L weights at once, of any shapes and one dtype, all contiguous; what it returns is as `_fold` says:
 
     bases, dweights         L tensors             deltas: L·K tensors, those of weight l at l·K ... l·K + K - 1
@@ -50,7 +53,8 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
     masks                   none, or L tensors, bool or of the weights' dtype
 
 `task_plan` makes a `TaskBatch` on the device in one launch: order, offsets, inverse (where in order a sample is) and
-valid, one bool: whether every id was in range.
+valid, one bool: whether every id was in range. `sort_tasks` makes one on the host: order, offsets, and how many ids
+were out of range; if any were, order is not filled.
 
 `coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
 task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"
@@ -80,6 +84,7 @@ _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
 _WEIGHT = "Tensor base, Tensor[] deltas, Tensor coeffs, Tensor? base_coeffs"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _TABLES = "Tensor? scale, Tensor? shift"
+_AFFINE = "Tensor[] weight, Tensor[] bias"
 _FOLD = "Tensor[] deltas, Tensor coeffs, Tensor[] parts, Tensor[] masks"
 _WANTED = "int[] pairs, int[] ddeltas_for, bool need_dcoeffs, bool need_dbase"
 
@@ -88,6 +93,7 @@ SCHEMAS = {
     "linear_dx": f"(Tensor dy, {_WEIGHT}, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
     "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
+    "sort_tasks": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, int)",
     "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
@@ -103,6 +109,8 @@ SCHEMAS = {
     "scale_shift_sums": f"(Tensor dy, Tensor x, {_TABLES}, Tensor? center, {_GROUPS}, str activation)"
     " -> (Tensor, Tensor)",
     "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
+    "batch_norm_eval": f"(Tensor x, {_AFFINE}, Tensor[] mean, Tensor[] variance, float[] eps, {_GROUPS}) -> Tensor",
+    "group_norm": f"(Tensor x, {_AFFINE}, int groups, float eps, bool center, {_GROUPS}) -> Tensor",
     "fold": f"(Tensor[] bases, {_FOLD}) -> Tensor[]",
     "coded_fwd": f"(Tensor y, Tensor x, {_CODES}, {_GROUPS}, str format) -> Tensor",
     "coded_dx": f"(Tensor dy, {_CODES}, {_GROUPS}, str format, int in_features) -> Tensor",
@@ -187,9 +195,16 @@ def moments(
     return mean, torch.empty_like(mean)
 
 
+batch_norm_eval = group_norm = scale_shift
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether the pointwise operators keep x's layout: contiguous, or channels last. Else they return contiguous."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
+def sort_tasks(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, int]:
+    return torch.empty_like(ids), ids.new_empty(num_tasks + 2), 0
 
 
 def task_plan(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,7 +254,7 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-_COMPILED = {"linear_stream", "task_plan"}
+_COMPILED = {"linear_stream", "task_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

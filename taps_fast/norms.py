@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _problem
+from . import _ext, _problem
 from ._autograd import BatchNorm, Groups, ScaleShift
 from .tasks import Index, TaskBatch
 
@@ -157,3 +158,111 @@ def batch_norm(
     with torch.autocast(x.device.type, enabled=False):
         found = BatchNorm.apply(groups, own, eps, x, *affine, *fixed)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], found)
+
+
+def batch_norm_eval(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    variance: Sequence[Tensor],
+    eps: Sequence[float],
+    tasks: TaskBatch,
+) -> Tensor:
+    """Batch norm by statistics that each task has already.
+
+    ::
+
+        y_r = (x_r - mean[t]) / √(variance[t] + eps[t])·weight[t] + bias[t]          t = the task of row r
+
+    Args:
+        x: [N, C, …]; float32, bfloat16, float16 or float64; keeps its layout if that is dense.
+        weight, bias: T + 1 tensors [C], those of the base last; none at all: 1 and 0.
+        mean, variance, eps: T + 1 of each.
+        tasks: the task of each of B samples; N is a multiple of B.
+
+    Returns:
+        y like x, with gradients for x, weight and bias.
+
+    Cost: x is read and y written once. Without gradients on a CPU one operator reads all tensors where they are.
+
+    >>> x, ones, zeros = torch.randn(4, 3, 2, 2), [torch.ones(3)] * 3, [torch.zeros(3)] * 3
+    >>> y = batch_norm_eval(x, [], [], zeros, ones, [0.0] * 3, TaskBatch.from_ids([0, 1, -1, 0], 2))
+    >>> bool(torch.allclose(y, x))
+    True
+    """
+    inner = _problem.rows_per_sample("batch_norm_eval", x, tasks.size, 0, 1)
+    if _one_operator(x, weight, bias):
+        operator = torch.ops.taps_fast.batch_norm_eval.default
+        y: Tensor = operator(x, weight, bias, mean, variance, eps, *tasks.tensors, inner)
+        return y
+    wide = torch.promote_types(x.dtype, torch.float32)
+    means = torch.stack(list(mean)).to(wide)
+    # Filled on the device: a tensor made from Python numbers would be a copy from the host.
+    more = eps[0] if len(set(eps)) == 1 else torch.stack([means.new_full((1,), value) for value in eps])
+    scale = torch.rsqrt(torch.stack(list(variance)).to(wide) + more)
+    scale = scale * torch.stack(list(weight)) if weight else scale
+    shift = torch.addcmul(torch.stack(list(bias)).to(wide), means, scale, value=-1) if bias else -means * scale
+    return scale_shift(x, scale, shift, tasks=tasks)
+
+
+def group_norm(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    groups: int,
+    eps: float,
+    tasks: TaskBatch,
+    *,
+    center: bool = True,
+    inner: int | None = None,
+) -> Tensor:
+    """Group, layer and RMS norms, then each task's own scale and shift.
+
+    ::
+
+        y_r = (x_r - mean) / √(mean of (x_r - mean)² + eps)·weight[t] + bias[t]      over each group of r's channels
+
+    Args:
+        x: [N, C, …]; float32, bfloat16, float16 or float64; keeps its layout if that is dense.
+        weight, bias: T + 1 tensors of C elements, those of the base last; none at all: 1 and 0.
+        groups: how many; they divide C. A layer norm of rows [M, C] has one.
+        tasks: the task of each of B samples.
+        center: False: mean is 0, as in an RMS norm.
+        inner: consecutive rows of a sample; default N / B.
+
+    Returns:
+        y like x, with gradients for x, weight and bias.
+
+    Cost: without gradients on a CPU one operator, which reads x from memory once; else two passes.
+
+    >>> x, batch = torch.randn(4, 6), TaskBatch.from_ids([0, 1, -1, 0], 2)
+    >>> y = group_norm(x, [torch.ones(6)] * 3, [torch.zeros(6)] * 3, 1, 1e-5, batch)
+    >>> bool(torch.allclose(y, F.layer_norm(x, (6,)), atol=1e-6))
+    True
+    """
+    if inner is None:
+        inner = _problem.rows_per_sample("group_norm", x, tasks.size, 0, 1)
+    if _one_operator(x, weight, bias):
+        operator = torch.ops.taps_fast.group_norm.default
+        y: Tensor = operator(x, weight, bias, groups, eps, center, *tasks.tensors, inner)
+        return y
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not center:
+        apart = wide.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
+        y = F.rms_norm(apart, apart.shape[2:], None, eps).view(x.shape)
+    elif x.dim() == 2 and groups == 1:
+        y = F.layer_norm(wide, x.shape[1:], None, None, eps)
+    else:
+        y = F.group_norm(wide, groups, None, None, eps)
+    scale, shift = (
+        torch.stack([t.flatten() for t in held]).to(wide.dtype) if held else None for held in (weight, bias)
+    )
+    return follow(y, scale, shift, Groups(tasks.tensors, inner, "none"), owned=True).to(x.dtype)
+
+
+def _one_operator(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor]) -> bool:
+    """Whether the CPU's operator can do it, which has no gradients."""
+    if x.device.type != "cpu" or _ext.CPU_ERROR is not None:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for held in ((x,), weight, bias) for t in held))

@@ -55,7 +55,8 @@ class TaskBatch:
                 compiling, the range is checked on the device instead (an asynchronous assertion), because
                 reading it would stall the stream.
 
-        Cost: one stable sort of B integers; on a CUDA device with the compiled extension, one launch and the check.
+        Cost: one stable sort of B integers; with the compiled extensions O(B + T) in one call on a CPU, and on a CUDA
+        device one launch and the check.
         """
         if not isinstance(ids, Tensor):
             ids = torch.as_tensor(ids, dtype=torch.int64 if len(ids) == 0 else None)
@@ -68,6 +69,11 @@ class TaskBatch:
         if ids.is_cuda and small and _ext.cuda_refusal() is None:
             order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
             torch._assert_async(valid, f"TaskBatch: tasks must be ids in [-1, {num_tasks})")
+            return cls(ids, order, offsets, num_tasks)
+        if ids.device.type == "cpu" and _ext.CPU_ERROR is None and not torch.compiler.is_compiling():
+            order, offsets, bad = torch.ops.taps_fast.sort_tasks.default(ids, num_tasks)
+            if bad:
+                _check_range(ids, num_tasks)
             return cls(ids, order, offsets, num_tasks)
         _check_range(ids, num_tasks)
         ascending, order = torch.sort(ids, stable=True)
@@ -83,6 +89,13 @@ class TaskBatch:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, order, offsets), as the operators take them."""
         return self.ids, self.order, self.offsets
+
+    def only(self, present: Sequence[int]) -> TaskBatch:
+        """The same samples where ids count the tasks ``present``, ascending; the others have no sample."""
+        renumbered = torch.full((self.num_tasks + 1,), BASE, device=self.ids.device)  # ids of -1 read the last
+        renumbered[list(present)] = torch.arange(len(present), device=self.ids.device)
+        kept = torch.tensor([0, *(t + 1 for t in present), self.num_tasks + 1], device=self.ids.device)
+        return TaskBatch(renumbered[self.ids], self.order, self.offsets[kept], len(present))
 
     def to(self, device: torch.device) -> TaskBatch:
         """The same index on another device."""

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "nn": LAYERS,
     "testing": {"functional", *CALL},
     "functional": {"norms", *CALL},
-    "norms": {"_autograd", "_problem", "tasks"},
+    "norms": {"_autograd", "_ext", "_problem", "tasks"},
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
     "_dispatch": {"_ext", "_problem", "_tuned", "kernels"},

@@ -95,6 +95,9 @@ def test_mixed_batch_is_the_separate_norms(name, training):
     for _ in range(3):
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         y = mixed(norm, x)
+        if not training:
+            with torch.no_grad():
+                torch.testing.assert_close(mixed(norm, x), y)
         dy = torch.randn_like(y)
         (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
         params = list(norm.parameters())
@@ -214,14 +217,19 @@ def test_no_worse_than_torch(name, dtype):
             if cast and dtype != torch.bfloat16:
                 continue
             y = mixed(low, x)
+            with torch.no_grad():
+                inferred = mixed(low, x)
             each = torch.stack([low.of(None if t < 0 else TASKS[t])(v[None])[0] for t, v in zip(IDS, x, strict=True)])
-        assert_no_worse_than_torch(y, mixed(high, x.double()), each)
+        for found in (y, inferred):
+            assert_no_worse_than_torch(found, mixed(high, x.double()), each)
 
 
 def test_errors():
     norm = make(nn.LayerNorm((8, 4)))
     with pytest.raises(ValueError, match="net.norm: the batch axis must not be normalised over"):
         mixed(norm, torch.randn(8, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"net.norm: the last axes of its input must be \(5, 4\), got \(8, 4, 5\)"):
+        mixed(make(nn.LayerNorm((5, 4))), torch.randn(8, 4, 5, dtype=torch.float64))
     norm = make(nn.BatchNorm1d(4))
     norm.layouts = {3: Layout(2)}
     with pytest.raises(ValueError, match="net.norm: the batch axis must be 0 for BatchNorm1d, got 2"):
@@ -232,6 +240,15 @@ def test_errors():
     shared = TaskBatchNorm(nn.BatchNorm1d(4, track_running_stats=False), TaskContext("test", TASKS), "net.norm")
     with pytest.raises(RuntimeError, match="net.norm: a shared BatchNorm1d must track running statistics"):
         mixed(shared, torch.randn(8, 4))
+
+
+def test_parametrized_weights_are_read_through_their_parametrization():
+    torch.manual_seed(0)
+    norm = make(nn.BatchNorm1d(4)).eval()
+    torch.nn.utils.parametrize.register_parametrization(norm.tasks["dogs"], "weight", nn.Softplus())
+    x = torch.randn(8, 4, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(norm, x)[rows_of(x, 2)], norm.tasks["dogs"](x[rows_of(x, 2)]))
 
 
 def test_sync_batch_norm_in_evaluation():

@@ -1,8 +1,10 @@
-// The pointwise operators, the sums of norms and depthwise convolutions, as plain data. In the first two channels are
-// either innermost, where every row is a pixel, or each row holds channels planes of `pixels` adjacent elements:
+// The pointwise operators, norms, the sums of norms and depthwise convolutions, as plain data. In the first three
+// channels are either innermost, where every row is a pixel, or each row holds channels planes of `pixels` adjacent
+// elements:
 //
 //   Pointwise   out = act(u), or from dy: out = scale·du + slope·x + offset      u = scale·x + shift, du = dy·act'(u)
 //   GroupSums   over the rows of each group: Σ du·(x - center) and Σ du, or mean and Σ (x - mean)²
+//   GroupNorm   z = (x - mean) / √(mean of (x - mean)² + eps) over each run of a row, out = weight·z + bias
 //
 // A table has one row for each task and one more for rows of no task, or a single row for all (stride 0).
 #pragma once
@@ -90,6 +92,37 @@ static inline int64_t row_at(const Rows& in, int64_t group, int64_t place) {
   return (run / samples * m.batch + m.order[m.offsets[group] + run % samples]) * m.inner + place % m.inner;
 }
 
+/// What each task's module holds: a vector of the compute type for each row of a table; null: a task without rows.
+using Vectors = const void* const*;
+
+/// The tables of an evaluated batch norm: scale = weight / √(variance + eps), shift = bias - mean·scale.
+struct NormTables {
+  bool wide;  // whether the compute type is double
+  int64_t tables, channels;
+  Vectors weight, bias;  // null: 1 and 0
+  Vectors mean, variance;
+  const double* eps;
+  void* scale;  // [tables, channels]
+  void* shift;
+  int64_t tables_per_item;
+};
+
+static inline int64_t num_items(const NormTables& p) { return ceil_div(p.tables, p.tables_per_item); }
+
+/// Layer, RMS and group norms whose groups are runs of adjacent elements: channels / groups channels of a row.
+struct GroupNorm {
+  Rows in;
+  int64_t groups;
+  bool center;  // false: mean is 0
+  double eps;
+  const void* x;
+  void* out;
+  Vectors weight, bias;  // null: 1 and 0
+  int64_t runs_per_item;
+};
+
+static inline int64_t num_items(const GroupNorm& p) { return ceil_div(p.in.rows * p.groups, p.runs_per_item); }
+
 /// A depthwise convolution of images [N, H, W, C], each with the row of weight [tables, taps, C] that table names.
 struct Depthwise {
   DType dtype;
@@ -107,6 +140,8 @@ struct NormKernels {
   const char* name;
   void (*pointwise)(const Pointwise&, int64_t* next_item);
   void (*group_sums)(const GroupSums&, int64_t* next_item);
+  void (*norm_tables)(const NormTables&, int64_t* next_item);
+  void (*group_norm)(const GroupNorm&, int64_t* next_item);
   void (*depthwise)(const Depthwise&, int64_t* next_item);
 };
 

@@ -1,7 +1,7 @@
 // The kernels of norm.h for one instruction set; included by each norm_<isa>.cpp, compiled with that set's flags.
 //
 // A row or plane is walked in whole vectors. Its last, partial vector is taken at the end of the row instead, over
-// elements that the vector before it also covers: it is loaded before anything is stored, so that x may be out.
+// elements that the vector before it also covers: both are loaded before either is stored, so that x may be out.
 #pragma once
 
 #include "activation.h"
@@ -32,10 +32,12 @@ TAPS_INLINE void for_vectors(int64_t n, const F& f) {
     f.put_partial(y, n);
     return;
   }
-  const int64_t last = n - lanes;
-  const V tail = f(last, whole);
-  for (int64_t j = 0; j < last; j += lanes) f.put(j, f(j, whole));
-  f.put(last, tail);
+  // In the order of memory, which is what prefetchers expect, but for the last two vectors.
+  int64_t j = 0;
+  for (; j + 2 * lanes <= n; j += lanes) f.put(j, f(j, whole));
+  const V before = f(j, whole), tail = f(n - lanes, whole);
+  f.put(j, before);
+  f.put(n - lanes, tail);
 }
 
 /// One row with channels innermost, or one plane: there the tables' entries are the same for all elements.

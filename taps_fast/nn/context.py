@@ -110,14 +110,13 @@ class TaskContext:
 
     def _on_host(self, batch: TaskBatch, names: Sequence[str], device: torch.device | None) -> Selection:
         """The same samples with ids that count the tasks present: absent ones cost nothing and get no gradient."""
-        found = sorted(set(batch.ids.tolist()))
+        edges = batch.offsets.tolist()
+        found = [g + BASE for g in range(len(edges) - 1) if edges[g] < edges[g + 1]]
         present = [t for t in found if t != BASE]
         if self.frozen:
             present = list(range(batch.num_tasks))
         elif len(present) < batch.num_tasks:
-            renumbered = torch.searchsorted(torch.tensor(present, dtype=torch.int64), batch.ids)
-            ids = torch.where(batch.ids == BASE, BASE, renumbered)
-            batch = TaskBatch.from_ids(ids, len(present))
+            batch = batch.only(present)
         mix = Mix(batch if device is None else batch.to(device), tuple(names[t] for t in present))
         uniform = len(found) == 1
         return Selection(names[found[0]] if uniform and found[0] != BASE else None, mix, uniform)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norms import batch_norm, scale_shift
+from .._problem import rows_per_sample
+from ..norms import batch_norm, batch_norm_eval, group_norm
 from ..tasks import TaskBatch
 from .context import Layout, Mix
 from .per_task import PerTask
@@ -56,69 +56,63 @@ class TaskNorm(PerTask):
             )
         return super().mixed(x, mix, layout, *args, **kwargs)
 
-    def _eps_differ(self, mix: Mix) -> bool:
-        return len({module.eps for module in self.in_order(mix.tasks)}) > 1
-
     def _groups(self, mix: Mix) -> list[Any]:
         """The modules that rows of tables belong to: of each task, and last the base's."""
-        base, *tasks = self.in_order(mix.tasks)
-        return [*tasks, base]
+        own = self.tasks._modules
+        return [*[own[task] for task in mix.tasks], self.base]
 
 
 class TaskLayerNorm(TaskNorm):
-    """Layer and RMS norms: normalised once, then each sample's own scale and shift."""
+    """Layer and RMS norms: one pass that normalises, with each sample's own scale and shift."""
 
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
-        if self._eps_differ(mix):
+        norms = self._groups(mix)
+        if _eps_differ(norms):
             return super().mixed(x, mix, layout, *args, **kwargs)
-        wide, out = _precision(x)
-        if isinstance(norm, nn.RMSNorm):
-            y = F.rms_norm(x.to(wide), norm.normalized_shape, None, norm.eps)  # its default eps is that of ``wide``
-        else:
-            y = F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps)
         inner = len(norm.normalized_shape)
         if layout.axis >= x.dim() - inner:
             raise ValueError(
                 f"{self.path}: the batch axis must not be normalised over in a mixed batch, got axis {layout.axis} of "
                 f"{tuple(x.shape)} and normalized_shape {tuple(norm.normalized_shape)}"
             )
-        norms = self._groups(mix)
-        tables = [_table(norms, name) for name in ("weight", "bias")]
-        if tables[0] is not None:
-            batch = layout.spread(mix.batch, x.shape[layout.axis], self.path)
-            flat = [None if t is None else t.flatten(1) for t in tables]
-            # The normalised axes are one axis of channels; y is ours to write over.
-            rows = y.flatten(-inner)
-            y = scale_shift(rows, *flat, tasks=batch, batch_dim=layout.axis, channel_dim=-1, inplace=True).view(y.shape)
-        return y.to(out)
+        if x.shape[-inner:] != norm.normalized_shape:
+            raise ValueError(
+                f"{self.path}: the last axes of its input must be {tuple(norm.normalized_shape)}, got {tuple(x.shape)}"
+            )
+        batch = layout.spread(mix.batch, x.shape[layout.axis], self.path)
+        x = _as_autocast(x)
+        center = not isinstance(norm, nn.RMSNorm)
+        # The default eps of an RMS norm is that of the type it computes in.
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if norm.eps is None else norm.eps
+        rows = x.flatten(-inner).flatten(0, -2)
+        each = rows_per_sample(self.path, x, batch.size, layout.axis, x.dim() - inner)
+        weight, bias = _held(norms, "weight"), _held(norms, "bias")
+        return group_norm(rows, weight, bias, 1, eps, batch, center=center, inner=each).view(x.shape)
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches normalise once and gather scale and shift"
+        return "one a task; mixed batches normalise in one pass, with gathered scale and shift"
 
 
 class TaskGroupNorm(TaskNorm):
-    """Group norms: normalised once, then each sample's own scale and shift."""
+    """Group norms: one pass that normalises, with each sample's own scale and shift."""
 
     images_first = True
 
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         norm: Any = self.base
         _check_first(self, layout)
-        if self._eps_differ(mix):
+        norms = self._groups(mix)
+        if _eps_differ(norms):
             return super().mixed(x, mix, layout, *args, **kwargs)
-        wide, out = _precision(x)
-        y = F.group_norm(x.to(wide), norm.num_groups, None, None, norm.eps)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
-        if norm.affine:
-            norms = self._groups(mix)
-            y = scale_shift(y, _table(norms, "weight"), _table(norms, "bias"), tasks=batch, inplace=True)
-        return y.to(out)
+        weight, bias = _held(norms, "weight"), _held(norms, "bias")
+        return group_norm(_as_autocast(x), weight, bias, norm.num_groups, norm.eps, batch)
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches normalise once and gather scale and shift"
+        return "one a task; mixed batches normalise in one pass, with gathered scale and shift"
 
 
 class TaskBatchNorm(TaskNorm):
@@ -136,20 +130,15 @@ class TaskBatchNorm(TaskNorm):
         norms = self._groups(mix)
         norms[0]._check_input_dim(x)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
-        own = [norm.training or norm.running_mean is None for norm in norms]
-        weight, bias = _table(norms, "weight"), _table(norms, "bias")
-        if any(own):
+        own = [norm.training or norm._buffers["running_mean"] is None for norm in norms]
+        if True in own:
             running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
             eps = _column(norms, "eps", x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
-            y, mean, variance = batch_norm(x, weight, bias, running, batch, eps)
+            y, mean, variance = batch_norm(x, _table(norms, "weight"), _table(norms, "bias"), running, batch, eps)
             self._update(norms, own, x, batch, mix, mean, variance)
             return y
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mean, variance = (torch.stack([getattr(n, name) for n in norms]).to(wide) for name in STATISTICS)
-        scale = torch.rsqrt(variance + _column(norms, "eps", mean))
-        scale = scale if weight is None else scale * weight
-        shift = -mean * scale if bias is None else torch.addcmul(bias.to(wide), mean, scale, value=-1)
-        return scale_shift(x, scale, shift, tasks=batch)
+        weight, bias, means, variances = (_held(norms, name) for name in ("weight", "bias", *STATISTICS))
+        return batch_norm_eval(x, weight, bias, means, variances, [norm.eps for norm in norms], batch)
 
     def _update(
         self, norms: list[Any], own: Sequence[bool], x: Tensor, batch: TaskBatch, mix: Mix, mean: Tensor, var: Tensor
@@ -204,8 +193,8 @@ class TaskBatchNorm(TaskNorm):
 
 def _table(norms: list[Any], name: str) -> Tensor | None:
     """[T + 1, …]: one parameter or buffer of each task and of the base; None where they have none."""
-    values: list[Any] = [getattr(module, name, None) for module in norms]
-    return None if values[0] is None else torch.stack(values)
+    values = _held(norms, name)
+    return torch.stack(values) if values else None
 
 
 def _check_first(module: PerTask, layout: Layout) -> None:
@@ -219,8 +208,23 @@ def _column(norms: list[Any], name: str, like: Tensor) -> Tensor | float:
     return values[0] if len(set(values)) == 1 else torch.stack([like.new_full((1,), value) for value in values])
 
 
-def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype to normalise in and that of the result, as autocast has it for these norms."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype of these norms' results, which autocast on a CUDA device makes float32."""
     autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    return wide, wide if autocast else x.dtype
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if autocast else x
+
+
+def _eps_differ(norms: list[Any]) -> bool:
+    return len({norm.eps for norm in norms}) > 1
+
+
+def _held(norms: list[Any], name: str) -> list[Tensor]:
+    """One parameter or buffer of each task and of the base; none where they have none.
+
+    Looked up where modules keep them, because ``getattr`` takes as long for all tasks as a small norm itself.
+    """
+    try:
+        values = [(norm._buffers if name in STATISTICS else norm._parameters)[name] for norm in norms]
+    except KeyError:  # a parametrized one
+        values = [getattr(norm, name, None) for norm in norms]
+    return [] if values[0] is None else values

@@ -51,7 +51,7 @@ class PerTask(Located, nn.Module):
             return self.of(selection.task)(x, *args, **kwargs)
         if not len(self.tasks):
             return self.untold(x, *args, **kwargs)
-        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        if (args or kwargs) and any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise TypeError(f"{self.path}: a module of each task must take one tensor in a mixed batch, got several")
         return self.mixed(x, selection.mix, self.layout(x, selection.mix.batch), *args, **kwargs)
 
