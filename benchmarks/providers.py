@@ -50,6 +50,8 @@ class Provider:
     """What keeps it from running here, or None."""
     quick: bool
     """False: not in quick runs, because preparing it takes long."""
+    memory: bool
+    """False: it keeps what another keeps, and its peak memory is not measured again."""
 
 
 PROVIDERS: list[Provider] = []
@@ -77,6 +79,7 @@ def provider(
     only: Callable[[Workload], bool] = lambda workload: True,
     absent: Callable[[Workload, str], str | None] = lambda workload, device: None,
     quick: bool = True,
+    memory: bool = True,
 ) -> Callable[[Callable[..., Ready]], Callable[..., Ready]]:
     """Registers a provider; ``phase``, ``mixed`` (with or without tasks) and ``only`` say what it is made for."""
 
@@ -89,7 +92,7 @@ def provider(
         )
 
     def register(build: Callable[..., Ready]) -> Callable[..., Ready]:
-        PROVIDERS.append(Provider(name, kind, build, fits, absent, quick))
+        PROVIDERS.append(Provider(name, kind, build, fits, absent, quick, memory))
         return build
 
     return register
@@ -171,7 +174,7 @@ layer("taps_fast", "ours")(_ours(None, "auto"))
 for _row in TABLE:
     if _row.backend != "reference":  # which judges; it is not in the race
         _ops = ("conv2d",) if _row.backend == "aten" else ("linear", "conv2d")
-        layer(f"taps_fast[{_row.backend}/{_row.algorithm}]", "ours", _ops, absent=_explicit(_row))(
+        layer(f"taps_fast[{_row.backend}/{_row.algorithm}]", "ours", _ops, absent=_explicit(_row), memory=False)(
             _ours(_row.backend, _row.algorithm)
         )
 

@@ -18,6 +18,7 @@ from torch.fx.experimental import optimization
 from taps_fast import testing
 
 from .models import Materialised, NetworkProblem, learned
+from .networks import NETWORKS
 from .providers import Ready, installed, provider
 from .results import CHECKOUT
 from .workloads import Workload
@@ -66,7 +67,15 @@ def _ours_prepared(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn
     return lambda: model(p.images, tasks=ids), [model]
 
 
-@network("taps_fast-compiled", "ours", "forward", quick=False)
+# Compiling a network takes longer than all else about it, and mapping one as long as serving all its copies.
+_ONCE = {
+    "only": lambda workload: workload.samples == workload.tasks == 8 and workload.gates == "taps",
+    "quick": False,
+    "memory": False,
+}
+
+
+@network("taps_fast-compiled", "ours", "forward", **_ONCE)
 def _ours_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     _ours(p)
     compiled, ids = torch.compile(p.model), p.ids
@@ -80,14 +89,14 @@ def _copies(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module
     return lambda: _in_turn(p, lambda task, images: networks[task](images)), networks
 
 
-@network("merged-copies-folded", "merged", "forward", only=lambda workload: not _is_norm(workload))
+@network("merged-copies-folded", "merged", "forward", only=lambda workload: _folds(workload.layer))
 def _copies_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """The same, each batch norm that follows a convolution folded into its weight."""
     networks = [folded(network) for network in p.copies]
     return lambda: _in_turn(p, lambda task, images: networks[task](images)), networks
 
 
-@network("merged-copies-compiled", "merged", "forward", quick=False)
+@network("merged-copies-compiled", "merged", "forward", **_ONCE)
 def _copies_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """The same, compiled once for all: the weights are its inputs."""
     networks = p.copies
@@ -96,7 +105,7 @@ def _copies_compiled(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[
     return lambda: _in_turn(p, lambda task, images: one(state[task], images)), networks
 
 
-@network("merged-vmap", "merged", "forward", only=lambda workload: workload.tasks <= 32)  # or memory runs out
+@network("merged-vmap", "merged", "forward", **_ONCE)
 def _vmap(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """All networks stacked and mapped at once, where every task has equally many samples."""
     tasks = p.workload.tasks
@@ -151,7 +160,7 @@ def _base(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]
     return lambda: plain(p.images), [plain]
 
 
-@network("base-folded", "floor", "forward", only=lambda workload: not _is_norm(workload))
+@network("base-folded", "floor", "forward", only=lambda workload: not _is_norm(workload), memory=False)
 def _base_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
     """The network without tasks, its batch norms folded, in the slices that ours takes on a CPU."""
     plain = folded(p.base)
@@ -162,11 +171,19 @@ def _base_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.M
 
 def folded(network: nn.Module) -> nn.Module:
     """``network`` with each batch norm that follows a convolution folded into it, by PyTorch's own function."""
-    return optimization.fuse(network) if _follows(network) else copy.deepcopy(network)
+    return optimization.fuse(network) if _has_batch_norm(network) else copy.deepcopy(network)
 
 
-def _follows(network: nn.Module) -> bool:
+def _has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@functools.cache
+def _folds(name: str) -> bool:
+    """Whether folding makes another network of it."""
+    with torch.device("meta"):
+        network = NETWORKS[name][0]()
+    return _has_batch_norm(network) and len(list(network.modules())) > 2
 
 
 @contextlib.contextmanager

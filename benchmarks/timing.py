@@ -50,10 +50,13 @@ class Stats(NamedTuple):
 
 def rounds_of(contenders: Mapping[str, Sequence[Call]], seconds: float, device: str) -> dict[str, list[float]]:
     """Seconds of each call. ``seconds`` is what one contender may take in all; every one gets equally many rounds."""
-    for calls in contenders.values():
-        calls[0]()
     call_time = clock(device)
-    slowest = max((call_time(calls[-1]) for calls in contenders.values()), default=0.0)
+
+    def estimate(calls: Sequence[Call]) -> float:
+        first = call_time(calls[0])
+        return call_time(calls[-1]) if first * MIN_ROUNDS < 1 else first  # a first call may be slow, if it is short
+
+    slowest = max(map(estimate, contenders.values()), default=0.0)
     count = min(max(int(seconds / max(slowest, 1e-6)), MIN_ROUNDS), MAX_ROUNDS)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -170,20 +173,20 @@ def _resident(line: str) -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def cpu_peak(build: Callable[[], Call]) -> int:
+def cpu_peak(build: Callable[[], Call], warm: Callable[[], Call] | None = None) -> int:
     """Bytes that this process holds at most while it runs ``build()``'s call, more than before it was built.
 
     What building needed for a moment is not counted: the system's high-water mark is reset in between. Neither is
-    what the first call of any code brings in (libraries, thread stacks): all is built and run once before.
+    what the first call of any code brings in (libraries, thread stacks): ``warm`` (or the same) is run once before.
     """
-    build()()
+    (warm or build)()()
     _trim()
     before = _resident("VmRSS")
     call = build()
     _trim()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    for _ in range(3):
+    for _ in range(2):  # the first allocates what the second finds, such as an optimizer's state
         call()
     return _resident("VmHWM") - before
 
@@ -200,14 +203,19 @@ def cuda_peak(build: Callable[[], Call]) -> int:
     before = torch.cuda.memory_allocated()
     call = build()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
+    for _ in range(2):
         call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_bytes(build: Callable[..., Call], *args: object, device: str) -> int | None:
-    """Peak memory of ``build(*args)()``: on a CPU in a process of its own (None where the system cannot say)."""
+def peak_bytes(
+    build: Callable[..., Call], *args: object, device: str, warm: Callable[[], Call] | None = None
+) -> int | None:
+    """Peak memory of ``build(*args)()``: on a CPU in a process of its own (None where the system cannot say).
+
+    ``warm``: something smaller that runs the same code, where building twice takes long.
+    """
     if device != "cpu":
         return cuda_peak(functools.partial(build, *args))
     if not os.path.isfile("/proc/self/clear_refs"):
@@ -216,7 +224,7 @@ def peak_bytes(build: Callable[..., Call], *args: object, device: str) -> int | 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.cells"])
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, build, args, torch.get_num_threads()))
+    child = context.Process(target=_child, args=(theirs, build, args, torch.get_num_threads(), warm))
     child.start()
     theirs.close()
     try:
@@ -229,9 +237,9 @@ def peak_bytes(build: Callable[..., Call], *args: object, device: str) -> int | 
     return answer
 
 
-def _child(pipe, build, args, threads) -> None:
+def _child(pipe, build, args, threads, warm) -> None:
     torch.set_num_threads(threads)
     try:
-        pipe.send(cpu_peak(functools.partial(build, *args)))
+        pipe.send(cpu_peak(functools.partial(build, *args), warm))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")

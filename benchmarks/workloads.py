@@ -240,8 +240,9 @@ def _serve() -> Iterator[Workload]:
     """Whole networks: a mixed batch of T tasks."""
     for layer in ("vit_s16", "resnet50"):
         for tasks in (1, 2, 8, 32):
-            yield Workload(layer, 32, tasks, gates="taps", memory=True)
-        yield Workload(layer, 32, 8, gates=100, memory=True)
+            yield Workload(layer, max(8, tasks), tasks, gates="taps", memory=True)
+        yield Workload(layer, 32, 8, gates="taps", memory=True)
+        yield Workload(layer, 8, 8, gates=100, memory=True)
 
 
 def _prepared() -> Iterator[Workload]:

@@ -67,7 +67,7 @@ def wrong(change):
 
         return Ready(results_of, [], lambda: p.check(results_of()))
 
-    return Provider("wrong", "baseline", make, lambda w: True, lambda w, d: None, True)
+    return Provider("wrong", "baseline", make, lambda w: True, lambda w, d: None, True, True)
 
 
 def one_element(p, found):
