@@ -1,6 +1,6 @@
 """One step of layer-wise AdaMerging: ours against the two ways in which it is written, checked, timed and weighed.
 
-    python -m benchmarks.merging [--deltas 8] [--images 1] [--sizes 224 64] [--seconds 10] [--no-memory]
+    python -m benchmarks.merging [--deltas 8] [--images 1 4] [--sizes 224 64] [--seconds 10] [--no-memory] [--no-times]
 
 A step is what changes the coefficients once: fold, forward of every task's images, entropy, backward to the
 coefficients of all tensors and tasks. The network is a ViT-S/16 with random weights, 10 classes a task. The first table
@@ -156,21 +156,25 @@ def contenders(num_deltas: int, images: int, size: int) -> dict[str, Callable[[]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deltas", type=int, default=8)
-    parser.add_argument("--images", type=int, default=1, help="of each task")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="of each task")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 64], help="pixels a side")
     parser.add_argument("--seconds", type=float, default=10, help="that one contender may take")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-times", action="store_true")
     args = parser.parse_args()
     k = args.deltas
     where = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(f"{where}, ViT-S/16, K = {k}, {args.images} image(s) a task")
-    race("merging alone", alone(k), "ours", args.seconds)
-    for size in args.sizes:
-        built = {name: build() for name, build in contenders(k, args.images, size).items()}
-        race(f"step, {size} pixels", built, "ours, whole", args.seconds, network(k, args.images, size))
-        del built
+    print(f"{where}, ViT-S/16, K = {k}")
+    if not args.no_times:
+        race("merging alone", alone(k), "ours", args.seconds)
+        for size in args.sizes:
+            for images in args.images:
+                built = {name: build() for name, build in contenders(k, images, size).items()}
+                title = f"step, {size} pixels, {images} image(s) a task"
+                race(title, built, "ours, whole", args.seconds, network(k, images, size))
+                del built
     if not args.no_memory:
-        memory(k, args.images, args.sizes[0])
+        memory(k, args.images[0], args.sizes[0])
 
 
 def race(title: str, built: dict[str, Call], mine: str, seconds: float, limit: Call | None = None) -> None:
@@ -182,7 +186,7 @@ def race(title: str, built: dict[str, Call], mine: str, seconds: float, limit: C
     if limit is not None:
         built = built | {"network": limit}
     times = measure({name: [step] for name, step in built.items()}, seconds, "cpu")
-    print(f"\n{title:<20}      ms     p20     p80   time / {mine}{'   time / network' if limit else ''}")
+    print(f"\n{title}\n{'':<20}      ms     p20     p80   time / {mine}{'   time / network' if limit else ''}")
     for name, stats in times.items():
         line = (
             f"  {name:<18}{stats.median:8.0f}{stats.p20:8.0f}{stats.p80:8.0f}{stats.median / times[mine].median:8.2f}"

@@ -1,4 +1,6 @@
 // taps_fast::coded_fwd and coded_dx on CPU: checks tensors, orders rows by task, cuts them into passes, runs.
+#include "coded_ops.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +13,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/coded_problem.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
@@ -25,7 +26,9 @@ using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using namespace cpu;
 
-constexpr int64_t kMostColumns = 256, kFewestColumns = 32;  // of one item
+constexpr int64_t kFewestColumns = 32;  // of one item
+constexpr int64_t kMostColumns = 256;  // so that a tile that masks share stays in L2
+constexpr int64_t kMostSignColumns = 1024;  // one table serves them all
 constexpr int64_t kItemsPerThread = 4;
 
 Coding coding_of(const char* op, const std::string& format) {
@@ -76,32 +79,32 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
 
   CodedProduct p{};
   p.dtype = dtype_of(op, type);
-  p.coding = coding_of(op, a.format);
   p.transposed = transposed;
   p.wide_out = out.scalar_type() != type;
   p.out_features = out_features;
   p.in_features = a.in_features;
-  const bool bits = p.coding != Coding::kInt8;
-  p.code_stride = bits ? 8 * ceil_div(a.in_features, 64) : a.in_features;
+  Term like{{nullptr, a.in_features}, 1.0, coding_of(op, a.format), nullptr, 0, nullptr, 1};
+  const bool bits = like.coding != Coding::kInt8;
+  like.code_stride = bits ? 8 * ceil_div(a.in_features, 64) : a.in_features;
   for (const Tensor& codes : a.codes)
-    matrix(op, "codes", codes, out_features, p.code_stride, bits ? ScalarType::Byte : ScalarType::Char);
-  check((p.coding == Coding::kMask) == a.tile.has_value(), op, ": tile must be given for mask and for nothing else");
-  if (a.tile) p.tile = {matrix(op, "tile", *a.tile, out_features, a.in_features, type).const_data_ptr(), a.in_features};
+    matrix(op, "codes", codes, out_features, like.code_stride, bits ? ScalarType::Byte : ScalarType::Char);
+  check((like.coding == Coding::kMask) == a.tile.has_value(), op, ": tile must be given for mask and for nothing else");
+  if (a.tile) like.matrix.data = matrix(op, "tile", *a.tile, out_features, a.in_features, type).const_data_ptr();
   p.in = {in.const_data_ptr(), in.size(1)};
   p.out = {out.mutable_data_ptr(), out.size(1)};
   if (rows == 0 || out_features == 0 || a.in_features == 0) return;
 
-  const CodedKernels& kernels = coded_kernels();
   std::vector<int64_t> order;
-  std::vector<CodedPass> passes;
+  std::vector<Term> terms;
+  std::vector<Pass> passes;
   const auto add = [&](int64_t task, int64_t begin, int64_t end) {
-    const int64_t code = a.which[task];
+    const int64_t code = a.which[task], term = terms.size();
     check(code < int64_t(a.codes.size()), op, ": which must be in [-1, ", a.codes.size(), "), got ", code);
-    const char* factors = static_cast<const char*>(a.factors.const_data_ptr());
-    const int64_t part = even_part(std::max<int64_t>(end - begin, 1), kernels.tile_rows);
-    for (int64_t r = begin; r < end; r += part)
-      passes.push_back({static_cast<const uint8_t*>(a.codes[code].const_data_ptr()),
-                        factors + task * out_features * compute_size(p.dtype), r, std::min(r + part, end)});
+    terms.push_back(like);
+    terms.back().codes = static_cast<const uint8_t*>(a.codes[code].const_data_ptr());
+    terms.back().scale =
+        static_cast<const char*>(a.factors.const_data_ptr()) + task * out_features * compute_size(p.dtype);
+    passes.push_back({begin, end, term, term + 1, false, true});
   };
   if (a.offsets && a.order && a.ids) {
     const int64_t batch = a.ids->numel();
@@ -121,18 +124,8 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
     check(tasks == 1, op, ": which must have one entry without tasks, got ", tasks);
     if (a.which[0] >= 0) add(0, 0, rows);
   }
-  if (passes.empty()) return;
-  p.passes = passes.data();
-  p.num_passes = passes.size();
-  p.col_block = kMostColumns;
-  const int64_t threads = torch::stable::get_num_threads();
-  while (p.col_block > kFewestColumns && num_items(p) < kItemsPerThread * threads) p.col_block /= 2;
-  const int64_t bytes = kernels.workspace_bytes(p);
-  int64_t next_item = 0;
-  const auto worker = [&](int64_t, int64_t) { kernels.run(p, &next_item, workspace(bytes)); };
-  const int64_t workers = std::min(num_items(p), threads);
-  if (workers <= 1) return worker(0, 1);
-  torch::stable::parallel_for(0, workers, 1, worker);
+  p.terms = terms.data();
+  run_coded(p, passes);
 }
 
 Tensor coded_fwd(const Tensor& y, const Tensor& x, const Tensors& codes, const OptionalTensor& tile,
@@ -159,6 +152,34 @@ Tensor coded_dx(const Tensor& dy, const Tensors& codes, const OptionalTensor& ti
 }
 
 }  // namespace
+
+void run_coded(CodedProduct& p, const std::vector<Pass>& passes) {
+  const CodedKernels& kernels = coded_kernels();
+  std::vector<Pass> cut;
+  bool signs = true;
+  for (const Pass& pass : passes) {
+    const int64_t part = even_part(std::max<int64_t>(pass.row_end - pass.row_begin, 1), kernels.tile_rows);
+    for (int64_t r = pass.row_begin; r < pass.row_end; r += part) {
+      cut.push_back(pass);
+      cut.back().row_begin = r;
+      cut.back().row_end = std::min(r + part, pass.row_end);
+    }
+    for (int64_t t = pass.term_begin; t < pass.term_end; t++) signs = signs && p.terms[t].coding == Coding::kSign;
+  }
+  if (cut.empty()) return;
+  p.passes = cut.data();
+  p.num_passes = cut.size();
+  p.col_block = signs && p.transposed ? kMostSignColumns : kMostColumns;
+  const int64_t threads = torch::stable::get_num_threads();
+  while (p.col_block > kFewestColumns && num_items(p) < kItemsPerThread * threads) p.col_block /= 2;
+  const int64_t bytes = kernels.workspace_bytes(p);
+  int64_t next_item = 0;
+  const auto worker = [&](int64_t, int64_t) { kernels.run(p, &next_item, workspace(bytes)); };
+  const int64_t workers = std::min(num_items(p), threads);
+  if (workers <= 1) return worker(0, 1);
+  torch::stable::parallel_for(0, workers, 1, worker);
+}
+
 }  // namespace taps_fast
 
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {

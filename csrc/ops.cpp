@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "coded_ops.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
@@ -110,23 +111,59 @@ Groups read_groups(const char* op, Inputs& inputs, int64_t rows, const Tensor& c
   return groups;
 }
 
+/// What makes deltas of codes numbers, as linear_coded is given it: a scale for each delta, and the tiles of masks.
+struct Codes {
+  const std::vector<Tensor>&scales, &tiles;
+  const std::vector<int64_t>& tile_of;  // -1: no mask
+
+  static bool is_coded(const Tensor& delta, ScalarType dtype) {
+    const ScalarType own = delta.scalar_type();
+    return own != dtype && (own == ScalarType::Byte || own == ScalarType::Char);
+  }
+
+  Term term(Inputs& inputs, const Tensor& delta, size_t k, int64_t rows, int64_t cols, bool wide) const {
+    const char* op = "linear_coded";
+    const bool bits = delta.scalar_type() == ScalarType::Byte;
+    Term term{{nullptr, 0}, 1.0, bits ? Coding::kSign : Coding::kInt8};
+    term.code_stride = bits ? 8 * ceil_div(cols, 64) : cols;
+    const Layout codes(delta), scale(scales[k]);
+    check(codes.dim == 2 && codes.sizes[0] == rows && codes.sizes[1] == term.code_stride, op,
+          ": codes must have shape [", rows, ", ", term.code_stride, "], got ", codes);
+    term.codes = static_cast<const uint8_t*>(inputs.vector("codes", delta, rows * term.code_stride, codes.dtype));
+    term.scale_step = scale.dim > 0;
+    term.scale =
+        inputs.vector("scales", scales[k], scale.dim ? rows : 1, wide ? ScalarType::Double : ScalarType::Float);
+    if (tile_of[k] < 0) return term;
+    check(bits && tile_of[k] < int64_t(tiles.size()), op, ": tile_of must be below ", tiles.size(),
+          " and name a tile for bits alone, got ", tile_of[k]);
+    term.coding = Coding::kMask;
+    term.matrix = inputs.matrix("tiles", tiles[tile_of[k]], rows, cols);
+    return term;
+  }
+};
+
 Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, const std::vector<Tensor>& deltas,
-                   const Tensor& coeffs, const OptionalTensor& base_coeffs, int64_t tasks) {
+                   const Tensor& coeffs, const OptionalTensor& base_coeffs, int64_t tasks,
+                   const Codes* codes = nullptr) {
   const int64_t rows = layout.sizes[0], cols = layout.sizes[1];
   Weight weight;
   weight.base = inputs.matrix("base", base, layout, rows, cols);
   weight.deltas.reserve(deltas.size());
-  for (const Tensor& delta : deltas) weight.deltas.push_back(inputs.matrix("deltas", delta, rows, cols));
   weight.wide = layout.dtype == ScalarType::Double;
+  for (size_t k = 0; k < deltas.size(); k++)
+    weight.deltas.push_back(codes && codes->is_coded(deltas[k], layout.dtype)
+                                ? codes->term(inputs, deltas[k], k, rows, cols, weight.wide)
+                                : Term{inputs.matrix("deltas", deltas[k], rows, cols), 1.0});
   const ScalarType dtype = weight.wide ? ScalarType::Double : ScalarType::Float;
   weight.coeffs = inputs.vector("coeffs", coeffs, tasks * deltas.size(), dtype);
   weight.base_coeffs = base_coeffs ? inputs.vector("base_coeffs", *base_coeffs, tasks, dtype) : nullptr;
   return weight;
 }
 
-Algorithm read_algorithm(const char* op, const std::string& name) {
+Algorithm read_algorithm(const char* op, const std::string& name, bool coded) {
   if (name == "blend") return Algorithm::kBlend;
-  check(name == "split", op, ": algorithm must be blend or split on CPU, got '", name, "'");
+  if (name == "auto" && coded) return Algorithm::kAuto;
+  check(name == "split", op, ": algorithm must be ", coded ? "auto, " : "", "blend or split on CPU, got '", name, "'");
   return Algorithm::kSplit;
 }
 
@@ -144,10 +181,11 @@ void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*)
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
-                   const OptionalTensor& offsets, int64_t inner, const std::string& algorithm) {
+                   const OptionalTensor& offsets, int64_t inner, const std::string& algorithm,
+                   const Codes* codes = nullptr) {
   const Layout in(x), weights(base);
   Inputs inputs(op, in.dtype);
-  const Algorithm how = read_algorithm(op, algorithm);
+  const Algorithm how = read_algorithm(op, algorithm, codes);
   RowPlan plan;
   RowProduct& p = plan.problem;
   p.dtype = dtype_of(op, in.dtype);
@@ -159,7 +197,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   p.in = inputs.matrix(transposed ? "x" : "dy", x, in, p.rows, p.depth);
   const Groups groups = read_groups(op, inputs, p.rows, coeffs, ids, order, offsets, inner);
   const int64_t tasks = ids ? groups.tasks : 1;
-  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks);
+  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks, codes);
   const bool bias_by_task = bias && bias->dim() == 2;
   if (bias_by_task) {
     check(ids.has_value(), op, ": bias must have shape [O] without tasks, got ", Layout(*bias));
@@ -173,6 +211,10 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   const int threads = torch::stable::get_num_threads();
   plan.finish(weight, groups, how, bias_by_task, threads, kernels());
   run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
+  if (!plan.apart().empty()) {
+    CodedProduct apart{p.dtype, transposed, false, p.cols, p.depth, p.in, p.out, p.row_index, p.terms, nullptr, 0, 0};
+    run_coded(apart, plan.apart());
+  }
   return out;
 }
 
@@ -182,6 +224,19 @@ Tensor linear_fwd(const Tensor& x, const Tensor& base, const std::vector<Tensor>
                   const std::string& algorithm) {
   return row_product("linear_fwd", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
                      algorithm);
+}
+
+Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
+                    const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
+                    const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
+                    const std::string& algorithm, const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
+                    const std::vector<int64_t>& tile_of) {
+  check(scales.size() == deltas.size() && tile_of.size() == deltas.size(),
+        "linear_coded: scales and tile_of must have an entry for each of ", deltas.size(), " deltas, got ",
+        scales.size(), " and ", tile_of.size());
+  const Codes codes{scales, tiles, tile_of};
+  return row_product("linear_coded", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
+                     algorithm, &codes);
 }
 
 Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
@@ -245,6 +300,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(taps_fast, m) { m.def("cpu_isa() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&taps_fast::linear_fwd));
+  m.impl("linear_coded", TORCH_BOX(&taps_fast::linear_coded));
   m.impl("linear_dx", TORCH_BOX(&taps_fast::linear_dx));
   m.impl("linear_dw", TORCH_BOX(&taps_fast::linear_dw));
 }

@@ -1,4 +1,7 @@
-"""Products with compressed deltas that never become dense: what `delta_linear` adds to the product of the rest.
+"""Products with compressed deltas that never become dense.
+
+Without gradients on a CPU, bits, masks and bytes are read by the kernel that reads base and dense deltas. Else they,
+and low rank everywhere, are what `delta_linear` adds to the product of the rest:
 
 Of a mixed batch, a task may use several deltas of one kind. They are taken in turns: in one turn each task uses at
 most one, and one grouped product serves all rows. With one delta a task there is one turn.
@@ -7,7 +10,7 @@ most one, and one grouped product serves all rows. With one delta a task there i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,9 @@ ops = torch.ops.taps_fast
 CODED_ROWS = 16
 """Rows a task up to which decoding a delta in registers costs less than decoding it into memory for a GEMM."""
 
+CODED = (SignBits, MaskBits, Int8)
+"""The formats whose codes the kernels read."""
+
 Linear = Callable[..., Tensor]
 """`delta_linear`, handed down: a low-rank delta is two dense ones, one after the other."""
 
@@ -33,6 +39,65 @@ def stays_apart(delta: Format, base: Tensor, rows: int, algorithm: str) -> bool:
     if isinstance(delta, LowRank):
         return delta.rank * sum(base.shape) < base.numel()
     return CODED_ROWS >= rows and base.device.type == "cpu" and _ext.CPU_LOADED
+
+
+def decoded_by_kernel(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Delta],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    backend: str | None,
+    algorithm: str,
+) -> set[int]:
+    """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient."""
+    if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu") or algorithm == "merge":
+        return set()
+    if torch.is_grad_enabled():
+        tensors = [t for t in (x, base, coeffs, bias) if t is not None]
+        for delta in deltas:
+            tensors += delta.tensors.values() if isinstance(delta, Format) else [delta]
+        if any(t.requires_grad for t in tensors):
+            return set()
+    return {k for k, delta in enumerate(deltas) if isinstance(delta, CODED)}
+
+
+def linear_coded(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Delta],
+    coeffs: Tensor,
+    base_coeffs: Tensor | None,
+    bias: Tensor | None,
+    batch: TaskBatch | None,
+    inner: int,
+    algorithm: str,
+) -> Tensor:
+    """The operator of this name. bias [O] or [T + 1, O]; deltas of other formats have been made dense."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    tiles: list[Tensor] = []
+    tile_of = [-1] * len(deltas)
+    for k, delta in enumerate(deltas):
+        if not isinstance(delta, CODED):
+            weights.append(cast(Tensor, delta))
+            scales.append(coeffs)
+            continue
+        weights.append(delta.codes)
+        scales.append(delta.scale if delta.scale.dtype == exact else delta.scale.to(exact))
+        if isinstance(delta, MaskBits):
+            tile_of[k] = next((n for n, tile in enumerate(tiles) if tile is delta.tile), len(tiles))
+            if tile_of[k] == len(tiles):
+                tiles.append(delta.tile)
+    index: Index = (None, None, None) if batch is None else batch.tensors
+    if base_coeffs is not None:
+        base_coeffs = base_coeffs.to(exact)
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    y: Tensor = ops.linear_coded(
+        rows, base, weights, coeffs.to(exact), base_coeffs, bias, *index, inner, algorithm, scales, tiles, tile_of
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], base.shape[0])
 
 
 def used_pairs(coeffs: Tensor, pairs: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
@@ -96,7 +161,7 @@ class Products(NamedTuple):
         found: list[tuple[str, Tensor | None, list[int]]] = []
         for k in self.apart:
             delta = self.deltas[k]
-            if isinstance(delta, SignBits | MaskBits | Int8):
+            if isinstance(delta, CODED):
                 tile = delta.tile if isinstance(delta, MaskBits) else None
                 for name, held, places in found:
                     if name == delta.name and held is tile:
@@ -109,7 +174,7 @@ class Products(NamedTuple):
     def _coded(self, y: Tensor, kind: str, tile: Tensor | None, which: list[int]) -> Tensor:
         """y + coeffs[t, k]·scale_k∘(D_k x) with k = which[t]."""
         used = sorted({k for k in which if k >= 0})
-        deltas = [d for k in used if isinstance(d := self.deltas[k], SignBits | MaskBits | Int8)]
+        deltas = [d for k in used if isinstance(d := self.deltas[k], CODED)]
         table = self.coeffs if self.batch is not None else self.coeffs[None]
         scales = [d.scale.to(table.dtype) for d in deltas]
         if any(scale.dim() for scale in scales):

@@ -5,6 +5,7 @@ A schema is the contract that each backend implements:
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
+* ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, on CPU from the C++ extension.
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
   groups, on CUDA from Triton.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
@@ -56,6 +57,11 @@ composes them of the operators above elsewhere. Each list has T + 1 vectors of C
 valid, one bool: whether every id was in range. `sort_tasks` makes one on the host: order, offsets, and how many ids
 were out of range; if any were, order is not filled.
 
+A delta of `linear_coded` may be codes: uint8 for bits, int8 for bytes. It is then scales[k]∘D_k, with scales[k] [] or
+[O] in the dtype of coefficients (of a dense delta: not read) and D as below; tile_of[k] is -1, or a mask's place in
+``tiles``. Algorithm "split" decodes codes in registers beside one product of the base, "blend" into the panel that a
+weight is summed in, and "auto" chooses for each task by its rows.
+
 `coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
 task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"
 ``tile`` or 0 (both as `taps_fast.formats.pack_bits` lays them out), "int8" themselves. x, dy, y, tile, factors [T, O]
@@ -93,6 +99,8 @@ SCHEMAS = {
     "linear_dx": f"(Tensor dy, {_WEIGHT}, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
     "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
+    "linear_coded": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm, Tensor[] scales, Tensor[] tiles, "
+    "int[] tile_of) -> Tensor",
     "sort_tasks": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, int)",
     "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
@@ -125,7 +133,7 @@ def linear_fwd(x: Tensor, base: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], base.shape[0])
 
 
-linear_stream = linear_fwd
+linear_stream = linear_coded = linear_fwd
 
 
 def linear_dx(dy: Tensor, base: Tensor, *_: Any) -> Tensor:
@@ -254,7 +262,7 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-_COMPILED = {"linear_stream", "task_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
+_COMPILED = {"linear_stream", "linear_coded", "task_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

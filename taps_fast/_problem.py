@@ -65,7 +65,7 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta]
         raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(shape)}")
     for k, weight in enumerate((base, *deltas)):
         if isinstance(weight, Format):
-            _check_format(function, f"deltas[{k - 1}]", weight, x, base)
+            _check_format(function, k - 1, weight, dtype, device, shape)
             continue
         if weight.dtype == dtype and weight.device == device and weight.shape == shape:
             continue
@@ -77,17 +77,22 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta]
         raise ValueError(f"{function}: {name} must be {tuple(shape)} like base, got {tuple(weight.shape)}")
 
 
-def _check_format(function: str, name: str, format: Format, x: Tensor, base: Tensor) -> None:
+def _check_format(
+    function: str, k: int, format: Format, dtype: torch.dtype, device: torch.device, shape: torch.Size
+) -> None:
     kind = type(format).__name__
-    if format.shape != base.shape:
+    if format.shape != shape:
         raise ValueError(
-            f"{function}: {name} must be {tuple(base.shape)} like base, got {tuple(format.shape)} ({kind})"
+            f"{function}: deltas[{k}] must be {tuple(shape)} like base, got {tuple(format.shape)} ({kind})"
         )
-    for field, value in format.tensors.items():
-        if value.device != x.device:
-            raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device} ({kind}.{field})")
-        if field not in format.own_dtype and value.is_floating_point() and value.dtype != x.dtype:
-            raise TypeError(f"{function}: {name} must be {x.dtype} like x, got {value.dtype} ({kind}.{field})")
+    own = format.own_dtype
+    for field, value in vars(format).items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.device != device:
+            raise ValueError(f"{function}: deltas[{k}] must be on {device} like x, got {value.device} ({kind}.{field})")
+        if value.dtype != dtype and value.is_floating_point() and field not in own:
+            raise TypeError(f"{function}: deltas[{k}] must be {dtype} like x, got {value.dtype} ({kind}.{field})")
 
 
 def check_tensors(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], bias: Tensor | None) -> None:

@@ -67,7 +67,8 @@ def delta_linear(
             back.
         algorithm: "blend" (weight summed, rounded at most once to x's dtype, one product), "split" (two products
             into one accumulator: exact in low precision), "merge" (weight in scratch, vendor GEMM) or "auto". Of a
-            format, "split" never makes a dense delta, "blend" and "merge" always do.
+            format, "split" never makes a dense delta; "blend" and "merge" do, "blend" on a CPU without gradients a
+            panel at a time.
 
     Returns:
         y [..., O] in x's dtype.
@@ -211,27 +212,37 @@ def _compressed_linear(
     inner = 1 if batch is None else _problem.rows_per_sample(name, x, batch.size, batch_dim, x.dim() - 1)
     if pairs is not None:
         _problem.check_pairs(name, pairs, num_tasks, len(deltas))
-    used = _compressed.used_pairs(coeffs, pairs)
     rows = x.shape[:-1].numel() // max(num_tasks or 1, 1)
     asked = "blend" if backend == "reference" else algorithm
-    apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and _compressed.stays_apart(d, base, rows, asked)]
+    coded = _compressed.decoded_by_kernel(x, base, deltas, coeffs, bias, backend, algorithm)
+    apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
+    apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
     rest = [k for k in range(len(deltas)) if k not in apart]
-    dense = [d.dense(x.dtype) if isinstance(d := deltas[k], Format) else d for k in rest]
-    how: dict[str, Any] = dict(backend=backend, algorithm=algorithm)
-    if dense or base_coeffs is not None or (bias is not None and bias.dim() > 1):
-        kept = None if pairs is None else [(t, rest.index(k)) for t, k in pairs if k in rest]
-        how |= dict(tasks=batch, base_coeffs=base_coeffs, pairs=kept, batch_dim=batch_dim)
-        coefficients = coeffs[..., rest]
-    else:
-        coefficients = coeffs.new_empty(0)
+    kept = [d.dense(x.dtype) if isinstance(d := deltas[k], Format) and k not in coded else d for k in rest]
+    coefficients = coeffs[..., rest] if apart else coeffs
     follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
-    if not apart:
-        return delta_linear(x, base, dense, coefficients, bias, **how, **follows)
-    y = delta_linear(x, base, dense, coefficients, bias, **how)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = _compressed.Products(
-        x, deltas, apart, coeffs.to(exact), batch, batch_dim, inner, used, delta_linear, backend
-    ).added_to(y)
+    if coded:
+        if bias is not None:
+            _problem.check_bias(name, bias, base.shape[0], num_tasks, x)
+            if bias.dim() == 2 and bias.shape[0] == num_tasks:
+                bias = F.pad(bias, (0, 0, 0, 1))
+        y = _compressed.linear_coded(x, base, kept, coefficients, base_coeffs, bias, batch, inner, algorithm)
+    else:
+        how: dict[str, Any] = dict(backend=backend, algorithm=algorithm)
+        if kept or base_coeffs is not None or (bias is not None and bias.dim() > 1):
+            held = None if pairs is None else [(t, rest.index(k)) for t, k in pairs if k in rest]
+            how |= dict(tasks=batch, base_coeffs=base_coeffs, pairs=held, batch_dim=batch_dim)
+        else:
+            coefficients = coeffs.new_empty(0)
+        if not apart:
+            return delta_linear(x, base, kept, coefficients, bias, **how, **follows)
+        y = delta_linear(x, base, kept, coefficients, bias, **how)
+    if apart:
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        used = _compressed.used_pairs(coeffs, pairs)
+        y = _compressed.Products(
+            x, deltas, apart, coeffs.to(exact), batch, batch_dim, inner, used, delta_linear, backend
+        ).added_to(y)
     if scale is None and shift is None and activation is None:
         return y
     return scale_shift(y, scale, shift, tasks=batch, batch_dim=batch_dim, channel_dim=-1, activation=activation)

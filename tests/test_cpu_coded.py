@@ -60,6 +60,53 @@ def check(format, shape, dtype, mixed, inner):
     assert all(torch.equal(a, b) for a, b in zip((x, y, dy), before, strict=True)), "an input was changed"
 
 
+def check_linear(shape, dtype, inner, algorithm):
+    """All formats and a dense delta in one call, against one product for each delta."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    base, tile, dense, bias = draw(*shape), draw(*shape), draw(*shape), draw(shape[0])
+    bits = [pack_bits(torch.rand(shape, generator=g) < 0.5) for _ in range(2)]
+    bytes_ = torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+    codes, tiles, tile_of = [bits[0], dense, bits[1], bytes_], [tile], [-1, -1, 0, -1]
+    scales = [draw().to(wide), draw(0).to(wide), draw(shape[0]).to(wide), draw(shape[0]).to(wide) / 100]
+    # Each task with another set of deltas: of one kind alone, of several, of none.
+    coeffs = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 2], [0, 0, 0, 0]]).to(wide)
+    index = TaskBatch.from_ids(torch.tensor(IDS), 5).tensors
+    x = draw(inner * len(IDS), shape[1])
+    found = OPS.linear_coded(x, base, codes, coeffs, None, bias, *index, inner, algorithm, scales, tiles, tile_of)
+    again = OPS.linear_coded(x, base, codes, coeffs, None, bias, *index, inner, algorithm, scales, tiles, tile_of)
+    assert torch.equal(found, again), "differs from run to run"
+
+    def plain(dtype, sizes=False):
+        """The product, or the size of what is summed for it."""
+        rows = torch.nn.functional.pad(coeffs, (0, 0, 0, 1))[torch.tensor(IDS)].repeat_interleave(inner, 0).to(dtype)
+        of_x = x.to(dtype).abs() if sizes else x.to(dtype)
+        y = of_x @ base.to(dtype).T + bias.to(dtype)
+        for k, (format, of) in enumerate((("bits", None), (None, None), ("mask", tile), ("int8", None))):
+            weight = dense if format is None else _coded.decoded(codes[k], of, format, shape[1])
+            scale = 1 if format is None else scales[k].to(dtype)
+            part = (rows[:, k : k + 1] * scale, weight.to(dtype))
+            factor, weight = (t.abs() for t in part) if sizes else part
+            y = y + factor * (of_x @ weight.T)
+        return y
+
+    size = float(plain(torch.float64, sizes=True).max())
+    assert_no_worse_than_torch(found, plain(torch.float64), plain(dtype), scale=size, name=f"y, {algorithm}")
+
+
+def check_linear_all(dtypes=DTYPES, shapes=((70, 130), (9, 5), (33, 257), (40, 1100)), inners=(1, 4, 9)):
+    """Groups of 1 to 27 rows: on both sides of where codes are decoded into a panel."""
+    for dtype in dtypes:
+        for shape in shapes:
+            for inner in inners:
+                for algorithm in ("auto", "split", "blend"):
+                    check_linear(shape, dtype, inner, algorithm)
+
+
 def check_all(dtypes=DTYPES, shapes=SHAPES, inners=(1, 3, 9)):
     for format in FORMATS:
         for dtype in dtypes:
@@ -74,12 +121,18 @@ def test_kernels(dtype):
     check_all((dtype,))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
-def test_other_instruction_sets(isa):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_among_the_deltas(dtype):
+    check_linear_all((dtype,))
+
+
+@pytest.mark.parametrize(("isa", "flag"), [("generic", ""), ("avx2", "avx2"), ("avx512", "avx512dq")])
+def test_other_instruction_sets(isa, flag):
     """In a process of its own, since the choice is made once."""
-    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this CPU has no AVX2")
+    if flag not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {isa}")
     code = f"import torch, test_cpu_coded as t\nassert t.OPS.cpu_isa() == {isa!r}\nt.check_all(inners=(3,))"
+    code += "\nt.check_linear_all(inners=(4,))"
     env = {**os.environ, "TAPS_FAST_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -117,6 +170,31 @@ def test_operators_are_well_formed(format):
     x, y, dy, rest = arguments(format, (9, 70), torch.float32, True, 1)
     torch.library.opcheck(OPS.coded_fwd.default, (y, x, *rest))
     torch.library.opcheck(OPS.coded_dx.default, (dy, *rest, 70))
+
+
+def linear_arguments():
+    """Of linear_coded: one delta of bits."""
+    codes = pack_bits(torch.rand(9, 70) < 0.5)
+    rest = (None, None, None, None, None, 1, "auto", [torch.ones(())], [], [-1])
+    return [torch.randn(4, 70), torch.randn(9, 70), [codes], torch.ones(1), *rest]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "text"),
+    [
+        (2, [torch.zeros(9, 8, dtype=torch.uint8)], r"linear_coded: codes must have shape \[9, 16\], got \[9, 8\]"),
+        (11, [], "linear_coded: scales and tile_of must have an entry for each of 1 deltas, got 0 and 1"),
+        (11, [torch.ones(4)], r"linear_coded: scales must have 9 elements, got \[4\]"),
+        (13, [0], "linear_coded: tile_of must be below 0 and name a tile for bits alone, got 0"),
+        (10, "merge", "linear_coded: algorithm must be auto, blend or split on CPU, got 'merge'"),
+    ],
+)
+def test_linear_coded_checks_what_it_is_given(place, value, text):
+    arguments = linear_arguments()
+    torch.library.opcheck(OPS.linear_coded.default, arguments)
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=text):
+        OPS.linear_coded(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,36 @@ def test_products_and_gradients(kinds, shape, mix, dtype, algorithm):
         assert_no_worse_than_torch(
             value, truth[name].double(), low[name], scale=size if name == "<P, Δ>" else None, name=name
         )
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "split", "blend"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kinds, shape, mix", [case for case in CASES if len(case[1]) == 2], ids=str)
+def test_products_without_gradients(kinds, shape, mix, dtype, algorithm):
+    """On a CPU one operator then takes base, dense deltas and codes."""
+    problem = Problem(kinds, shape, mix, dtype)
+    with torch.no_grad():
+        y = problem.ours(algorithm=algorithm)
+        assert_no_worse_than_torch(y, problem.plain(torch.float64), problem.plain(dtype), name="y")
+
+
+def test_everything_beside_codes_without_gradients():
+    """A bias by task, base coefficients and what follows the product, on more than one axis of rows."""
+    tile = torch.randn(9, 70)
+    deltas = [make(kind, (9, 70), seed=n, tile=tile).detach() for n, kind in enumerate(MIXED[:4])]
+    how = {
+        "tasks": torch.tensor([1, -1, 0]),
+        "base_coeffs": torch.tensor([1.0, 0.0]),
+        "scale": torch.rand(2, 9),
+        "shift": torch.randn(9),
+        "activation": "relu",
+    }
+    x, base, coeffs, bias = torch.randn(3, 5, 70), torch.randn(9, 70), torch.randn(2, 4), torch.randn(2, 9)
+    with torch.inference_mode():
+        y = delta_linear(x, base, deltas, coeffs, bias, **how)
+        dense = [d.dense() for d in deltas]
+        low = delta_linear(x, base, dense, coeffs, bias, backend="reference", **how)
+        wide = {name: t.double() if name in ("base_coeffs", "scale", "shift") else t for name, t in how.items()}
+        dense = [d.dense(torch.float64) for d in (d.to(dtype=torch.float64) for d in deltas)]
+        given = (x.double(), base.double(), dense, coeffs.double(), bias.double())
+        assert_no_worse_than_torch(y, delta_linear(*given, backend="reference", **wide), low, name="y")

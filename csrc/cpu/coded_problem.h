@@ -1,9 +1,10 @@
-// Products with compressed weights of one bit or one byte each, which are decoded in registers. No torch.
+// Products of few rows with compressed weights of one bit or one byte each, which are decoded in registers. No torch.
 //
-//   forward   out[r, o] += factors[o] · Σ_i D[o, i] · in[r, i]
-//   dx        out[r, i]  = Σ_o D[o, i] · factors[o] · in[r, o]
+//   forward   out[r, o] += f_o · Σ_i D[o, i] · in[r, i]
+//   dx        out[r, i] += Σ_o D[o, i] · f_o · in[r, o]
 //
-// D is what a pass's codes stand for: a sign (bit ? 1 : -1), a masked tile (bit ? tile : 0), or an int8.
+// D is what a term's codes stand for (problem.h), f its coeff · scale. A pass holds at most `tile_rows` rows, and its
+// terms follow one another.
 #pragma once
 
 #include <cstdint>
@@ -12,25 +13,16 @@
 
 namespace taps_fast::cpu {
 
-enum class Coding { kSign, kMask, kInt8 };
-
-/// Few rows that share their codes: places [row_begin, row_end) of the plan's order, at most `tile_rows` of them.
-struct CodedPass {
-  const uint8_t* codes;
-  const void* factors;  // [O], of the compute type
-  int64_t row_begin, row_end;
-};
-
 struct CodedProduct {
   DType dtype;
-  Coding coding;
   bool transposed;  // forward
   bool wide_out;    // out is of the compute type
-  int64_t out_features, in_features, code_stride;
-  Matrix in, tile;
+  int64_t out_features, in_features;
+  Matrix in;
   MutableMatrix out;
   const int64_t* row_index;  // place in the plan's order -> row of in and out; null: the identity
-  const CodedPass* passes;
+  const Term* terms;
+  const Pass* passes;
   int64_t num_passes;
   int64_t col_block;  // columns of out in one item
 };

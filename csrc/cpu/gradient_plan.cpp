@@ -69,7 +69,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
     Job job{begin[m], end[m], static_cast<int64_t>(dots_.size()), 0, static_cast<int64_t>(targets_.size()), 0};
     if (task[m] >= 0)
       for (int64_t k : pairs_of[task[m]]) {
-        dots_.push_back({weight.deltas[k], static_cast<int64_t>(positions_.size())});
+        dots_.push_back({weight.deltas[k].matrix, static_cast<int64_t>(positions_.size())});
         positions_.push_back(task[m] * num_deltas + k);
       }
     for (const Sum& sum : sums)

@@ -9,9 +9,44 @@
 #pragma once
 
 #include "blend.h"
+#include "decode.h"
 
 namespace taps_fast::cpu {
 namespace {
+
+/// Σ_t of coded and dense terms: kRows vectors, one of each of the rows from `row` on, columns from `column` on.
+template <class S, int kRows, bool kWhole>
+TAPS_INLINE void sum_terms(Vec<Compute<S>>* r, const Term* terms, int64_t num_terms, int64_t row, int64_t num_rows,
+                           int64_t column, int64_t n) {
+  using C = Compute<S>;
+#pragma GCC unroll 16
+  for (int j = 0; j < kRows; j++) r[j] = Vec<C>{};
+  for (int64_t t = 0; t < num_terms; t++) {
+    const Term& term = terms[t];
+    if (term.coding != Coding::kDense) {
+      with_code(term.coding, [&](auto coding) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kRows; j++) {
+          // Codes are not among what the tiles fetch: these are the next strip's.
+          __builtin_prefetch(term.codes + (row + j + kLanes<C>)*term.code_stride + column / kPerByte<coding.value>);
+          if (kWhole || j < num_rows)
+            r[j] += row_factor<C>(term, row + j) * decode<S, coding.value, kWhole>(term, row + j, column, n);
+        }
+      });
+      continue;
+    }
+    const S* p = static_cast<const S*>(term.matrix.data) + row * term.matrix.stride + column;
+    const C coeff = static_cast<C>(term.coeff);
+#pragma GCC unroll 16
+    for (int j = 0; j < kRows; j++) {
+      if constexpr (kWhole) {
+        r[j] += coeff * load(p + j * term.matrix.stride);
+      } else if (j < num_rows) {
+        r[j] += coeff * load_partial(p + j * term.matrix.stride, n);
+      }
+    }
+  }
+}
 
 #if defined(__AVX512BF16__)
 /// One vector of pairs of the sum: row `row`, columns from `column` on; the first n, or all when n < 0.
@@ -51,6 +86,26 @@ TAPS_INLINE void pack_pairs(Pair* strip, int64_t width, const Term* terms, int64
   for (int j = 0; j < lanes; j++)
     if (kWhole || 2 * j < n) store(strip + j * width, r[j]);
 }
+
+/// The same with codes among the terms, a few rows at a time for want of registers.
+template <class S, bool kWhole>
+TAPS_INLINE void pack_coded_pairs(Pair* strip, int64_t width, const Term* terms, int64_t num_terms, int64_t row,
+                                  int64_t num_rows, int64_t column, int64_t n) {
+  constexpr int lanes = kLanes<float>, part = 4;
+  FloatVec r[lanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < lanes; j += part) {
+    FloatVec low[part], high[part];
+    sum_terms<S, part, kWhole>(low, terms, num_terms, row + j, num_rows - j, column, min(n, lanes));
+    sum_terms<S, part, kWhole>(high, terms, num_terms, row + j, num_rows - j, column + lanes, max(n - lanes, 0));
+#pragma GCC unroll 16
+    for (int i = 0; i < part; i++) r[j + i] = round_to_pairs(low[i], high[i]);
+  }
+  transpose(r);
+#pragma GCC unroll 16
+  for (int j = 0; j < lanes; j++)
+    if (kWhole || 2 * j < n) store(strip + j * width, r[j]);
+}
 #endif
 
 /// Rows [row, row + lanes) of the sum, columns [column, column + n), transposed in registers.
@@ -60,26 +115,16 @@ TAPS_INLINE void pack_block(Element<S>* strip, int64_t width, const Term* terms,
   using C = Compute<S>;
   constexpr int lanes = kLanes<C>;
 #if defined(__AVX512BF16__)
-  if constexpr (kDepths<Element<S>> == 2)
+  if constexpr (kDepths<Element<S>> == 2) {
+    if (has_codes(terms, num_terms))
+      return pack_coded_pairs<S, kWhole>(strip, width, terms, num_terms, row, num_rows, column, n);
     return with_constant<3>(num_terms, [&](auto count) __attribute__((always_inline)) {
       pack_pairs<count.value, kWhole>(strip, width, terms, num_terms, row, num_rows, column, n);
     });
+  }
 #endif
   Vec<C> r[lanes];
-#pragma GCC unroll 16
-  for (int j = 0; j < lanes; j++) r[j] = Vec<C>{};
-  for (int64_t t = 0; t < num_terms; t++) {
-    const S* p = static_cast<const S*>(terms[t].matrix.data) + row * terms[t].matrix.stride + column;
-    const C coeff = static_cast<C>(terms[t].coeff);
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; j++) {
-      if constexpr (kWhole) {
-        r[j] += coeff * load(p + j * terms[t].matrix.stride);
-      } else if (j < num_rows) {
-        r[j] += coeff * load_partial(p + j * terms[t].matrix.stride, n);
-      }
-    }
-  }
+  sum_terms<S, lanes, kWhole>(r, terms, num_terms, row, num_rows, column, n);
   transpose(r);
 #pragma GCC unroll 16
   for (int j = 0; j < lanes; j++)

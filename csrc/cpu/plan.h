@@ -30,7 +30,7 @@ void for_each_row(const Groups& groups, int64_t g, int64_t num_rows, const F& f)
 /// W_t = base_coeffs[t] · base + Σ_k coeffs[t, k] · deltas[k]; without tasks there is one row of coefficients.
 struct Weight {
   Matrix base;
-  std::vector<Matrix> deltas;
+  std::vector<Term> deltas;  // their own coefficients are not used
   const void* coeffs;       // [T, K]: float, or double for float64 problems
   const void* base_coeffs;  // null: 1
   bool wide;                // coefficients are double
@@ -44,7 +44,11 @@ struct Weight {
   }
 };
 
-enum class Algorithm { kBlend, kSplit };
+enum class Algorithm {
+  kAuto,   // blend, but for coded terms of few rows
+  kBlend,  // terms summed into one panel
+  kSplit,  // a product for each term
+};
 
 /// Forward and dx. Fill `problem`'s matrices and sizes first; `finish` adds passes, row order and blocking.
 class RowPlan {
@@ -53,6 +57,8 @@ class RowPlan {
   void finish(const Weight& weight, const Groups& groups, Algorithm algorithm, bool bias_by_task, int threads,
               const Kernels& table);
   int64_t workspace_bytes(const Kernels& table) const;
+  /// Passes with coded terms that are left to the kernels of coded_problem.h, and are added to the product.
+  const std::vector<Pass>& apart() const { return apart_; }
 
  private:
   void add_group(int64_t row_begin, int64_t row_end, const std::vector<Term>& terms, bool first, bool last);
@@ -60,7 +66,7 @@ class RowPlan {
 
   std::vector<int64_t> rows_, bias_rows_;
   std::vector<Term> terms_;
-  std::vector<Pass> passes_;
+  std::vector<Pass> passes_, apart_;
   bool keeps_sums_ = false;  // a row's sums outlive a register tile
 };
 

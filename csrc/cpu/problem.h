@@ -32,10 +32,19 @@ struct MutableMatrix {
   int64_t stride;
 };
 
-/// One summand of a weight: coeff · matrix.
+/// What the numbers of a summand are made from: stored as they are, or codes of a bit or a byte each.
+enum class Coding { kDense, kSign, kMask, kInt8 };
+
+/// One summand of a weight: coeff · matrix, or coeff · scale[row] · D[row, :] with a D that is decoded in registers:
+/// a sign (bit ? 1 : -1), a masked tile (bit ? matrix : 0) or an int8.
 struct Term {
   Matrix matrix;
   double coeff;
+  Coding coding = Coding::kDense;
+  const uint8_t* codes = nullptr;
+  int64_t code_stride = 0;      // bytes; a row of bits ends on a 64-bit word
+  const void* scale = nullptr;  // of the compute type
+  int64_t scale_step = 0;       // 0: one number for all rows
 };
 
 /// Rows [row_begin, row_end) of the plan's row order times the sum of terms [term_begin, term_end).

@@ -21,20 +21,32 @@ constexpr int64_t kMostRows = 4096;  // rows of one item
 constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
 constexpr int64_t kItemsPerThread = 2;
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
+constexpr int64_t kSignRows = 12, kDecodedRows = 6;  // most_rows_apart, of bits, and of masks and bytes
+
+/// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
+/// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time.
+int64_t most_rows_apart(Coding coding, Algorithm algorithm) {
+  if (coding == Coding::kDense || algorithm == Algorithm::kBlend) return -1;
+  if (algorithm == Algorithm::kSplit) return INT64_MAX;
+  return coding == Coding::kSign ? kSignRows : kDecodedRows;
+}
 
 /// One group of the batch: its rows and the terms of its weight.
 struct Member {
   int64_t task;
   double base_coeff;
-  std::vector<Term> deltas;
   int64_t rows;
+  std::vector<Term> deltas, apart;
 };
 
-std::vector<Term> open_terms(const Weight& weight, int64_t task) {
-  std::vector<Term> terms;
-  for (size_t k = 0; k < weight.deltas.size(); k++)
-    if (const double c = weight.coeff(task, k); c != 0) terms.push_back({weight.deltas[k], c});
-  return terms;
+Member member(const Weight& weight, int64_t task, double base_coeff, int64_t rows, Algorithm algorithm) {
+  Member found{task, base_coeff, rows, {}, {}};
+  for (size_t k = 0; k < weight.deltas.size() && task >= 0; k++) {
+    Term term = weight.deltas[k];
+    term.coeff = weight.coeff(task, k);
+    if (term.coeff != 0) (rows <= most_rows_apart(term.coding, algorithm) ? found.apart : found.deltas).push_back(term);
+  }
+  return found;
 }
 
 }  // namespace
@@ -53,11 +65,10 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     for (int64_t g = 0; g <= groups.tasks; g++) {
       const int64_t rows = (groups.offsets[g + 1] - groups.offsets[g]) * rows_per_sample;
       if (rows == 0) continue;
-      members.push_back({g - 1, g ? weight.base_coeff(g - 1) : 1.0, {}, rows});
-      if (g) members.back().deltas = open_terms(weight, g - 1);
+      members.push_back(member(weight, g - 1, g ? weight.base_coeff(g - 1) : 1.0, rows, algorithm));
     }
   } else {
-    members.push_back({0, weight.base_coeff(0), open_terms(weight, 0), problem.rows});
+    members.push_back(member(weight, 0, weight.base_coeff(0), problem.rows, algorithm));
   }
 
   const auto open = [](const Member& m) { return !m.deltas.empty(); };
@@ -105,6 +116,15 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     }
   }
 
+  row = 0;
+  for (const Member& m : members) {
+    if (!m.apart.empty()) {
+      const int64_t begin = terms_.size();
+      terms_.insert(terms_.end(), m.apart.begin(), m.apart.end());
+      apart_.push_back({row, row + m.rows, begin, static_cast<int64_t>(terms_.size()), false, true});
+    }
+    row += m.rows;
+  }
   if (groups.offsets) {
     rows_.reserve(problem.rows);
     for (const Member& m : members)

@@ -83,14 +83,15 @@ class RowWorker {
     const bool accumulate = !(pass.first && s.depth_begin == 0);
     const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
-    const bool few = num_rows <= kDotRows && s.depth > 0;
+    const bool codes = has_codes(terms, num_terms);
+    const bool few = num_rows <= kDotRows && s.depth > 0 && !codes;
     const int64_t part = few ? num_rows : even_part(num_rows, kTileRows);
     Ahead ahead;
     int64_t fetch = 0;
     C scale = 1;
     if (!few && num_terms > 0) {
       Term alone = terms[0];  // a single term is packed as it is, and scaled where pairs would have rounded it
-      const bool exact = kDepths<E> == 2 && num_terms == 1;
+      const bool exact = kDepths<E> == 2 && num_terms == 1 && !codes;
       if (exact) {
         scale = static_cast<C>(alone.coeff);
         alone.coeff = 1;
@@ -150,6 +151,7 @@ class RowWorker {
     const Pass& current = p_.passes[s.pass];
     for (int64_t t = pass.term_begin; t < pass.term_end && ahead.num_terms < Ahead::kMaxTerms; t++) {
       const Matrix& m = p_.terms[t].matrix;
+      if (!m.data) continue;  // codes are few bytes
       // In the same place a term that both passes have, the base, is in L2 already.
       bool here = false;
       for (int64_t u = current.term_begin; same_place && u < current.term_end; u++)

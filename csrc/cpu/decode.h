@@ -1,0 +1,122 @@
+// What a term's codes stand for, a vector at a time: a sign, a masked tile or an int8 (problem.h).
+#pragma once
+
+#include "simd.h"
+
+namespace taps_fast::cpu {
+namespace {
+
+typedef uint64_t LongVec __attribute__((vector_size(kVectorBytes)));
+
+template <class C>
+struct WordOf {
+  using type = WordVec;
+};
+template <>
+struct WordOf<double> {
+  using type = LongVec;
+};
+
+/// The bits of one vector's lanes; a row of codes ends on a 64-bit word.
+template <int lanes>
+TAPS_INLINE uint32_t lane_bits(const uint8_t* row, int64_t p) {
+  if constexpr (lanes < 8) {
+    return row[p >> 3] >> (p & 7) & ((1 << lanes) - 1);
+  } else {
+    uint32_t bits = 0;
+    __builtin_memcpy(&bits, row + (p >> 3), lanes / 8);
+    return bits;
+  }
+}
+
+/// bit ? a : b, lane by lane.
+template <class C>
+TAPS_INLINE Vec<C> select_lanes(uint32_t bits, Vec<C> a, Vec<C> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return (Vec<C>)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)b, (__m512)a);
+  else return (Vec<C>)_mm512_mask_blend_pd(static_cast<__mmask8>(bits), (__m512d)b, (__m512d)a);
+#else
+  using Words = typename WordOf<C>::type;
+  Words lane{};
+  for (int i = 0; i < kLanes<C>; i++) lane[i] = 1u << i;
+  const Words mask = (Words)((lane & bits) != 0);
+  return (Vec<C>)((mask & (Words)a) | (~mask & (Words)b));
+#endif
+}
+
+/// kLanes<C> int8 as numbers. GCC converts the generic vector one element at a time.
+template <class C>
+TAPS_INLINE Vec<C> widen(const int8_t* bytes) {
+#if defined(__AVX2__)
+  __m128i raw = _mm_setzero_si128();
+  __builtin_memcpy(&raw, bytes, kLanes<C>);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return (Vec<C>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+  else return (Vec<C>)_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(raw));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) return (Vec<C>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+  else return (Vec<C>)_mm256_cvtepi32_pd(_mm_cvtepi8_epi32(raw));
+#else
+  Vec<C> v;
+  for (int i = 0; i < kLanes<C>; i++) v[i] = bytes[i];
+  return v;
+#endif
+}
+
+/// Weights that one byte of codes stands for.
+template <Coding kCoding>
+constexpr int64_t kPerByte = kCoding == Coding::kInt8 ? 1 : 8;
+
+/// D[row, column ...] of a coded term, before its scale: a whole vector, or the first n numbers and anything finite.
+template <class S, Coding kCoding, bool kWhole>
+TAPS_INLINE Vec<Compute<S>> decode(const Term& term, int64_t row, int64_t column, int64_t n) {
+  using C = Compute<S>;
+  constexpr int lanes = kLanes<C>;
+  const uint8_t* codes = term.codes + row * term.code_stride;
+  if constexpr (kCoding == Coding::kInt8) {
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(codes) + column;
+    int8_t part[lanes] = {};
+    if constexpr (!kWhole) __builtin_memcpy(part, bytes, n);
+    return widen<C>(kWhole ? bytes : part);
+  } else {
+    const uint32_t bits = lane_bits<lanes>(codes, column);
+    if constexpr (kCoding == Coding::kSign) {
+      return select_lanes<C>(bits, Vec<C>{} + C(1), Vec<C>{} - C(1));
+    } else {
+      const S* tile = static_cast<const S*>(term.matrix.data) + row * term.matrix.stride + column;
+      return select_lanes<C>(bits, kWhole ? load(tile) : load_partial(tile, n), Vec<C>{});
+    }
+  }
+}
+
+TAPS_INLINE bool has_codes(const Term* terms, int64_t num_terms) {
+  for (int64_t t = 0; t < num_terms; t++)
+    if (terms[t].coding != Coding::kDense) return true;
+  return false;
+}
+
+/// What multiplies row `row` of D.
+template <class C>
+TAPS_INLINE C row_factor(const Term& term, int64_t row) {
+  return static_cast<C>(term.coeff) * static_cast<const C*>(term.scale)[row * term.scale_step];
+}
+
+template <Coding kCoding>
+struct CodingOf {
+  static constexpr Coding value = kCoding;
+};
+
+/// f(CodingOf<coding>{}) for the coding of codes, known at run time.
+template <class F>
+TAPS_INLINE void with_code(Coding coding, const F& f) {
+  switch (coding) {
+    case Coding::kSign: return f(CodingOf<Coding::kSign>{});
+    case Coding::kMask: return f(CodingOf<Coding::kMask>{});
+    case Coding::kInt8: return f(CodingOf<Coding::kInt8>{});
+    case Coding::kDense: return;
+  }
+}
+
+}  // namespace
+}  // namespace taps_fast::cpu
