@@ -1,7 +1,7 @@
 """Products with compressed deltas that never become dense.
 
-Without gradients on a CPU, bits, masks and bytes are read by the kernel that reads base and dense deltas. Else they,
-and low rank everywhere, are what `delta_linear` adds to the product of the rest:
+Without gradients on a CPU one operator reads base, dense deltas and codes. Else codes, and low rank everywhere, are
+what `delta_linear` adds to the product of the rest.
 
 Of a mixed batch, a task may use several deltas of one kind. They are taken in turns: in one turn each task uses at
 most one, and one grouped product serves all rows. With one delta a task there is one turn.
