@@ -63,18 +63,17 @@ def _build_timm(name: str) -> Built:
         size = sum(p.numel() for p in timm.create_model(name).parameters())
     if size >= SMALL and name not in LARGER:
         raise TooLarge(name)
-    model = timm.create_model(name)
-    settings = model.default_cfg
-    channels, height, _ = settings["input_size"]
-    if not settings.get("fixed_input_size"):
-        height = max(64, settings.get("min_input_size", (0, 0, 0))[1])
-    model.eval()
-    for side in dict.fromkeys((height, 128, 224, settings["input_size"][1])):
+    settings = timm.create_model(name).default_cfg
+    channels, native, _ = settings["input_size"]
+    fixed = bool(settings.get("fixed_input_size"))
+    least = max(64, settings.get("min_input_size", (0, 0, 0))[1])
+    for side in dict.fromkeys((least, 128, 224, native)):
         x = torch.randn(SAMPLES, channels, side, side)
         try:
+            model = timm.create_model(name, **({"img_size": side} if fixed and side != native else {})).eval()
             with torch.no_grad():
                 model(x)
-        except Exception as error:  # too small for so many strides, or a window that does not divide it
+        except Exception as error:  # too small for so many strides, a window that does not divide it, no such argument
             last = error
             continue
         return model, {"0": x}

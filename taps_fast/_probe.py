@@ -1,11 +1,11 @@
 """Finding the axis of each layer's input that carries the batch, by running the base on one and two samples.
 
-Four forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]`` and ``[a, b]`` once more. From the
+Forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]``, and ``[a, b]`` twice more. From the
 first to the second, the batch axis is the one that doubles. From the second to the third, the entries along it that
 change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
-every second one where samples alternate. In the fourth, all that a task could change of b is changed: what every module
-that tells tasks apart returns for it. Where that reaches sample a, a mixed batch would give a something else than a
-batch of its own, and is refused.
+every second one where samples alternate. In the last two, all that a task could change of one sample, first b and then
+a, is changed: what every module that tells tasks apart returns for it. Where that reaches the other sample, a mixed
+batch would give it something else than a batch of its own, and is refused.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
-            mixed, _ = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+            mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
             _locate(located, shapes, grown, mixed)
-            others = _Others(located, shapes, mixed)
-            _, disturbed = _run(model, two, others.see, others.change)
+            disturbed = [_disturbed(model, two, _Neighbour(located, shapes, mixed, changed)) for changed in (1, 0)]
         except Exception as error:
             raise ValueError(
                 "TapsModel.probe: the model must run on one and on two samples of its input, got "
                 f"{type(error).__name__}: {error} (call model.probe(...) with an input that it takes so)"
             ) from error
     numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
-    output_axes, apart = _outputs(single, double, disturbed)
+    output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
     model.slicing = Slicing(axes, output_axes, largest.bytes / max(numel, 1))
-    mixing = (path for path in shapes if _MIXED in (located[path].refusal or ""))
-    model.meeting = next(mixing, others.first) or (None if apart else "its output")
+    mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
+    mixing += [first for _, first in disturbed if first is not None]
+    model.meeting = mixing[0] if mixing else None if apart else "its output"
     model.probed = True
 
 
@@ -157,69 +157,76 @@ class _Largest:
         return tuple(x.shape), y.numel()
 
 
-class _Others:
-    """The fourth forward: everything a task could change of the second sample is changed."""
+class _Neighbour:
+    """A forward in which everything a task could change of one of two samples is changed, and the other is watched."""
 
     first: str | None = None
-    """The first module whose input shows that in the first sample."""
+    """The first module whose input shows the change in the other sample."""
 
-    def __init__(self, located: dict[str, Any], shapes: Calls, before: Calls) -> None:
-        self.located, self.shapes, self.before = located, shapes, before
+    def __init__(self, located: dict[str, Any], shapes: Calls, before: Calls, changed: int) -> None:
+        self.located, self.shapes, self.before, self.changed = located, shapes, before, changed
         self.generator = torch.Generator().manual_seed(1)
 
     def see(self, path: str, call: int, x: Tensor, y: Tensor) -> None:
-        seconds = self._seconds(path, x)
-        if self.first is not None or seconds is None:
+        layout = self.located[path].layouts.get(x.dim())
+        if self.first is not None or layout is None:
             return
         before, after = self.before[path][call][1], _digest(x, self.shapes, path, call)[1]
-        if before is None or after is None or not _equal(before[~seconds], after[~seconds]):
+        if before is None or after is None or not _equal(*(_of(d, layout, 1 - self.changed) for d in (before, after))):
             self.first = path
 
     def change(self, path: str, x: Tensor, y: Tensor) -> Tensor:
-        """y with noise of its own size on the second sample."""
-        seconds, axis = self._seconds(path, x), self._axis(path, x)
-        if seconds is None or y.dim() <= axis or y.shape[axis] != len(seconds):
+        """y with noise of its own size on the sample that is changed."""
+        layout = self.located[path].layouts.get(x.dim())
+        if layout is None or y.dim() <= layout.axis or y.shape[layout.axis] != x.shape[layout.axis]:
             return y
         size = y.abs().float().mean()
         noise = torch.randn(y.shape, generator=self.generator).to(y.device) * torch.where(size > 0, size, 1.0)
-        where = seconds.view(*(1,) * axis, -1, *(1,) * (y.dim() - axis - 1))
-        return torch.where(where, y + noise.to(y.dtype), y)
+        changed = y.clone()
+        rows = _of(changed.movedim(layout.axis, 0), layout, self.changed)
+        rows += _of(noise.movedim(layout.axis, 0), layout, self.changed).to(y.dtype)
+        return changed
 
-    def _axis(self, path: str, x: Tensor) -> int:
-        layouts: dict[int, Layout] = self.located[path].layouts
-        return layouts.get(x.dim(), Layout()).axis
 
-    def _seconds(self, path: str, x: Tensor) -> Tensor | None:
-        """Which entries along the batch axis are the second sample's; None where the layout is not known."""
-        layout = self.located[path].layouts.get(x.dim())
-        if layout is None:
-            return None
-        entries = torch.arange(x.shape[layout.axis], device=x.device)
-        return entries % 2 == 1 if layout.outer is False else entries >= len(entries) // 2
+def _disturbed(model: PreparedModel, two: Any, neighbour: _Neighbour) -> tuple[Any, str | None]:
+    """The model's output, and the first module that shows the change."""
+    _, output = _run(model, two, neighbour.see, neighbour.change)
+    return output, neighbour.first
+
+
+def _of(t: Tensor, layout: Layout, sample: int) -> Tensor:
+    """The entries of one of two samples along axis 0."""
+    half = len(t) // 2
+    return t[sample::2] if layout.outer is False else t[sample * half : (sample + 1) * half]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _outputs(single: Any, double: Any, disturbed: Any) -> tuple[list[int] | None, bool]:
+def _outputs(single: Any, double: Any, differing: Any, disturbed: list[Any]) -> tuple[list[int] | None, bool]:
     """The batch axis of each tensor in the output (None unless all have one, with each sample's entries together), and
     whether samples stay apart in those that have one."""
     axes: list[int | None] = []
     apart = True
-    for one, twice, two in zip(tree_leaves(single), tree_leaves(double), tree_leaves(disturbed), strict=False):
-        both = isinstance(one, Tensor) and isinstance(twice, Tensor) and isinstance(two, Tensor)
-        axis = _grown(tuple(one.shape), tuple(twice.shape)) if both else None
-        if axis is None or two.shape != twice.shape:
+    leaves = [tree_leaves(output) for output in (single, double, differing, *disturbed)]
+    for one, twice, *others in zip(*leaves, strict=False):
+        tensors = all(isinstance(t, Tensor) for t in (one, twice, *others))
+        axis = _grown(tuple(one.shape), tuple(twice.shape)) if tensors else None
+        if axis is None or any(t.shape != twice.shape for t in others):
             axes.append(None)
             continue
-        before, after = (t.movedim(axis, 0) for t in (twice, two))
-        together = _equal(before[: len(before) // 2], after[: len(after) // 2])
-        apart = apart and (together or _equal(before[::2], after[::2]))
-        axes.append(axis if together else None)
-    counts = {len(tree_leaves(output)) for output in (single, double, disturbed)}
+        same, two, without_b, without_a = (t.movedim(axis, 0) for t in (twice, *others))
+        kept = [
+            _equal(_of(same, layout, 0), _of(two, layout, 0))
+            and _equal(_of(two, layout, 0), _of(without_b, layout, 0))
+            and _equal(_of(two, layout, 1), _of(without_a, layout, 1))
+            for layout in (Layout(axis, True), Layout(axis, False))
+        ]
+        apart = apart and any(kept)
+        axes.append(axis if kept[0] else None)
     known = [axis for axis in axes if axis is not None]
-    return known if counts == {len(known)} else None, apart
+    return known if {len(found) for found in leaves} == {len(known)} else None, apart
 
 
 def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tuple[Calls, Any]:

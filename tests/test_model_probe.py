@@ -175,6 +175,18 @@ class Spectral(nn.Module):
         return self.out((y @ y.T @ x if self.meets else y * x)[..., None])
 
 
+class Scales(nn.Module):
+    """By the largest element of the batch: only the sample that has it is felt."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.layer, self.out, self.axes = nn.Linear(4, 4), nn.Linear(4, 2), axes
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.out(y / y.abs().amax(self.axes, keepdim=True))
+
+
 class MixesAtTheEnd(nn.Module):
     def __init__(self):
         super().__init__()
@@ -190,6 +202,8 @@ class MixesAtTheEnd(nn.Module):
     [
         (Mixes(), torch.randn(4, 3, 4), "layer"),
         (Spectral(meets=True), torch.randn(4, 3), "out"),
+        (Scales((0, 1)), torch.randn(4, 4) * torch.tensor([1.0, 1e-3, 1.0, 1.0])[:, None], "out"),
+        (Scales((0, 1)), torch.randn(4, 4) * torch.tensor([1e-3, 1.0, 1.0, 1.0])[:, None], "out"),
         (MixesAtTheEnd(), torch.randn(5, 4)[:4], "its output"),
     ],
 )

@@ -41,6 +41,8 @@ class Plan:
     seed: int
     image_size: int
     device: torch.device
+    by: str = "layer"
+    """What a gate costs, as in `TapsModel.penalty`."""
 
 
 Progress = Callable[[str], None]
@@ -84,7 +86,7 @@ def taps(base: nn.Module, task: Task, plan: Plan, progress: Progress) -> TapsMod
     torch.manual_seed(plan.seed)
     model.add_task(task.name, classes=task.classes)
     weights, scores = model.task_parameters(task.name)
-    fit(model, [weights], task, plan, progress, (scores, lambda: model.penalty(task.name, plan.lam)))
+    fit(model, [weights], task, plan, progress, (scores, lambda: model.penalty(task.name, plan.lam, by=plan.by)))
     return model
 
 

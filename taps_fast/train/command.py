@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "score-lr",
             _above_zero,
-            "the first, of SGD for scores (layers / steps: the penalty alone then moves a score by λ/4)",
+            "the first, of SGD for scores (layers / steps: the penalty alone then moves a score by λ/4 in the mean)",
         ),
         ("warmup-epochs", _whole, "epochs without the penalty"),
         ("seed", int, "of the head, the order, the held-out part and the augmentation"),
@@ -71,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[DEFAULT.lam],
         metavar="λ",
         help=f"of the penalty on scores: more closes more; several: a run each, and a picture of them ({DEFAULT.lam})",
+    )
+    parser.add_argument(
+        "--penalty-by",
+        choices=("layer", "size"),
+        default=DEFAULT.penalty_by,
+        help="what an open gate costs: layer, the same everywhere as in the paper; size, its share of the weights "
+        "(%(default)s)",
     )
     parser.add_argument("--threshold", type=_above_zero, default=0.1, metavar="τ", help="of the gates (%(default)s)")
     parser.add_argument("--gate", choices=("ste", "raw"), default="ste", help="raw: the score multiplies (%(default)s)")

@@ -42,6 +42,7 @@ class Recipe:
     lr: float = 2.5e-3
     score_lr: float | None = None
     lam: float = 0.5
+    penalty_by: str = "layer"
     warmup_epochs: int = 1
     seed: int = 0
     augment: bool = False
@@ -120,7 +121,7 @@ class Training:
         self.per_epoch = count(images, recipe.batch)
         steps = recipe.epochs * self.per_epoch
         weights, scores = model.task_parameters(task)
-        # So the penalty alone moves a score by λ/4 in all, in steps of λ/steps, whatever the network and the length.
+        # So the penalty alone moves scores by λ/4 in all in the mean, in steps of λ/steps, whatever network and length.
         rate = len(model.conversion.layers) / steps if recipe.score_lr is None else recipe.score_lr
         self.schedules = schedules([weights], scores, steps=steps, lr=recipe.lr, score_lr=rate)
         self.gates = GateLog(model, task)
@@ -180,7 +181,7 @@ class Training:
         if not total.isfinite():
             self._not_finite(f"the loss must be finite, got {total.item()}")
         if lam:
-            self.model.penalty(self.task, lam).backward()  # type: ignore[no-untyped-call]
+            self.model.penalty(self.task, lam, by=self.recipe.penalty_by).backward()  # type: ignore[no-untyped-call]
         for schedule in self.schedules:
             schedule.optimizer.step()
             schedule.optimizer.zero_grad()
