@@ -1,7 +1,7 @@
 """Accuracy against parameters: TAPS beside other ways of adapting one pretrained network.
 
     python -m benchmarks.accuracy                       measures what the results file lacks, then makes the table anew
-    python -m benchmarks.accuracy --validation          the same for the trials on other seeds, by which λ was chosen
+    python -m benchmarks.accuracy --validation          the same for the trials on other seeds
     python -m benchmarks.accuracy --only 'LoRA*'        these methods alone
     python -m benchmarks.accuracy --minutes 9           begins no cell after 9 minutes; run it again to go on
     python -m benchmarks.accuracy --check               changes nothing; 1 if a table is not what the results say
