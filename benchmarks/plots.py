@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from .report import MIB, best, by, cells, ours, series, speedup, to_limit
 from .results import Record
 
-COLOURS = {"taps_fast": "#0b5fa5", "taps_fast-baked": "#5aa0d8", "base": "#888888"}
+COLOURS = {
+    "taps_fast": "#0b5fa5",
+    "taps_fast-baked": "#5aa0d8",
+    "taps_fast-prepared": "#5aa0d8",
+    "base": "#888888",
+    "base-folded": "#bbbbbb",
+    "merged-copies": "#c0392b",
+    "merged-loop": "#c0392b",
+}
 
 
 def draw(device: str, records: list[Record], folder: Path) -> Iterator[Path]:
@@ -90,20 +98,30 @@ def scaling(records: list[Record]) -> Figure | None:
 
 
 def _lines(records: list[Record], label: str, value: Callable[[Record], float | None]) -> Figure | None:
-    lines = series(records)
-    panels = list(dict.fromkeys((layer, gates) for layer, gates, _ in lines))
+    panels: dict[tuple[str, int | str], dict[str, list[tuple[int, float]]]] = {}
+    for (layer, gates, provider), line in series(records).items():
+        points = [(r["tasks"], found) for r in line if (found := value(r)) is not None]
+        if len(points) > 1 and "[" not in provider:
+            panels.setdefault((layer, gates), {})[provider] = points
     if not panels:
         return None
     figure, axes = _figure(len(panels))
-    for axis, (layer, gates) in zip(axes, panels, strict=True):
-        for (of_layer, of_gates, provider), line in lines.items():
-            points = [(r["tasks"], value(r)) for r in line if value(r) is not None]
-            if (of_layer, of_gates) == (layer, gates) and points and "[" not in provider:
-                wide = 2.5 if provider == "taps_fast" else 1.0
-                axis.plot(
-                    *zip(*points, strict=True), marker="o", label=provider, color=COLOURS.get(provider), linewidth=wide
-                )
-        axis.set(xscale="log", yscale="log", xlabel="tasks", ylabel=label, title=f"{layer}, {gates} % of gates open")
+    for axis, ((layer, gates), lines) in zip(axes, panels.items(), strict=True):
+        for provider, points in lines.items():
+            wide = 2.5 if provider == "taps_fast" else 1.0
+            axis.plot(
+                *zip(*points, strict=True), marker="o", label=provider, color=COLOURS.get(provider), linewidth=wide
+            )
+        tasks = sorted({t for points in lines.values() for t, _ in points})
+        values = [v for points in lines.values() for _, v in points]
+        axis.set(xscale="log", xlabel="tasks", ylabel=label, title=f"{layer}, {gates} % of gates open")
+        axis.set_xticks(tasks, [str(t) for t in tasks])
+        axis.set_xticks([], minor=True)
+        if max(values) > 5 * min(values):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_ylim(0, None)
         axis.legend(fontsize=7)
     return figure
 
