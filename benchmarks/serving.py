@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from taps_fast import testing
+from taps_fast import TaskBatch, testing
 
 from .models import Materialised, NetworkProblem, learned
 from .networks import NETWORKS
@@ -165,7 +165,8 @@ def _base_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.M
     """The network without tasks, its batch norms folded, in the slices that ours takes on a CPU."""
     plain = folded(p.base)
     p.model(p.images, tasks=p.ids)  # finds the size of a slice
-    count = p.model.slice_of(p.images, len(p.images)) or len(p.images)
+    batch = TaskBatch.from_ids(p.ids, p.workload.tasks)
+    count = p.model.slice_of(p.images, len(p.images), batch) or len(p.images)
     return lambda: torch.cat([plain(part) for part in p.images.split(count)]), [plain]
 
 

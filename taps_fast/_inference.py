@@ -15,6 +15,7 @@ from ._probe import batch_of, probe
 from ._slices import Slicing, images_a_slice, in_slices
 from .nn import TaskContext
 from .nn.context import Mix, Selection
+from .tasks import TaskBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -151,9 +152,9 @@ class PreparedModel(nn.Module):
         finally:
             self.context.enter(previous)
 
-    def slice_of(self, x: Tensor, count: int) -> int | None:
+    def slice_of(self, x: Tensor, count: int, batch: TaskBatch | None = None) -> int | None:
         """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""
-        return images_a_slice(self.slice, self.slicing, x, count)
+        return images_a_slice(self.slice, self.slicing, x, count, batch)
 
     def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None]:
         """The batch axis of each part of an input of ``count`` samples, as the probe saw it.

@@ -78,7 +78,9 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
             ) from error
     numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
     output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
-    model.slicing = Slicing(axes, output_axes, largest.bytes / max(numel, 1))
+    given, made = (sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (one, single))
+    work = largest.all_bytes / max(2 * given + 4 * made, 1)
+    model.slicing = Slicing(axes, output_axes, largest.bytes / max(numel, 1), work)
     mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
     mixing += [first for _, first in disturbed if first is not None]
     model.meeting = mixing[0] if mixing else None if apart else "its output"
@@ -148,12 +150,13 @@ def _digest(x: Tensor, shapes: Calls, path: str, call: int) -> tuple[tuple[int, 
 
 
 class _Largest:
-    """Shapes of one sample's calls, and the most bytes that one call of a module reads and writes."""
+    """Shapes of one sample's calls, and the bytes that one call of a module reads and writes: the most, and all."""
 
-    bytes = 0
+    bytes = all_bytes = 0
 
     def see(self, path: str, call: int, x: Tensor, y: Tensor) -> tuple[tuple[int, ...], int]:
         self.bytes = max(self.bytes, x.nbytes + y.nbytes)
+        self.all_bytes += x.nbytes + y.nbytes
         return tuple(x.shape), y.numel()
 
 

@@ -259,7 +259,7 @@ def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
     if len(pair) == 1:
         pair *= 2
-    if len(pair) != 2 or any(v < least for v in pair):
+    if len(pair) != 2 or pair[0] < least or pair[1] < least:
         raise ValueError(f"{name}: {argument} must be one or two integers >= {least}, got {value}")
     return pair
 

@@ -113,7 +113,10 @@ class Region:
             return self.own(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.graph.forward(x)
-        if any(m.training or (_hooked(m) and m not in self.hooked) for m in self.inside):
+        # In every forward of every part: no calls, which would take longer than a small layer.
+        if any(
+            m.training or ((m._forward_hooks or m._forward_pre_hooks) and m not in self.hooked) for m in self.inside
+        ):
             warnings.warn(
                 f"TapsModel: {self.path or 'the model'} runs unprepared, because a module in it has got hooks or is in "
                 "training mode since prepare_inference()",

@@ -21,6 +21,9 @@ takes blocks of 32 MiB and more anew from the system, page by page. ResNet-50, f
 or 16, 0.52 s at once.
 """
 
+LEAST_WORK = 4
+"""Times that layers must read and write what slicing copies; a lone norm of 25 MB took ten times as long in slices."""
+
 
 class Slicing(NamedTuple):
     """What the probe saw that slices need."""
@@ -31,24 +34,38 @@ class Slicing(NamedTuple):
     """The batch axis of each tensor in the output; None: not known, or samples meet in it."""
     bytes_per_element: float
     """What the layer with the largest activations reads and writes of a sample, for each element of the input."""
+    work: float
+    """What all layers read and write of a sample, over what slices copy of it: the input, and the output twice."""
 
 
-def images_a_slice(asked: int | str | None, slicing: Slicing | None, x: Tensor, count: int) -> int | None:
+def images_a_slice(
+    asked: int | str | None, slicing: Slicing | None, x: Tensor, count: int, batch: TaskBatch | None = None
+) -> int | None:
     """How many samples go together, where ``count`` are given as x; None: all.
 
-    "auto" is a rule for CPUs: `SLICE_BYTES`, and slices as equal as they can be.
+    "auto" is a rule for CPUs: `SLICE_BYTES`, slices as equal as they can be, and none below `LEAST_WORK`. Where all
+    tasks have as many samples, slices are of whole tasks, up to a third larger: one of a single task gathers nothing.
     """
     if slicing is None or slicing.output_axes is None or count == 0:
         return None
     if asked == "auto":
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or slicing.work < LEAST_WORK:
             return None
         one = slicing.bytes_per_element * x.numel() / count
         most = max(int(SLICE_BYTES // max(one, 1)), 1)
-        most = math.ceil(count / math.ceil(count / most))
+        each = _samples_of_a_task(batch) if batch is not None and most < count else 1
+        whole = max(most // each, 1) * each
+        most = whole if 1 < each <= 4 * most // 3 else math.ceil(count / math.ceil(count / most))
     else:
         most = int(asked or count)
     return most if most < count else None
+
+
+def _samples_of_a_task(batch: TaskBatch) -> int:
+    """How many samples every task in the batch has; 1 where they differ."""
+    edges = batch.offsets.tolist()
+    counts = {after - before for before, after in zip(edges, edges[1:], strict=False)} - {0}
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def in_slices(

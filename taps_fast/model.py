@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -15,13 +14,12 @@ from . import _compress, _folder, store
 from ._compress import Compression
 from ._folder import Loaded
 from ._inference import PreparedModel
-from ._prepare import detach_regions
+from ._plain import plain_network
 from ._probe import batch_of, probe
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, TaskNames
 from .nn.head import new_head
-from .nn.per_task import PerTask
 from .sharing import Sharing
 
 
@@ -43,8 +41,9 @@ class TapsModel(PreparedModel):
         norms: "task" (each task has its own) or "shared" (the base's, frozen and in eval mode).
         threshold, initial_score, gate: as `FastTapsLinear`.
         slice: how many samples of a mixed batch run together in eval mode; None or 0: all. "auto": on a CPU, as many
-            as keep the largest layer's input and output under 24 MiB, elsewhere all. Samples go by task, and outputs
-            come back in the batch's order. Training, compiled models, and models whose output's batch axis the probe
+            as keep the largest layer's input and output under 24 MiB (whole tasks in up to 32 MiB, where all have as
+            many samples; a layer or two alone are not sliced), elsewhere all. Samples go by task, and outputs come back
+            in the batch's order. Training, compiled models, and models whose output's batch axis the probe
             cannot tell, are not sliced.
 
     Raises:
@@ -132,7 +131,7 @@ class TapsModel(PreparedModel):
         elif selection.uniform:
             self.input_axes(args, kwargs, count)  # no layer will look at the ids
         self._apart(selection)
-        most = None if first is None or self.training else self.slice_of(first, count)
+        most = None if first is None or self.training else self.slice_of(first, count, selection.mix.batch)
         if most is None:
             return self._run(selection, args, kwargs)
         return self._in_slices(selection.mix, args, kwargs, most)
@@ -300,24 +299,7 @@ class TapsModel(PreparedModel):
 
         Modules have their original types; nothing of taps_fast is in it.
         """
-        name = None if task == BASE_NAME else self.context.check(task)
-        memo: dict[int, Any] = {}
-        for layer in self.conversion.layers.values():
-            memo[id(layer)] = layer.merged(name)
-        for attention in self.conversion.attentions.values():
-            memo[id(attention)] = attention.merged(name)
-        for module in self.model.modules():
-            if isinstance(module, PerTask):
-                memo[id(module)] = copy.deepcopy(module.of(name), memo)
-        if self.prepared is not None:
-            memo |= {id(region): region for region in self.prepared.regions}
-        plain: nn.Module = copy.deepcopy(self.model, memo)
-        detach_regions(plain)
-        for path, attribute, value in self.conversion.restored:
-            setattr(plain.get_submodule(path), attribute, value)
-        for parameter in plain.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        return plain.train(self.training)
+        return plain_network(self, None if task == BASE_NAME else self.context.check(task))
 
     def fingerprint(self) -> str:
         """The identity of the base: what a task folder must have been saved with. The head is not part of it."""

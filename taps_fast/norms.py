@@ -100,7 +100,7 @@ def table(table: Tensor | None, num_tasks: int | None, base: float, dtype: torch
         return None
     if table.dim() == 2 and table.shape[0] == num_tasks:
         table = F.pad(table, (0, 0, 0, 1), value=base)
-    return table.to(dtype).contiguous()
+    return table if table.dtype == dtype and table.is_contiguous() else table.to(dtype).contiguous()
 
 
 def follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Groups, *, owned: bool) -> Tensor:
@@ -111,9 +111,9 @@ def follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Groups
         return cast(Tensor, ScaleShift.apply(groups, x, scale, shift))  # type: ignore[no-untyped-call]
     arguments = (scale, shift, *groups.batch, groups.inner, groups.activation)
     if owned:
-        torch.ops.taps_fast.scale_shift_(x, *arguments)
+        torch.ops.taps_fast.scale_shift_.default(x, *arguments)
         return x
-    y: Tensor = torch.ops.taps_fast.scale_shift(x, *arguments)
+    y: Tensor = torch.ops.taps_fast.scale_shift.default(x, *arguments)
     return y
 
 

@@ -64,7 +64,8 @@ class TaskBatch:
             raise TypeError(f"TaskBatch: tasks must be integers, got {ids.dtype}")
         if ids.dim() != 1:
             raise ValueError(f"TaskBatch: tasks must have 1 dimension, one id a sample, got shape {tuple(ids.shape)}")
-        ids = ids.detach().to(device=ids.device if device is None else device, dtype=torch.int64)
+        if ids.dtype != torch.int64 or (device is not None and ids.device != device):
+            ids = ids.to(device=ids.device if device is None else device, dtype=torch.int64)
         small = ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS
         if ids.is_cuda and small and _ext.cuda_refusal() is None:
             order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)

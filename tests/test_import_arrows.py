@@ -14,8 +14,8 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 CALL = {"_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "tasks"}
 LAYERS = {"_problem", "formats", "functional", "nn", "norms", "tasks"}
 MODEL = {
-    "_compress", "_folder", "_inference", "_prepare", "_probe", "_regions", "_slices", "convert", "model", "peft",
-    "sharing", "store",
+    "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_regions", "_slices", "convert", "model",
+    "peft", "sharing", "store",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},

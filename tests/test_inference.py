@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nets import TASKS, ConvNet, Transformer, assert_rows_as_separate, images, three_tasks
 from torch import nn
 
-from taps_fast import TapsModel
+from taps_fast import TapsModel, TaskBatch
 
 MIX = ["cars", "base", "cubs", "dogs", "cubs"]
 
@@ -332,6 +332,29 @@ def test_the_automatic_rule():
     assert most == 6 and model.slice_of(torch.empty(32, 3, 256, 256), 32) == 6
     assert model.slice_of(torch.empty(7, 3, 256, 256), 7) == 4
     assert model.slice_of(torch.empty(6, 3, 256, 256), 6) is None
+
+
+def test_automatic_slices_hold_whole_tasks():
+    """Where tasks have equally many samples: then most slices need one weight."""
+    model = three_tasks(Net(), dtype=torch.float32)
+    model.probe(images(2, dtype=torch.float32))
+    big = torch.empty(24, 3, 256, 256)
+    assert model.slice_of(big, 24) == 6
+    for each, most in ((1, 6), (2, 6), (3, 6), (4, 4), (6, 6), (8, 8), (12, 6), (24, 6)):
+        whole = TaskBatch.from_ids([i // each for i in range(24)], 24 // each)
+        assert model.slice_of(big, 24, whole) == most, each
+    assert model.slice_of(big, 24, TaskBatch.from_ids([0] * 4 + [1] * 20, 2)) == 6
+    assert model.slice_of(big[:6], 6, TaskBatch.from_ids([0, 1, 2] * 2, 3)) is None
+
+
+def test_one_layer_is_not_sliced():
+    """Copies of its input and output would cost more than the layer."""
+    model = TapsModel(nn.Sequential(nn.BatchNorm2d(3)), ["cubs", "cars"]).eval()
+    model(images(2, dtype=torch.float32), tasks=["cubs", "cars"])
+    big = torch.empty(32, 3, 512, 512)
+    assert model.slice_of(big, 32) is None
+    model.slice = 8
+    assert model.slice_of(big, 32) == 8
 
 
 def test_transformers_slice_and_prepare():

@@ -1,0 +1,35 @@
+"""One task of a `TapsModel` as an ordinary network."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ._prepare import detach_regions
+from .nn.per_task import PerTask
+
+if TYPE_CHECKING:
+    from ._inference import PreparedModel
+
+
+def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
+    """A copy of ``model.model`` with the weights of ``task`` (None: the base) in modules of their original types."""
+    memo: dict[int, Any] = {}
+    for layer in model.conversion.layers.values():
+        memo[id(layer)] = layer.merged(task)
+    for attention in model.conversion.attentions.values():
+        memo[id(attention)] = attention.merged(task)
+    for module in model.model.modules():
+        if isinstance(module, PerTask):
+            memo[id(module)] = copy.deepcopy(module.of(task), memo)
+    if model.prepared is not None:
+        memo |= {id(region): region for region in model.prepared.regions}
+    plain: nn.Module = copy.deepcopy(model.model, memo)
+    detach_regions(plain)
+    for path, attribute, value in model.conversion.restored:
+        setattr(plain.get_submodule(path), attribute, value)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return plain.train(model.training)
