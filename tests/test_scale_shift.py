@@ -221,11 +221,11 @@ def test_opcheck() -> None:
         for groups, rows in (((None, None, None, 1), ()), ((*batch.tensors, 1), (6,))):
             scale, shift = torch.randn(*rows, 4), torch.randn(4)
             rest = (*groups, "silu")
-            torch.library.opcheck(ops.scale_shift, (x, scale, None, *rest))
-            torch.library.opcheck(ops.scale_shift_, (x.clone(), scale, shift, *rest))
-            torch.library.opcheck(ops.scale_shift_dx, (dy, x, scale, shift, scale, None, *rest))
-            torch.library.opcheck(ops.scale_shift_sums, (dy, x, scale, shift, shift, *rest))
-            torch.library.opcheck(ops.moments, (x, *groups))
+            torch.library.opcheck(ops.scale_shift.default, (x, scale, None, *rest))
+            torch.library.opcheck(ops.scale_shift_.default, (x.clone(), scale, shift, *rest))
+            torch.library.opcheck(ops.scale_shift_dx.default, (dy, x, scale, shift, scale, None, *rest))
+            torch.library.opcheck(ops.scale_shift_sums.default, (dy, x, scale, shift, shift, *rest))
+            torch.library.opcheck(ops.moments.default, (x, *groups))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
