@@ -3,10 +3,11 @@
     python -m benchmarks.gpu            all of it, nine minutes at most
     python -m benchmarks.gpu --minutes 5
 
-Needs PyTorch 2.10 with CUDA, Triton 3.6, numpy, pytest and a C++ compiler; for the CUDA C++ kernels nvcc. Whatever else
-is not installed is named and left out. It succeeds only if every Triton kernel was launched on the device, every test
-passed, no test marked ``gpu`` was skipped for another reason, and each benchmarked cell of ours ran on a kernel and was
-right. That a prediction of `benchmarks.targets` does not hold is written down and is no failure.
+Needs PyTorch 2.10 with CUDA, Triton 3.6, numpy, pytest, and a C compiler where Triton builds its launcher with one; for
+the CUDA C++ kernels nvcc and a C++ compiler. Whatever else is not installed is named and left out. When the time is up
+the results are written all the same, with what did not run. It succeeds only if every Triton kernel was launched on the
+device, every test passed, no test marked ``gpu`` was skipped for another reason, and each benchmarked cell of ours ran
+on a kernel and was right. That a prediction of `benchmarks.targets` does not hold is written down and is no failure.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CHECKOUT = Path(__file__).parents[1]
 WORK = CHECKOUT / "build" / "gpu"
@@ -33,6 +36,11 @@ SUITES = ("rows", "decode", "mixes", "merging", "linear", "train")
 TARGETS = "targets"
 """`benchmarks.targets`, which comes before them."""
 SECONDS = "0.1"
+NOT_STARTED, CUT_SHORT = -1, 124
+"""Instead of an exit status: the time was up before it, or while it ran."""
+LEGAL = (0, NOT_STARTED, CUT_SHORT)
+GRACE = 20.0
+"""Seconds that a test may go on when the time of the tests is up."""
 Report = dict[str, Any]
 
 
@@ -45,11 +53,21 @@ def missing(version_of: Callable[[str], str | None], has_device: Callable[[], bo
             found.append(f"{name} is not installed")
         elif tuple(int(n) for n in re.findall(r"\d+", version)[: len(least)]) < least:
             found.append(f"{name} must be {'.'.join(map(str, least))} or newer, found {version}")
-    if shutil.which("c++") is None:
-        found.append("there is no C++ compiler: c++")
+    if not found and _triton_compiles() and not _compiler("CC", "gcc", "clang"):
+        found.append(f"there is no C compiler, with which Triton {version_of('triton')} builds its launcher: gcc")
     if not found and not has_device():
         found.append("PyTorch sees no CUDA device")
     return found
+
+
+def _compiler(variable: str, *names: str) -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get(variable, ""), *names))), None)
+
+
+def _triton_compiles() -> bool:
+    spec = importlib.util.find_spec("triton")
+    driver = Path(spec.origin).parent / "backends/nvidia/driver.py" if spec and spec.origin else None
+    return driver is not None and driver.is_file() and "compile_module_from_src" in driver.read_text()
 
 
 def _version_of(name: str) -> str | None:
@@ -63,46 +81,63 @@ def _has_device() -> bool:
 
 
 def run(command: Sequence[str], seconds: float, **env: str) -> subprocess.CompletedProcess[str]:
-    """A step, with what it prints; 124 if it takes longer than it may."""
+    """A step, with what it prints; 124 if it takes longer than it may, and then nothing that it started lives on."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+", dir=WORK) as log:  # not a pipe, which a grandchild could hold open
+        code = _wait(_start(command, log, **env), seconds)
+        log.seek(0)
+        return subprocess.CompletedProcess(command, code, log.read())
+
+
+def _start(command: Sequence[str], log: IO[str], **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, env=os.environ | env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int:
     try:
-        return subprocess.run(
-            command, cwd=CHECKOUT, env=os.environ | env, timeout=seconds, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        out = expired.stdout or b""
-        return subprocess.CompletedProcess(command, 124, out.decode() if isinstance(out, bytes) else out)
+        return process.wait(max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return CUT_SHORT
 
 
 def build(seconds: float) -> Report:
     """The extensions. One that setup.py finds this machine cannot have is left out by name; else it is a failure."""
+    if not _compiler("CXX", "c++", "g++"):
+        left_out = dict.fromkeys(("_C", "_C_cuda"), "there is no C++ compiler: c++")
+        return {"exit": 0, "log": "", "left_out": left_out, "failed": {}}
     done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, TAPS_FAST_EXT="auto")
     notes = {p.name.removesuffix("_error.txt"): p.read_text().strip() for p in CHECKOUT.glob("taps_fast/*_error.txt")}
     failed = {name: note for name, note in notes.items() if not note.startswith("Unavailable:")}
     return {"exit": done.returncode, "log": done.stdout[-2000:], "left_out": notes, "failed": failed}
 
 
-def test(seconds: float, shards: int) -> list[Report]:
-    """The whole suite, in as many processes as the machine has room for."""
+def tests(left_out: Container[str]) -> list[str]:
+    """All of them; where the CPU has no kernels, the files that need a device or use one where there is one."""
+    if "_C" not in left_out:
+        return ["tests"]
+    files = sorted((CHECKOUT / "tests").glob("test_*.py"))
+    device = (p for p in files if p.name.startswith("test_triton_") or "pytest.mark.gpu" in p.read_text())
+    return [str(path.relative_to(CHECKOUT)) for path in device]
+
+
+def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
+    """The suite, in as many processes as the machine has room for; each ends by itself when the time is up."""
     deadline = time.monotonic() + seconds
     reports = [WORK / f"tests-{n}.json" for n in range(shards)]
     running = []
     for n, report in enumerate(reports):
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "launches", "--report", str(report)]
-        log = report.with_suffix(".log").open("w")
-        env = os.environ | {"PYTHONPATH": "tests", "TAPS_FAST_EXT": "auto"}
-        process = subprocess.Popen(
-            [*command, "--shard", f"{n}/{shards}"], cwd=CHECKOUT, env=env, stdout=log, stderr=subprocess.STDOUT
-        )
-        running.append(process)
+        command += ["--seconds", str(seconds), "--shard", f"{n}/{shards}", *files]
+        with report.with_suffix(".log").open("w") as log:
+            running.append(_start(command, log, PYTHONPATH="tests", TAPS_FAST_EXT="auto"))
     for process in running:
-        try:
-            process.wait(max(deadline - time.monotonic(), 1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return [json.loads(r.read_text()) if r.is_file() else {"exit": 124, "log": r.stem} for r in reports]
+        _wait(process, deadline + GRACE - time.monotonic())
+    return [json.loads(r.read_text()) if r.is_file() else {"exit": CUT_SHORT, "log": r.stem} for r in reports]
 
 
 def bench(seconds: float, out: Path) -> Report:
@@ -115,7 +150,7 @@ def bench(seconds: float, out: Path) -> Report:
     for suite in (TARGETS, *SUITES):
         left = deadline - time.monotonic()
         if left < 10:
-            exits[suite] = 124
+            exits[suite] = NOT_STARTED
             continue
         done = run([sys.executable, "-m", "benchmarks.gpu", "--suite", suite, "--out", str(out)], left)
         exits[suite] = done.returncode
@@ -146,6 +181,13 @@ def _suite(name: str, out: Path) -> int:
     return code
 
 
+def not_run(report: Report) -> list[str]:
+    """What the time did not allow."""
+    found = [f"{n['unreached']} tests of part {i}" for i, n in enumerate(report["tests"]) if n.get("unreached")]
+    words = {NOT_STARTED: "benchmark {} was not started", CUT_SHORT: "benchmark {} was cut short"}
+    return found + [words[code].format(name) for name, code in report["bench"]["exits"].items() if code in words]
+
+
 def kernels() -> set[str]:
     """The name of every Triton kernel of the library."""
     return {
@@ -164,7 +206,9 @@ def verdict(report: Report, expected: set[str]) -> list[str]:
     gpu: dict[str, str] = {}
     for n, shard in enumerate(report["tests"]):
         if shard["exit"] not in (0, 5):  # 5: a shard that no test fell to
-            reasons.append(f"tests, part {n}: pytest ended with {shard['exit']}, see build/gpu/tests-{n}.log")
+            unreached = f", {shard['unreached']} tests were not reached" if shard.get("unreached") else ""
+            log = f"build/gpu/tests-{n}.log"
+            reasons.append(f"tests, part {n}: pytest ended with {shard['exit']}{unreached}, see {log}")
         launched.update(shard.get("launches", {}))
         gpu |= shard.get("gpu", {})
         if "nvcc" in shard.get("left_out", {}).values() and "_C_cuda" not in report["build"]["left_out"]:
@@ -174,7 +218,7 @@ def verdict(report: Report, expected: set[str]) -> list[str]:
     reasons += [f"{name}: {outcome}" for name, outcome in gpu.items() if outcome != "passed"]
     reasons += [f"{name} was never launched on the device by a test" for name in sorted(expected - launched.keys())]
     ran = report["bench"]
-    reasons += [f"benchmark {name} ended with {code}" for name, code in ran["exits"].items() if code not in (0, 124)]
+    reasons += [f"benchmark {name} ended with {code}" for name, code in ran["exits"].items() if code not in LEGAL]
     ours = [r for r in ran["records"] if r["provider"] == "taps_fast" and not r["graph"]]
     if not any(r["status"] == "ok" for r in ours):
         reasons.append("the benchmark measured nothing of ours")
@@ -206,8 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: Report = {"build": build(0.3 * 60 * chosen.minutes)}
     print("built; " + "; ".join(f"{n} left out: {why}" for n, why in report["build"]["left_out"].items()), flush=True)
     shards = max(1, min(8, (os.cpu_count() or 1) // 2))
-    report["tests"] = test(0.65 * (end - time.monotonic()), shards)
+    files = tests(report["build"]["left_out"])
+    report["tests"] = test(0.65 * (end - time.monotonic()) - GRACE, shards, files)
     report["bench"] = bench(end - time.monotonic() - 10, WORK / "bench.jsonl")
+    for what in not_run(report):
+        print(f"the time was up: {what}")
     reasons = verdict(report, kernels())
     path = write(report, reasons)
     for reason in reasons:
@@ -235,6 +282,7 @@ def write(report: Report, reasons: list[str]) -> Path:
         "outcomes": dict(outcomes),
         "launches_in_tests": dict(total),
         "launches_in_benchmark": dict(report["bench"]["launches"]),
+        "not_run": not_run(report),
         "suites": report["bench"]["exits"],
         "targets": report["bench"]["targets"],
         "records": report["bench"]["records"],

@@ -37,7 +37,7 @@ def merge_kernel(
       MIXED, slot g = t + 1 is task t's and slot 0 the base's, as in the groups of `TaskBatch`; a slot whose group has
       no samples is left as it is. Slots of one tile are neighbours in time, so that base comes from memory once.
     * BLOCK_L > 0: L layers, each one row of any length, with coefficients of its own. ``layers`` holds the number of
-      each one's first program, then their lengths, then for each the addresses of its weight and its K + 1 sources.
+      each one's first program, then their lengths, then the addresses of the weights; ``sources`` K + 1 for each.
     """
     tile = tl.program_id(0)
     slot = tile * 0
@@ -49,9 +49,8 @@ def merge_kernel(
         task = tl.sum((firsts <= tile).to(tl.int32), axis=0) - 1
         across = tile - tl.load(layers_ptr + task).to(tl.int32)
         columns = tl.load(layers_ptr + L + task)
-        own = layers_ptr + 2 * L + task.to(tl.int64) * (K + 2)
-        weight_ptr = pick(own, 0, dtype, TABLE)
-        sources = own + 1
+        weight_ptr = pick(layers_ptr + 2 * L, task, dtype, TABLE)
+        sources += task.to(tl.int64) * (K + 1)
     else:
         slot = tile % slots
         if MIXED:

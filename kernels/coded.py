@@ -6,6 +6,7 @@ operand is formed by arithmetic. Ids are data; which delta a task uses is not, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -78,16 +79,16 @@ def _run(
         raise TypeError(f"triton: x must be float32, bfloat16 or float16 with compressed deltas, got {x.dtype}")
     if out.numel() == 0 or x.shape[1] == 0 or not codes:
         return out
-    found = pointers(codes)
     grid = triton.cdiv(x.shape[0], BLOCK_M) * triton.cdiv(out.shape[1], BLOCK_N)
     with torch.cuda.device_of(x):
+        found = pointers(codes)
         coded_kernel[(grid,)](
             out,
             x,
             found.argument,
             x if tile is None else tile,
             factors,
-            table([k + 1 for k in which], x.device),
+            table(_from_one(tuple(which)), x.device),
             rows.ids,
             rows.order,
             x.shape[0],
@@ -111,6 +112,11 @@ def _run(
             maxnreg=REGISTERS,
         )
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_one(which: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(k + 1 for k in which)
 
 
 @triton.jit

@@ -122,8 +122,8 @@ def fold_grad(
         programs = triton.cdiv(dweight.numel(), BLOCK * STEPS)
         partials = coeffs.new_empty(programs, num_parts, num_deltas)
         if programs and own:
-            argument, table = pointers(own)
             with torch.cuda.device_of(dweight):
+                argument, table = pointers(own)
                 fold_grad_kernel[(programs,)](
                     partials, dweight, argument, masks[l] if masks else dweight, parts[l] if parts else dweight,
                     dweight.numel(), num_deltas, num_parts, _dtype(dweight), _dtype(coeffs), BLOCK, STEPS,
@@ -140,8 +140,8 @@ def _folded(
     own = deltas[l * num_deltas : (l + 1) * num_deltas]
     out = torch.empty_like(start)
     if start.numel():
-        argument, table = pointers(own or [start])
         with torch.cuda.device_of(start):
+            argument, table = pointers(own or [start])
             fold_kernel[(triton.cdiv(start.numel(), BLOCK),)](
                 out, start, argument, coeffs[l], masks[l] if masks else start, parts[l] if parts else start,
                 start.numel(), num_deltas, _dtype(start), _dtype(coeffs), BLOCK, bool(masks), bool(parts), product,

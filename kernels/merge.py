@@ -80,22 +80,23 @@ def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int 
 def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
     """`taps_fast::fold` without parts and masks, for tensors of one type; deltas with coefficient 0 are not read.
 
-    The table of addresses is kept: while the results are given back to the allocator and the same layers folded again,
-    which is what a loop does, one launch is all.
+    The tables of addresses are kept: while the results are given back to the allocator and the same layers folded
+    again, which is what a loop does, one launch is all.
     """
     L, _, K = coeffs.shape
     out = [torch.empty_like(base) for base in bases]
     firsts, addresses = [0], []
     for l, base in enumerate(bases):
-        addresses += map(Tensor.data_ptr, (out[l], base, *deltas[l * K : (l + 1) * K]))
+        addresses += map(Tensor.data_ptr, (base, *deltas[l * K : (l + 1) * K]))
         firsts.append(firsts[-1] + triton.cdiv(base.numel(), BLOCK))
     blocks = firsts.pop()
     if blocks == 0:
         return out
-    layers = table([*firsts, *(base.numel() for base in bases), *addresses], coeffs.device)
+    made = list(map(Tensor.data_ptr, out))
+    layers = table([*firsts, *map(Tensor.numel, bases), *made], coeffs.device)
     merge_kernel[(blocks,)](
         None,
-        None,
+        table(addresses, coeffs.device),
         layers,
         coeffs.contiguous(),
         None,
@@ -115,7 +116,7 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
         BLOCK_L=triton.next_power_of_2(L),
         MIXED=False,
         BAKED=False,
-        TABLE=common_power(addresses),
+        TABLE=common_power([*made, *addresses]),
         num_warps=WARPS,
     )
     return out

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ OPTIONAL = {
     *("lightning", "tensorboard"),
 }
 """Modules whose absence leaves out a test, or a file of them. That of any other is an error."""
-TOOLS = {"nvcc", "compute-sanitizer", "CUPTI"}
+TOOLS = {"nvcc", "compiler", "compute-sanitizer", "CUPTI", "memory"}
 """What a test may be skipped for with "needs …", and is then left out like those."""
 
 
@@ -41,8 +43,9 @@ class Launches(collections.Counter):
 
 
 class Plugin:
-    def __init__(self, report: Path, shard: tuple[int, int]) -> None:
+    def __init__(self, report: Path, shard: tuple[int, int], seconds: float) -> None:
         self.report, self.shard = report, shard
+        self.deadline, self.unreached = time.monotonic() + seconds, 0
         self.launches = Launches().install()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.gpu: dict[str, str] = {}
@@ -51,9 +54,22 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items) -> None:
+        """This part's tests. What needs much of the device's memory comes in one part, one after another."""
         which, of = self.shard
-        items[:] = items[which::of]
-        self.marked = {item.nodeid for item in items if item.get_closest_marker("gpu")}
+        large = [item for item in items if item.get_closest_marker("large")]
+        others = [item for item in items if item not in large]
+        mine = others[which::of] + (large if which == 0 else [])
+        self.marked = {item.nodeid for item in mine if item.get_closest_marker("gpu")}
+        # Whatever only a device can run comes first, should the time not suffice.
+        items[:] = sorted(mine, key=lambda item: item.nodeid not in self.marked)
+        self.unreached = len(items)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.unreached -= 1
+
+    def pytest_runtest_teardown(self, item) -> None:
+        if time.monotonic() > self.deadline:
+            item.session.shouldstop = "the time is up"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
@@ -87,6 +103,7 @@ class Plugin:
     def pytest_sessionfinish(self, exitstatus) -> None:
         found = {
             "exit": int(exitstatus),
+            "unreached": self.unreached,
             "outcomes": self.outcomes,
             "gpu": self.gpu,
             "left_out": self.left_out,
@@ -99,10 +116,12 @@ class Plugin:
 def pytest_addoption(parser) -> None:
     parser.addoption("--report", type=Path, required=True)
     parser.addoption("--shard", default="0/1", help="which part of the tests, of how many")
+    parser.addoption("--seconds", type=float, default=math.inf, help="when to stop, and count what was not reached")
 
 
 def pytest_configure(config) -> None:
     if not torch.cuda.is_available():
         pytest.exit("launches: there is no CUDA device", returncode=3)
     which, of = map(int, config.getoption("--shard").split("/"))
-    config.pluginmanager.register(Plugin(config.getoption("--report"), (which, of)), "launch-counter")
+    plugin = Plugin(config.getoption("--report"), (which, of), config.getoption("--seconds"))
+    config.pluginmanager.register(plugin, "launch-counter")

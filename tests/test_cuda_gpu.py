@@ -29,6 +29,8 @@ def compiler():
     """Without one, `make gpu` names it and leaves these out. With one, every test needs what it should have built."""
     if not _ext.CUDA_LOADED and cuda_build.toolkit(torch.version.cuda) is None:
         pytest.skip("needs nvcc")
+    if not _ext.CUDA_LOADED and shutil.which("c++") is None:
+        pytest.skip("needs compiler")
 
 
 def stream(x: torch.Tensor, base: torch.Tensor, deltas: list[torch.Tensor], coeffs: torch.Tensor, **options: object):

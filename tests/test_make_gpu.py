@@ -7,6 +7,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import launches
@@ -59,14 +60,92 @@ def test_what_is_missing_is_named(monkeypatch):
         "torch must be 2.10 or newer, found 2.9.1+cu130",
         "pytest is not installed",
     ]
-    with monkeypatch.context() as without:
-        without.setattr(gpu.shutil, "which", lambda name: None)
-        assert gpu.missing((versions | {"torch": "2.11", "pytest": "8"}).get, lambda: True) == [
-            "there is no C++ compiler: c++"
-        ]
     fine = versions | {"torch": "2.11.0+cu130", "pytest": "8"}
     assert gpu.missing(fine.get, lambda: True) == []
     assert gpu.missing(fine.get, lambda: False) == ["PyTorch sees no CUDA device"]
+
+
+def test_compilers_are_asked_for_where_something_needs_them(monkeypatch):
+    """Triton may need one for C; without one for C++ our extensions are left out by name, and tests that need them."""
+    versions = {"torch": "2.11", "triton": "3.6.0", "numpy": "2.4", "pytest": "8"}
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu, "_triton_compiles", lambda: True)
+    assert gpu.missing(versions.get, lambda: True) == [
+        "there is no C compiler, with which Triton 3.6.0 builds its launcher: gcc"
+    ]
+    monkeypatch.setattr(gpu, "_triton_compiles", lambda: False)
+    assert gpu.missing(versions.get, lambda: True) == []
+    built = gpu.build(1.0)
+    assert built["left_out"] == dict.fromkeys(("_C", "_C_cuda"), "there is no C++ compiler: c++")
+    assert (built["exit"], built["failed"]) == (0, {})
+    assert gpu.tests(()) == ["tests"]
+    on_device = gpu.tests(built["left_out"])
+    assert {"tests/test_triton_linear.py", "tests/test_cuda_gpu.py", "tests/test_model_gpu.py"} <= set(on_device)
+    assert not {"tests/test_cuda_stream.py", "tests/test_ops.py", "tests/test_docs.py"} & set(on_device)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only where a step takes it."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_benchmark_stops_at_its_deadline(clock, monkeypatch, tmp_path):
+    """A suite gets what is left; the one that exceeds it is cut short, and the others are not started."""
+
+    def run(command, seconds, **env):
+        took = 100.0
+        clock[0] += min(took, seconds)
+        return subprocess.CompletedProcess(command, 0 if took <= seconds else gpu.CUT_SHORT, "")
+
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.setattr(gpu, "run", run)
+    exits = gpu.bench(250.0, tmp_path / "bench.jsonl")["exits"]
+    assert clock[0] == 250.0
+    assert list(exits) == [gpu.TARGETS, *gpu.SUITES]
+    assert list(exits.values()) == [0, 0, gpu.CUT_SHORT] + [gpu.NOT_STARTED] * 4
+
+
+def test_a_run_out_of_time_is_written_with_what_did_not_run(clock, monkeypatch, tmp_path, capsys):
+    """Each step gets its share of nine minutes and takes all of it."""
+    given, written = [], {}
+
+    def takes_all(seconds):
+        given.append(seconds)
+        clock[0] += seconds
+
+    def build(seconds):
+        takes_all(seconds)
+        return GOOD["build"]
+
+    def test(seconds, shards, files):
+        takes_all(seconds + gpu.GRACE)
+        return [GOOD["tests"][0] | {"exit": 2, "unreached": 7}]
+
+    def bench(seconds, out):
+        takes_all(seconds)
+        return GOOD["bench"] | {"exits": {"targets": gpu.CUT_SHORT, "rows": gpu.NOT_STARTED}}
+
+    def write(report, reasons):
+        written.update(not_run=gpu.not_run(report), reasons=reasons)
+        return tmp_path / "results.json"
+
+    for name, step in {"build": build, "test": test, "bench": bench, "write": write}.items():
+        monkeypatch.setattr(gpu, name, step)
+    monkeypatch.setattr(gpu, "missing", lambda *_: [])
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    assert gpu.main([]) == 1
+    assert clock[0] <= 9 * 60
+    assert all(seconds > 60 for seconds in given)
+    assert written["not_run"] == [
+        "7 tests of part 0",
+        "benchmark targets was cut short",
+        "benchmark rows was not started",
+    ]
+    assert "tests, part 0: pytest ended with 2, 7 tests were not reached" in written["reasons"][0]
+    assert "the time was up: benchmark rows was not started" in capsys.readouterr().out
 
 
 def test_a_whole_run_is_a_success():
@@ -106,8 +185,17 @@ def test_every_kernel_is_expected():
     assert gpu.kernels() >= {"split_kernel", "sum_splits_kernel", "merge_kernel", "sum_slots_kernel", "write_kernel"}
 
 
-def test_a_step_that_takes_too_long_is_ended():
-    assert gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5).returncode == 124
+def test_a_step_that_takes_too_long_is_ended(monkeypatch, tmp_path):
+    """With what it started: a grandchild that outlives it would hold a pipe open, and the device."""
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    grandchild = "import subprocess, sys; print('up', flush=True); subprocess.run([sys.executable, '-c', {!r}])"
+    slow = f"import pathlib, time; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    start = time.monotonic()
+    done = gpu.run([sys.executable, "-c", grandchild.format(slow)], 1.0)
+    assert (done.returncode, done.stdout) == (gpu.CUT_SHORT, "up\n")
+    assert time.monotonic() - start < 3
+    time.sleep(max(0.0, start + 4 - time.monotonic()))
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,6 +227,29 @@ def test_what_tests_need_is_known():
     assert unknown == set()
 
 
+def counted_run(folder, *options):
+    """pytest with the plugin, with a device made up: its report, and what it printed."""
+    command = [sys.executable, "-c", "import torch; torch.cuda.is_available = lambda: True; import pytest, sys; "]
+    command[-1] += "sys.exit(pytest.main(sys.argv[1:]))"
+    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
+    arguments = ["-q", "-p", "launches", "--report", "r.json", *options]
+    done = subprocess.run([*command, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    return json.loads((folder / "r.json").read_text()), done.stdout
+
+
+def test_when_the_time_is_up_the_report_says_how_many_were_not_reached(tmp_path):
+    """What only a device can run comes first; what is large is all in the first part."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: on a device\n    large: in memory\n")
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\ndef test_a(): pass\n@pytest.mark.large\ndef test_b(): pass\ndef test_c(): pass\n"
+        "@pytest.mark.gpu\ndef test_d(): pass\n"
+    )
+    report, log = counted_run(tmp_path, "--shard", "0/2", "--seconds", "0")
+    assert (report["exit"], report["unreached"], report["gpu"]) == (2, 2, {"test_a.py::test_d": "passed"}), log
+    report, log = counted_run(tmp_path, "--shard", "1/2")
+    assert (report["exit"], report["unreached"], report["outcomes"]) == (0, 0, {"passed": 1}), log
+
+
 def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path):
     """The plugin on a run of its own, with a device made up: a launch, a gpu test, two absent packages."""
     (tmp_path / "conftest.py").write_text(
@@ -160,13 +271,8 @@ def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path)
         "@pytest.mark.gpu\ndef test_c(): pytest.skip('not today')\n"
         "@pytest.mark.gpu\ndef test_d(): import peft_is_not_here\n"
     )
-    command = [sys.executable, "-c", "import torch; torch.cuda.is_available = lambda: True; import pytest, sys; "]
-    command[-1] += "sys.exit(pytest.main(sys.argv[1:]))"
-    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
-    arguments = ["-q", "-p", "launches", "--report", "r.json", "--continue-on-collection-errors"]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["launches"] == {"split_kernel": 1}, done.stdout
+    report, log = counted_run(tmp_path, "--continue-on-collection-errors")
+    assert report["launches"] == {"split_kernel": 1}, log
     assert report["gpu"] == {
         "test_a.py::test_a": "passed", "test_d.py::test_c": "skipped", "test_d.py::test_d": "failed",
     }  # fmt: skip

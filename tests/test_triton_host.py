@@ -1,0 +1,90 @@
+"""What the host code costs a call: no Python is executed for each delta or task, once a layer has run."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from taps_fast.kernels import _arguments, _gradients, coded, conv2d, linear, merge
+from triton_shim import DEVICE
+
+from taps_fast.tasks import TaskBatch
+
+FOLDER = str(Path(linear.__file__).parent)
+
+
+class NoKernel:
+    def __getitem__(self, grid):
+        return lambda *_, **__: None
+
+
+@pytest.fixture(autouse=True)
+def host_code_alone(monkeypatch):
+    """Kernels are not run, and tables of addresses are kept on a CPU too."""
+    for module in (_arguments, _gradients, coded, conv2d, linear, merge):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoKernel())
+    kept = _arguments._kept
+    monkeypatch.setattr(_arguments, "_kept_or_written", lambda make, values, device: kept(make, values, device, 0))
+    kept.cache_clear()
+    # Results lie elsewhere each time, and their addresses are written anew.
+    monkeypatch.setattr(torch, "empty_like", functools.cache(torch.empty_like))
+    yield
+    kept.cache_clear()
+
+
+def executed(call) -> int:
+    """Instructions of Python that a call executes in the kernels' host code, when it is not the first."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    for _ in range(2):
+        call()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def calls(tasks: int):
+    """Each operator on as many tasks, each with a delta of its own."""
+    x, base = torch.ones(4, 16, device=DEVICE), torch.ones(16, 16, device=DEVICE)
+    deltas = [torch.ones(16, 16, device=DEVICE) for _ in range(tasks)]
+    coeffs = torch.eye(tasks, device=DEVICE)
+    index = TaskBatch.from_ids(torch.tensor([0, -1], device=DEVICE), tasks).tensors
+    weight = (base, deltas, coeffs, None)
+    pairs = [t * tasks + t for t in range(tasks)]
+    image, taps = (t[:, :, None, None] for t in (x, base))
+    codes = [torch.ones(16, 16, dtype=torch.int8, device=DEVICE)] * tasks
+    factors, which = torch.ones(tasks, 16, device=DEVICE), list(range(tasks))
+    images = [d[:, :, None, None] for d in deltas]
+    ones = [[1, 1], [0, 0], [1, 1]]
+    return {
+        "forward": lambda: linear.linear_fwd(x, *weight, None, *index, 2, "split"),
+        "dx": lambda: linear.linear_dx(x, *weight, *index, 2, "split"),
+        "merge": lambda: linear.linear_fwd(x, *weight, None, *index, 2, "merge"),
+        "dw": lambda: linear.linear_dw(x, x, *weight, *index, 2, pairs, [], True, False),
+        "convolution": lambda: conv2d.conv2d_implicit(image, taps, images, coeffs, None, None, *ones, index[0], 2),
+        "fold": lambda: merge.fold([base], deltas, torch.ones(1, 1, tasks, device=DEVICE)),
+        "coded": lambda: coded.coded_fwd(x, x, codes, None, factors, which, *index, 2, "int8"),
+    }
+
+
+@pytest.mark.parametrize("name", calls(1))
+def test_no_python_is_executed_for_each_task(name):
+    """As many instructions for few tasks as for many, whether their addresses travel as arguments or in a table."""
+    for few, many in ((2, 20), (40, 100)):
+        assert executed(calls(few)[name]) == executed(calls(many)[name]) > 50
