@@ -99,9 +99,15 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int:
     try:
         return process.wait(max(seconds, 1))
     except subprocess.TimeoutExpired:
+        return CUT_SHORT
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return CUT_SHORT
 
 
 def build(seconds: float) -> Report:
@@ -135,8 +141,12 @@ def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
         command += ["--seconds", str(seconds), "--shard", f"{n}/{shards}", *files]
         with report.with_suffix(".log").open("w") as log:
             running.append(_start(command, log, PYTHONPATH="tests", TAPS_FAST_EXT="auto"))
-    for process in running:
-        _wait(process, deadline + GRACE - time.monotonic())
+    try:
+        for process in running:
+            _wait(process, deadline + GRACE - time.monotonic())
+    finally:
+        for process in running:
+            _end(process)
     return [json.loads(r.read_text()) if r.is_file() else {"exit": CUT_SHORT, "log": r.stem} for r in reports]
 
 

@@ -20,7 +20,8 @@ from ._problem import Rows
 from ._tiles import locate, pick
 
 FORMATS = {"bits": 0, "mask": 1, "int8": 2}
-BLOCK_M, BLOCK_N, BLOCK_R = 16, 64, 64
+BLOCK_M, BLOCK_N, BLOCK_R = 16, 64, {2: 64, 4: 32}
+"""Rows, features produced, and features of a step of the sum, these by the bytes of an element."""
 REGISTERS = 255  # left to its own guess, the assembler spills
 
 
@@ -106,7 +107,7 @@ def _run(
             PRECISION=_configs.precision(x.dtype),
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_R=BLOCK_R,
+            BLOCK_R=BLOCK_R[x.element_size()],
             num_warps=4,
             num_stages=2,
             maxnreg=REGISTERS,
