@@ -1,6 +1,7 @@
 """Measures the CPU kernels of delta_linear against what PyTorch offers, in interleaved rounds of one process.
 
     python benchmarks/cpu_linear.py [forward] [mixed] [backward] [closed] [overhead] [--dtype float32] [--cold]
+    python benchmarks/cpu_linear.py rates        # GFLOP/s of each product, and of multiply-adds on registers alone
 
 Each cell prints ours in ms and, for every baseline, baseline / ours (above 1: ours is faster); each table ends with
 geometric means. `best` is the fastest baseline that computes the same thing in the same memory; `linear` (one
@@ -11,12 +12,17 @@ A cell whose result is wrong stops the run. Medians of rounds in which every con
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import math
 import random
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -240,6 +246,62 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
     table.close()
 
 
+MULTIPLY = {torch.float32: ("vfmadd231ps", 32), torch.bfloat16: ("vdpbf16ps", 64)}  # instruction, flops in 64 bytes
+
+
+def peak(dtype: torch.dtype, threads: int, steps: int = 2_000_000) -> float:
+    """GFLOP/s of a loop of 24 independent multiply-adds that touches no memory; of several tries the best."""
+    name, flops = MULTIPLY[dtype]
+    clear = "".join(f"vpxord %%zmm{i}, %%zmm{i}, %%zmm{i}; " for i in range(26))
+    loop = "".join(f"{name} %%zmm24, %%zmm25, %%zmm{i}; " for i in range(24))
+    used = ", ".join(f'"zmm{i}"' for i in range(26))
+    code = f'void run(long n) {{ __asm__ volatile("{clear}1: {loop}dec %0; jnz 1b" : "+r"(n) : : "cc", {used}); }}'
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "peak.so")
+        command = ["cc", "-O1", "-mavx512f", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=code, text=True, check=True)
+        run = ctypes.CDLL(str(library)).run
+    run.argtypes = [ctypes.c_long]
+    best = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(7):
+            start = time.perf_counter()
+            list(pool.map(run, [steps] * threads))
+            best = min(best, time.perf_counter() - start)
+    return 24 * flops * steps * threads / best / 1e9
+
+
+def rates(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Each product's rate as a share of the machine's; PyTorch's products have the merged weight."""
+    if not str(OPS.cpu_isa()).startswith("avx512") or (dtype == torch.bfloat16 and OPS.cpu_isa() != "avx512bf16"):
+        raise SystemExit(f"rates: the CPU must multiply {dtype} in AVX-512, got {OPS.cpu_isa()}")
+    top = peak(dtype, args.threads)
+    print(
+        f"\n## rates, one open delta, {dtype}: registers alone {top:.0f} GFLOP/s, in % of that ours / PyTorch's plain"
+    )
+    shares: dict[str, list[float]] = {}
+    for cell, m, i, o in cells(args):
+        x, dy, c = torch.randn(m, i).to(dtype), torch.randn(m, o).to(dtype), torch.tensor([0.7])
+        w, d = weight_sets(o, i, 1, dtype, False)[0]
+        alone = (None, None, None, 1)
+        contenders: dict[str, Contender] = {
+            "forward": lambda _: OPS.linear_fwd(x, w, [d], c, None, None, *alone, "blend"),
+            "linear": lambda _: F.linear(x, w),
+            "dx": lambda _: OPS.linear_dx(dy, w, [d], c, None, *alone, "blend"),
+            "dy @ w": lambda _: dy @ w,
+            "dw": lambda _: OPS.linear_dw(dy, x, w, [d], c, None, *alone, [], [0], True, False),
+            "dy.t() @ x": lambda _: dy.t() @ x,
+        }
+        share = {n: 200 * m * i * o / (ms * 1e6 * top) for n, ms in measure(contenders, args.seconds).items()}
+        for name, value in share.items():
+            shares.setdefault(name, []).append(value)
+        print(f"{cell:34s} " + "  ".join(f"{name} {value:3.0f}" for name, value in share.items()), flush=True)
+    print(
+        "geometric mean  "
+        + "  ".join(f"{n} {math.exp(statistics.fmean(map(math.log, v))):.0f}" for n, v in shares.items())
+    )
+
+
 def overhead(args: argparse.Namespace, dtype: torch.dtype) -> None:
     x, w, d, c = torch.randn(1, 8).to(dtype), torch.randn(8, 8).to(dtype), torch.randn(8, 8).to(dtype), torch.ones(1)
 
@@ -257,9 +319,11 @@ def overhead(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    tables = {f.__name__: f for f in (forward, mixed, backward, closed, overhead)}
+    tables = {f.__name__: f for f in (forward, mixed, backward, closed, overhead, rates)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[*tables, []], default=list(tables))
+    parser.add_argument(
+        "tables", nargs="*", choices=[*tables, []], default=[name for name in tables if name != "rates"]
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))

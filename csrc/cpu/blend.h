@@ -6,6 +6,11 @@
 namespace taps_fast::cpu {
 namespace {
 
+template <class S>
+TAPS_INLINE const S* at(const Matrix& m, int64_t row, int64_t column) {
+  return static_cast<const S*>(m.data) + row * m.stride + column;
+}
+
 /// Σ_t coeff_t · W_t[row, column ...]: n elements, or a whole vector when n < 0.
 template <class S>
 TAPS_INLINE Vec<Compute<S>> blend(const Term* terms, int64_t num_terms, int64_t row, int64_t column, int64_t n = -1) {

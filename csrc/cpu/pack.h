@@ -156,6 +156,8 @@ void pack_transposed(Element<S>* panel, const Term* terms, int64_t num_terms, in
   }
 }
 
+constexpr int64_t kRowsAhead = 8;  // rows often lie a page apart, where the hardware does not look ahead
+
 /// Where the rows of a straight panel come from: row `index[p]`, times `scale[p]`.
 struct Gather {
   const int64_t* index;  // null: row p itself
@@ -170,14 +172,27 @@ void pack_straight(E* panel, int64_t width, const Term* terms, int64_t num_terms
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
   const int64_t length = ceil_div(depth, kDepths<E>);
+  [[maybe_unused]] const bool exact = num_terms == 1 && terms[0].coeff == 1 && !gather.scale;
   for (int64_t p = 0; p < depth; p += kDepths<E>) {
     const auto source = [&](int64_t q) { return gather.index ? gather.index[row + q] : row + q; };
+    for (int64_t q = p + kRowsAhead; q < min(p + kRowsAhead + kDepths<E>, depth); q++)
+      for (int64_t t = 0; t < num_terms; t++) prefetch(at<S>(terms[t].matrix, source(q), column), num_columns);
     const C scale = gather.scale ? static_cast<C>(gather.scale[row + p]) : C(1);
     for (int64_t j = 0; j < num_columns; j += width) {
       const int64_t strip_width = min(width, round_up(num_columns - j, lanes));
       E* out = panel + j * length + p / kDepths<E> * strip_width;
       for (int64_t v = 0; v < strip_width; v += lanes) {
         const int64_t n = num_columns - j - v, have = n < lanes ? n : -1;
+#if defined(__AVX512BF16__)
+        if constexpr (kDepths<E> == 2) {
+          if (exact && n >= 2 * lanes && v + lanes < strip_width) {
+            const auto place = [&](int64_t q) { return at<S>(terms[0].matrix, source(q), column + j + v); };
+            zip_rows(out + v, place(p), p + 1 < depth ? place(p + 1) : nullptr);
+            v += lanes;
+            continue;
+          }
+        }
+#endif
         const Vec<C> first = scale * blend<S>(terms, num_terms, source(p), column + j + v, have);
         if constexpr (kDepths<E> == 1) {
           store(out + v, first);

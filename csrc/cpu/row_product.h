@@ -111,6 +111,9 @@ class RowWorker {
       } else if (few) {
         few_rows(s, terms, num_terms, out, accumulate);
       } else {
+        // What the tile writes and the next one reads arrives while the tile is summed.
+        for (int64_t i = 0; i < n && finished; i++) prefetch(output(r + i) + s.col_begin, s.cols);
+        for (int64_t i = r + n; i < min(r + n + part, s.row_end); i++) prefetch(input(i) + s.depth_begin, s.depth);
         const E* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
         tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, ceil_div(s.depth, kDepths<E>), accumulate, scale,
@@ -166,10 +169,9 @@ class RowWorker {
     return room ? min(ceil_div(ahead.rows * ahead.num_terms, room), kMostFetched) : 0;
   }
 
-  const S* input(int64_t r) const {
-    const int64_t row = p_.row_index ? p_.row_index[r] : r;
-    return static_cast<const S*>(p_.in.data) + row * p_.in.stride;
-  }
+  int64_t place(int64_t r) const { return p_.row_index ? p_.row_index[r] : r; }
+  const S* input(int64_t r) const { return static_cast<const S*>(p_.in.data) + place(r) * p_.in.stride; }
+  S* output(int64_t r) const { return static_cast<S*>(p_.out.data) + place(r) * p_.out.stride; }
 
   /// A row of inputs in place, or converted into one of the buffers (pairs: only where the last lacks its half).
   const E* as_elements(const S* in, int64_t depth, int64_t slot) {
@@ -181,12 +183,18 @@ class RowWorker {
 
   void finish(int64_t r, int64_t col_begin, int64_t cols, const C* sums) {
     constexpr int64_t lanes = kLanes<C>;
-    const int64_t row = p_.row_index ? p_.row_index[r] : r;
-    S* out = static_cast<S*>(p_.out.data) + row * p_.out.stride + col_begin;
+    S* out = output(r) + col_begin;
     const int64_t bias_row = p_.bias_index ? p_.bias_index[r] : 0;
     const S* bias =
         p_.bias.data ? static_cast<const S*>(p_.bias.data) + bias_row * p_.bias.stride + col_begin : nullptr;
     int64_t j = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (kDepths<E> == 2) {
+      const auto sum = [&](int64_t k) { return bias ? load(sums + k) + load(bias + k) : load(sums + k); };
+      for (; j + 2 * lanes <= cols; j += 2 * lanes)
+        store(reinterpret_cast<Pair*>(out + j), round_to_pairs(sum(j), sum(j + lanes)));
+    }
+#endif
     for (; j + lanes <= cols; j += lanes) store(out + j, bias ? load(sums + j) + load(bias + j) : load(sums + j));
     if (j < cols)
       store_partial(out + j, bias ? load(sums + j) + load_partial(bias + j, cols - j) : load(sums + j), cols - j);

@@ -140,10 +140,14 @@ TAPS_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v)
 TAPS_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
 TAPS_INLINE void store(BFloat16* p, FloatVec v) {
   // To nearest even; a NaN keeps its high bits and is made quiet, since rounding could carry it into infinity.
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
   const WordVec bits = (WordVec)v;
   const WordVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const WordVec nan = (WordVec)(v != v);
   const HalfVec half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), HalfVec);
+#endif
   __builtin_memcpy(p, &half, sizeof half);
 }
 TAPS_INLINE void store(Float16* p, FloatVec v) {
@@ -182,6 +186,14 @@ TAPS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int64_t n) {
 
 TAPS_INLINE FloatVec load(const Pair* p) { return read<FloatVec>(p); }
 TAPS_INLINE void store(Pair* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+/// Asks for n numbers from p on to be brought into L2, to be read or written there.
+template <class S>
+TAPS_INLINE void prefetch(const S* p, int64_t n) {
+  constexpr int64_t line = 64;
+  for (int64_t b = 0; b < n * int64_t(sizeof(S)); b += line)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + b, 0, 2);
+}
 
 /// A vector of elements from as many consecutive numbers as it covers, or from the first n and zeros.
 template <class S>
@@ -224,6 +236,15 @@ TAPS_INLINE FloatVec zip_to_pairs(FloatVec first, FloatVec second) {
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)round_to_pairs(first, second);
   return (FloatVec)_mm512_permutexvar_epi16(_mm512_load_si512(places), both);
+}
+/// Pairs of two depths from where they are stored: 2 · lanes columns of each, unchanged.
+TAPS_INLINE void zip_rows(Pair* out, const BFloat16* first, const BFloat16* second) {
+  alignas(64) static constexpr uint16_t places[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(places), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i a = read<__m512i>(first), b = second ? read<__m512i>(second) : _mm512_setzero_si512();
+  store(out, (FloatVec)_mm512_permutex2var_epi16(a, low, b));
+  store(out + kLanes<float>, (FloatVec)_mm512_permutex2var_epi16(a, high, b));
 }
 #endif
 

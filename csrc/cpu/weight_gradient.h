@@ -47,6 +47,8 @@ class GradientItem {
         const E* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
         C* out = tile_ + r * tile_stride_;
+        if (begin + depth == job_.row_end)
+          for (int64_t i = 0; i < n; i++) prefetch_uses(r + i);
         tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, ceil_div(depth, kDepths<E>), begin > job_.row_begin);
         if (begin + depth == job_.row_end)
           for (int64_t i = 0; i < n; i++) use_row(r + i, out + i * tile_stride_);
@@ -58,11 +60,21 @@ class GradientItem {
  private:
   double& partial(const Dot& dot) { return p_.partials[dot.slot * tiles_ + tile_index_]; }
 
+  /// What use_row reads and writes.
+  void prefetch_uses(int64_t r) const {
+    for (int64_t d = job_.dot_begin; d < job_.dot_end; d++)
+      prefetch(at<S>(p_.dots[d].matrix, row_begin_ + r, col_begin_), cols_);
+    for (int64_t t = job_.target_begin; t < job_.target_end; t++) {
+      const MutableMatrix& m = p_.targets[t].matrix;
+      prefetch(at<S>({m.data, m.stride}, row_begin_ + r, col_begin_), cols_);
+    }
+  }
+
   void use_row(int64_t r, const C* row) {
     constexpr int64_t lanes = kLanes<C>;
     for (int64_t d = job_.dot_begin; d < job_.dot_end; d++) {
       const Matrix& m = p_.dots[d].matrix;
-      const S* w = static_cast<const S*>(m.data) + (row_begin_ + r) * m.stride + col_begin_;
+      const S* w = at<S>(m, row_begin_ + r, col_begin_);
       Vec<C> sum{};
       int64_t j = 0;
       for (; j + lanes <= cols_; j += lanes) sum += load(row + j) * load(w + j);
