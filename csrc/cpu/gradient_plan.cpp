@@ -11,7 +11,7 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 192, kTileCols = 512, kRowsAtOnce = 256;
+constexpr int64_t kTileRows = 192, kTileCols = 512, kStep = 64, kRowsAtOnce = 256;
 
 /// A wanted gradient: Σ over `parts` of factor · P_task.
 struct Sum {
@@ -104,7 +104,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   int64_t most = 1;
   for (const Job& job : jobs_) most = std::max(most, job.row_end - job.row_begin);
   b.row_block = std::min(problem.rows, kTileRows);
-  b.col_block = std::min(problem.cols, kTileCols);
+  b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, kTileCols), kStep));
   b.depth_block = std::min(most, kRowsAtOnce * compute_size(DType::kFloat32) / compute_size(problem.dtype));
   partials_.assign(positions_.size() * num_tiles(problem), 0.0);
   problem.partials = partials_.data();

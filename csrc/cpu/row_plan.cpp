@@ -17,9 +17,9 @@ namespace {
 constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
 constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
 constexpr int64_t kSumsBytes = 1 << 20;  // float32 sums that one item keeps between depth blocks and passes
-constexpr int64_t kMostRows = 4096;  // rows of one item
+constexpr int64_t kMostRows = 2048;  // rows of one item
 constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
-constexpr int64_t kItemsPerThread = 2;
+constexpr int64_t kManyItems = 8;  // a thread
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
 constexpr int64_t kSignRows = 12, kDecodedRows = 6;  // most_rows_apart, of bits, and of masks and bytes
 
@@ -147,16 +147,23 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
   const int64_t lanes = table.vector_bytes / compute_size(problem.dtype);
   const int64_t most_cols = (problem.transposed ? kForwardColBytes : kBackwardColBytes) / element_size(problem.dtype);
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
-  // Fewer columns an item, then fewer rows, until no thread waits for another.
+  // Equal parts of whole strips, then of vectors: an item of half the size would leave its thread waiting.
+  const int64_t fewest_parts = ceil_div(problem.cols, most_cols), strip = lanes * table.strip_vectors;
+  const auto part_of_cols = [&](int64_t parts) {
+    const int64_t cols = ceil_div(problem.cols, parts);
+    return round_up(cols, cols < strip ? lanes : strip);
+  };
+  // Fewer columns an item, then fewer rows, until no thread waits for another. Each takes its next item before it runs
+  // one, to fetch what that reads, so one item a thread is too few.
   const auto busy = [&] {
     const int64_t items = num_items(problem), rounds = ceil_div(items, threads);
-    return items >= kItemsPerThread * threads || items * 10 >= rounds * threads * 9;
+    return threads == 1 || items >= kManyItems * threads || (rounds > 1 && items * 20 >= rounds * threads * 19);
   };
-  b.row_block = std::min(problem.rows, kMostRows);
-  b.col_block = most_cols;
-  while (b.col_block > lanes && !busy()) b.col_block /= 2;
+  b.row_block = even_part(problem.rows, kMostRows);
+  b.col_block = part_of_cols(fewest_parts);
+  for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
   if (!busy() && problem.rows >= 2 * kFewestRows) {
-    b.col_block = most_cols;
+    b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
   keeps_sums_ = problem.depth > b.depth_block ||
