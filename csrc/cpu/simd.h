@@ -140,7 +140,7 @@ TAPS_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v)
 TAPS_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
 TAPS_INLINE void store(BFloat16* p, FloatVec v) {
   // To nearest even; a NaN keeps its high bits and is made quiet, since rounding could carry it into infinity.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // subnormal numbers become 0
   const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
 #else
   const WordVec bits = (WordVec)v;
