@@ -348,14 +348,10 @@ def _grouped_conv(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     return forward, [weights]
 
 
-@layer(
-    "merged-flashinfer",
-    "merged",
-    ("linear",),
-    phase="forward",
-    mixed=True,
-    absent=installed("flashinfer", "flashinfer-python"),
-)
+_FLASHINFER = installed("flashinfer", "flashinfer-python")
+
+
+@layer("merged-flashinfer", "merged", ("linear",), phase="forward", mixed=True, absent=_FLASHINFER)
 def _flashinfer(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """FlashInfer's SegmentGEMM (CUDA, 16 bit)."""
     from flashinfer import SegmentGEMMWrapper

@@ -6,17 +6,6 @@
 namespace taps_fast::cpu {
 namespace {
 
-typedef uint64_t LongVec __attribute__((vector_size(kVectorBytes)));
-
-template <class C>
-struct WordOf {
-  using type = WordVec;
-};
-template <>
-struct WordOf<double> {
-  using type = LongVec;
-};
-
 /// The bits of one vector's lanes; a row of codes ends on a 64-bit word.
 template <int lanes>
 TAPS_INLINE uint32_t lane_bits(const uint8_t* row, int64_t p) {
@@ -36,7 +25,7 @@ TAPS_INLINE Vec<C> select_lanes(uint32_t bits, Vec<C> a, Vec<C> b) {
   if constexpr (sizeof(C) == 4) return (Vec<C>)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)b, (__m512)a);
   else return (Vec<C>)_mm512_mask_blend_pd(static_cast<__mmask8>(bits), (__m512d)b, (__m512d)a);
 #else
-  using Words = typename WordOf<C>::type;
+  using Words = typename VecOf<C>::Words;
   Words lane{};
   for (int i = 0; i < kLanes<C>; i++) lane[i] = 1u << i;
   const Words mask = (Words)((lane & bits) != 0);

@@ -45,6 +45,7 @@ struct Float16 {
 typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t LongVec __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 
 /// The type sums are formed in, for each stored type.
@@ -62,10 +63,12 @@ using Compute = typename ComputeOf<S>::type;
 template <class C>
 struct VecOf {
   using type = FloatVec;
+  using Words = WordVec;  // of as many bits a lane
 };
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
+  using Words = LongVec;
 };
 template <class C>
 using Vec = typename VecOf<C>::type;
