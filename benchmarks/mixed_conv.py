@@ -1,17 +1,20 @@
-"""Convolutions and batch norms in mixed batches on the CPU, against the base alone and against merged layers in turn.
+"""Convolutions and norms in mixed batches on the CPU, against the base alone and against merged layers in turn.
 
     python -m benchmarks.mixed_conv conv --images 1 4 --size 112 --net resnet50 efficientnet_lite0
     python -m benchmarks.mixed_conv norm
 
 Eight tasks, float32, channels last. Each layer is timed with all gates closed and with all gates open; a line gives
 milliseconds for the base on all images (one convolution), then the time of others over it: the merged layers of the
-tasks in turn, and delta_conv2d with each backend. Rounds interleave; numbers are medians.
+tasks in turn, and delta_conv2d with each backend. Norms are timed in chains, against the same chain without tasks.
+Rounds interleave; numbers are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -111,13 +114,31 @@ def conv(net: str, images: int, size: int, seconds: float, pattern: str) -> None
             print(f"{net}.{name:<16} {TASKS} x {images}, {size}  {state:<6} base {floor:7.3f} ms  {ratios}", flush=True)
 
 
-def norm(seconds: float) -> None:
-    for c, side, training in ((64, 56, False), (256, 28, False), (1024, 7, False), (64, 56, True), (256, 28, True)):
-        for images in (1, 4):
-            x = torch.randn(TASKS * images, c, side, side).to(memory_format=torch.channels_last)
-            plain = nn.BatchNorm2d(c).train(training)
-            tasks = [str(t) for t in range(TASKS)]
-            model = TapsModel(nn.Sequential(nn.BatchNorm2d(c)), tasks, slice=None).train(training)
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(64), (64, 56, 56)),
+    "BatchNorm2d.28": (lambda: nn.BatchNorm2d(256), (256, 28, 28)),
+    "BatchNorm2d.14": (lambda: nn.BatchNorm2d(256), (256, 14, 14)),
+    "BatchNorm2d.7": (lambda: nn.BatchNorm2d(256), (256, 7, 7)),
+    "LayerNorm.384": (lambda: nn.LayerNorm(384), (197, 384)),
+    "LayerNorm.768": (lambda: nn.LayerNorm(768), (197, 768)),
+    "RMSNorm.768": (lambda: nn.RMSNorm(768), (197, 768)),
+    "GroupNorm.28": (lambda: nn.GroupNorm(32, 256), (256, 28, 28)),
+    "GroupNorm.14": (lambda: nn.GroupNorm(32, 256), (256, 14, 14)),
+}
+CHAIN = 8
+"""Norms in a row, so that what a network's forward costs once is shared, as in a network."""
+
+
+def norm(seconds: float, images_a_task: list[int], pattern: str) -> None:
+    for name, (make, shape) in NORMS.items():
+        for images, training in itertools.product(images_a_task, (False, True)):
+            if pattern not in name:
+                continue
+            x = torch.randn(TASKS * images, *shape)
+            if len(shape) == 3:
+                x = x.to(memory_format=torch.channels_last)
+            plain = nn.Sequential(*[make() for _ in range(CHAIN)]).train(training)
+            model = TapsModel(copy.deepcopy(plain), [str(t) for t in range(TASKS)], slice=None).train(training)
             batch = TaskBatch.from_ids(torch.arange(len(x)) % TASKS, TASKS)
 
             def run(module: nn.Module, x: Tensor = x, training: bool = training, **kwargs: object) -> None:
@@ -128,10 +149,9 @@ def norm(seconds: float) -> None:
 
             runs = {"plain": functools.partial(run, plain), "mixed": functools.partial(run, model, tasks=batch)}
             found = medians(runs, seconds)
-            phase = "train" if training else "eval"
             print(
-                f"BatchNorm2d({c}) {tuple(x.shape)} {phase}: plain {found['plain']:.3f} ms, "
-                f"mixed {found['mixed'] / found['plain']:.2f}",
+                f"{name:<15} {TASKS} x {images}  {'train' if training else 'eval ':<5}  "
+                f"plain {found['plain'] / CHAIN:7.3f} ms  mixed {found['mixed'] / found['plain']:5.2f}",
                 flush=True,
             )
 
@@ -142,13 +162,13 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, default=[1, 4], help="of each task")
     parser.add_argument("--size", nargs="+", type=int, default=[112, 224])
     parser.add_argument("--net", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--layer", default="", help="part of a layer's name")
+    parser.add_argument("--layer", default="", help="part of a layer's or norm's name")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each cell")
     args = parser.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode(args.what == "conv"):
         if args.what == "norm":
-            norm(args.seconds)
+            norm(args.seconds, args.images, args.layer)
         else:
             for net in args.net:
                 for images in args.images:
