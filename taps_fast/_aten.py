@@ -14,18 +14,18 @@ Both forward and dx are linear in the images and in the weight, so one function 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad
 
-from .tasks import Index, sample_of_row
+from . import _scratch
+from ._problem import layout
+from ._scratch import Scalar
+from .tasks import BASE, Index, sample_of_row
 
-Scalar = float | Tensor
 Conv = tuple[list[int], list[int], list[int], int]
 Images = slice | Tensor | None
 """Which images: adjacent ones, int64 indices, or None for all."""
@@ -69,7 +69,7 @@ def conv2d_fwd(
     if algorithm == "depthwise":
         parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
         if parts[0].images is None:  # one weight serves all, which the vendor does as well
-            y = convolve(x, _merged(base, deltas, parts[0], coeffs.dtype))
+            y = convolve(x, _summed(base, deltas, parts[0], coeffs.dtype))
         else:
             y = _depthwise(x, base, deltas, coeffs.dtype, parts, (stride, padding, dilation))
             merged = False
@@ -84,11 +84,11 @@ def conv2d_fwd(
 
 def conv2d_dx(
     dy: Tensor,
+    x: Tensor,
     base: Tensor,
     deltas: Sequence[Tensor],
     coeffs: Tensor,
     base_coeffs: Tensor | None,
-    size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -99,14 +99,25 @@ def conv2d_dx(
     inner: int,
     algorithm: str,
 ) -> Tensor:
+    conv = (stride, padding, dilation, groups)
+
     def back(d: Tensor, weight: Tensor) -> Tensor:
-        shape = (d.shape[0], base.shape[1] * groups, *size)
-        dx: Tensor = grad.conv2d_input(shape, weight, d, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
-        return dx
+        like = x[: d.shape[0]]  # only its shape and layout count
+        return _gradient(d, like if like.dtype == d.dtype else torch.empty_like(like, dtype=d.dtype), weight, conv, 0)
 
     index = (ids, order, offsets)
     merged = algorithm != "split" and not _data_driven(dy, index)
     return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged).to(dy.dtype)
+
+
+def _gradient(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, which: int) -> Tensor:
+    """The gradient of a convolution's images (``which`` = 0) or weight (1)."""
+    stride, padding, dilation, groups = conv
+    mask = [which == 0, which == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )[which]
+    return found
 
 
 def _depthwise(
@@ -132,7 +143,7 @@ def _depthwise(
     for place, group in enumerate(parts):
         table[group.images] = place
         if place >= len(single):
-            weights[place] = _merged(base.to(wide), deltas, group, wide).flatten(1).t()
+            weights[place] = _summed(base.to(wide), deltas, group, wide).flatten(1).t()
     y: Tensor = torch.ops.taps_fast.depthwise(x.movedim(1, -1).contiguous(), weights, table, base.shape[2:], *conv)
     return y.movedim(-1, 1)
 
@@ -153,23 +164,23 @@ def _apply(
         parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
         y: Tensor | None = None
         for group in parts:
-            part = product(_take(x, group.images), _merged(base, deltas, group, coeffs.dtype))
+            part = product(_take(x, group.images), _summed(base, deltas, group, coeffs.dtype))
             if group.images is None:
                 return part
             if y is None:
-                layout = _layout(part)
-                y = torch.empty((x.shape[0], *part.shape[1:]), dtype=part.dtype, device=x.device, memory_format=layout)
+                size, as_part = (x.shape[0], *part.shape[1:]), layout(part)
+                y = torch.empty(size, dtype=part.dtype, device=x.device, memory_format=as_part)
             _put(y, group.images, part)
         assert y is not None  # there is always a group
         return y
     wide = x.to(coeffs.dtype)
     scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
     y = _times(product(wide, base.to(wide.dtype)), scale)
-    layout = _layout(y)
+    as_base = layout(y)
     for k, (column, chosen) in columns.items():
         part = _times(product(_pick(wide, chosen), deltas[k].to(wide.dtype)), _pick(column, chosen))
         y = y + part if chosen is None else y.index_add(0, chosen, part)
-    return y.contiguous(memory_format=layout)
+    return y.contiguous(memory_format=as_base)
 
 
 def conv2d_dw(
@@ -195,18 +206,27 @@ def conv2d_dw(
     conv, index = (stride, padding, dilation, groups), (ids, order, offsets)
     wide = coeffs.dtype
     dcoeffs = coeffs.new_zeros(coeffs.shape if need_dcoeffs else (0,))
-    ddeltas = {k: torch.zeros_like(base, dtype=wide, memory_format=torch.contiguous_format) for k in ddeltas_for}
-    dbase = base.new_zeros(base.shape if need_dbase else (0,), dtype=wide)
+    like = base if base.dtype == wide else torch.empty_like(base, dtype=wide)  # only its shape and layout count
+    sums: dict[int, Tensor] = {}
+    wanted = [*ddeltas_for, *([BASE] if need_dbase else [])]
 
     def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
-        p: Tensor = grad.conv2d_weight(images.to(wide), list(base.shape), d.to(wide), *conv)  # type: ignore[no-untyped-call]
-        return p
+        return _gradient(d.to(wide), images.to(wide), like, conv, 1)
+
+    def add(k: int, p: Tensor, by: Scalar, owned: bool = True) -> None:
+        """sums[k] += by·p; p may become the sum if nobody else needs it."""
+        if k in sums:
+            sums[k].add_(p, alpha=by) if isinstance(by, float) else sums[k].addcmul_(p, by)
+        elif isinstance(by, float) and by == 1.0:
+            sums[k] = p if owned else p.clone()
+        else:
+            sums[k] = p.mul_(by) if owned else p * by
 
     if _data_driven(x, index):
         scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
         for k, (column, _) in columns.items():
-            if k in ddeltas:
-                ddeltas[k] += weight_gradient(x, _times(dy.to(wide), column))
+            if k in wanted:
+                add(k, weight_gradient(x, _times(dy.to(wide), column)), 1.0)
             if need_dcoeffs:
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 member = (
@@ -215,23 +235,29 @@ def conv2d_dw(
                 )
                 dcoeffs[:, k] = member.to(wide) @ along
         if need_dbase:
-            dbase += weight_gradient(x, _times(dy.to(wide), scale))
+            add(BASE, weight_gradient(x, _times(dy.to(wide), scale)), 1.0)
     else:
         count = len(deltas)
-        wanted = set(pairs)
+        asked = set(pairs)
         for g in _groups(coeffs, base_coeffs, index, inner, x, join=False):
-            of_task = [k for k in range(count) if not wanted or g.task * count + k in wanted]
+            of_task = [k for k in range(count) if not asked or g.task * count + k in asked]
             dots = of_task if need_dcoeffs and g.task >= 0 else []
-            if not (dots or need_dbase or ddeltas.keys() & g.coeffs.keys()):
+            users = {k: by for k, by in {**g.coeffs, BASE: g.scale}.items() if k in wanted}
+            if not (dots or users):
                 continue
             p = weight_gradient(_take(x, g.images), _take(dy, g.images))
             for k in dots:
-                dcoeffs.view(-1)[g.task * count + k] = torch.dot(p.flatten(), deltas[k].to(wide).flatten())
-            for k in ddeltas.keys() & g.coeffs.keys():
-                ddeltas[k] += g.coeffs[k] * p
-            if need_dbase:
-                dbase += g.scale * p
-    return dcoeffs, [ddeltas[k].to(base.dtype) for k in ddeltas_for], dbase.to(base.dtype)
+                dcoeffs.view(-1)[g.task * count + k] = _dot(p, deltas[k])
+            for k, by in users.items():
+                add(k, p, by, owned=len(users) == 1)
+    found = [sums[k].to(base.dtype) if k in sums else torch.zeros_like(base) for k in wanted]
+    found = [gradient.contiguous(memory_format=layout(base)) for gradient in found]
+    return dcoeffs, found[: len(ddeltas_for)], found[-1] if need_dbase else base.new_zeros(0)
+
+
+def _dot(p: Tensor, delta: Tensor) -> Tensor:
+    delta = delta.to(p.dtype).contiguous(memory_format=layout(p))
+    return torch.dot(_as_rows(p).flatten(), _as_rows(delta).flatten())
 
 
 def _data_driven(x: Tensor, index: Index) -> bool:
@@ -287,7 +313,7 @@ def _take(x: Tensor, images: Images) -> Tensor:
         return x
     if isinstance(images, slice):
         return x[images]
-    x = x.contiguous(memory_format=_layout(x))
+    x = x.contiguous(memory_format=layout(x))
     found = torch.index_select(_as_rows(x), 0, images)
     if x.is_contiguous():
         return found.view(-1, *x.shape[1:])
@@ -298,59 +324,12 @@ def _put(y: Tensor, images: slice | Tensor, part: Tensor) -> None:
     if isinstance(images, slice):
         y[images] = part
     else:
-        _as_rows(y).index_copy_(0, images, _as_rows(part.contiguous(memory_format=_layout(y))))
+        _as_rows(y).index_copy_(0, images, _as_rows(part.contiguous(memory_format=layout(y))))
 
 
-class _Scratch(threading.local):
-    """Each thread's buffers for merged weights, by dtype."""
-
-    def __init__(self) -> None:
-        self.weights: dict[torch.dtype, Tensor] = {}
-
-
-_scratch = _Scratch()
-
-
-def _buffer(like: Tensor) -> Tensor:
-    """Memory for a merged weight. A CPU thread keeps its own: fresh pages cost as much as the sum."""
-    if like.device.type != "cpu":
-        return torch.empty_like(like)
-    found: Tensor | None = _scratch.weights.get(like.dtype)
-    if found is None or found.numel() < like.numel():
-        # An inference tensor could never be written to by a later call outside of inference mode.
-        with torch.inference_mode(False):
-            found = _scratch.weights[like.dtype] = like.new_empty(like.numel())
-    if like.is_contiguous(memory_format=_layout(like)):
-        return found.as_strided(like.shape, like.stride())
-    return found[: like.numel()].view(like.shape)
-
-
-def _merged(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dtype) -> Tensor:
-    """The group's weight, summed in ``wide`` and rounded once to the base's dtype; valid until the next one."""
-    scale, terms = group.scale, [(deltas[k], c) for k, c in group.coeffs.items()]
-    if isinstance(scale, Tensor) or scale != 0.0:
-        terms = [(base, scale), *terms]
-    if not terms:
-        return torch.zeros_like(base)
-    if len(terms) == 1 and isinstance(terms[0][1], float) and terms[0][1] == 1.0:
-        return terms[0][0]
-    (first, by), *rest = terms
-    if base.dtype != wide:
-        total = first.to(wide)
-        total = total if isinstance(by, float) and by == 1.0 else total.mul_(by)
-    elif rest and isinstance(by, float) and by == 1.0 and isinstance(c := rest[0][1], float):
-        total = torch.add(first, rest[0][0], alpha=c, out=_buffer(base))
-        rest = rest[1:]
-    else:
-        total = torch.mul(first.to(wide), by, out=_buffer(base))
-    for delta, c in rest:
-        total = total.add_(delta, alpha=c) if isinstance(c, float) else total.addcmul_(delta.to(wide), c)
-    return total.to(base.dtype)
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _summed(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dtype) -> Tensor:
+    """The group's weight."""
+    return _scratch.merged(base, group.scale, [(deltas[k], c) for k, c in group.coeffs.items()], wide)
 
 
 def _per_image(

@@ -84,7 +84,7 @@ class Delta(torch.autograd.Function):
 
         if need_x:
             if call.conv:
-                dx = ops.conv2d_dx(dy, *weight, x.shape[-2:], *call.conv, *index, call.inner, call.algorithm)
+                dx = ops.conv2d_dx(dy, x, *weight, *call.conv, *index, call.inner, call.algorithm)
             else:
                 dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
         wanted = [k for k, need in enumerate(need_deltas) if need]

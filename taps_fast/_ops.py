@@ -77,10 +77,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from . import _ext
-from ._problem import output_size
+from ._problem import layout, output_size
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
@@ -104,7 +103,7 @@ SCHEMAS = {
     "sort_tasks": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, int)",
     "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
-    "conv2d_dx": f"(Tensor dy, {_WEIGHT}, int[2] size, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
+    "conv2d_dx": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
     "conv2d_implicit": f"(Tensor x, {_WEIGHT}, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
     "Tensor? ids, int inner) -> Tensor",
@@ -149,16 +148,18 @@ def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
     return torch.nn.functional.conv2d(x, base, None, stride, padding, dilation, groups)
 
 
-def conv2d_dx(dy: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
-    _, size, stride, padding, dilation, groups, *_ = rest
-    shape = (dy.shape[0], base.shape[1] * groups, *size)
-    dx: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-        shape, base, dy, stride, padding, dilation, groups
-    )
+def conv2d_dx(dy: Tensor, x: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    stride, padding, dilation, groups = rest[3:7]
+    how = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+    dx: Tensor = torch.ops.aten.convolution_backward(dy, x, base, *how)[0]
     return dx
 
 
-conv2d_dw = linear_dw
+def conv2d_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Gradients:
+    dcoeffs, ddeltas, dbase = linear_dw(dy, x, base, deltas, coeffs, *rest)
+    as_base = layout(base)
+    found = [t.contiguous(memory_format=as_base) if t.numel() else t for t in (*ddeltas, dbase)]
+    return dcoeffs, found[:-1], found[-1]
 
 
 def conv2d_implicit(x: Tensor, base: Tensor, *rest: Any) -> Tensor:

@@ -255,6 +255,12 @@ def output_size(
     return [(n + 2 * pad - step * (taps - 1) - 1) // every + 1 for n, taps, every, pad, step in sides]
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """Channels last if x is that and not contiguous as well; else contiguous."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _pair(name: str, argument: str, value: IntPair, least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
     if len(pair) == 1:

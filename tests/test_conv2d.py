@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taps_fast import BackendError, TaskBatch, _aten, _pointwise, delta_conv2d, testing
+from taps_fast import BackendError, TaskBatch, _aten, _pointwise, _scratch, delta_conv2d, testing
 from taps_fast._dispatch import ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
 
@@ -140,10 +140,21 @@ def test_a_merged_weight_goes_into_one_buffer() -> None:
     for _ in range(2):
         for base in weights:
             delta_conv2d(torch.randn(2, 4, 6, 6), base, [base], torch.ones(1))
-        buffer = _aten._scratch.weights[torch.float32]
+        buffer = _scratch._scratch.weights[torch.float32]
         assert buffer.numel() >= max(w.numel() for w in weights)
         assert kept in (None, buffer.data_ptr())
         kept = buffer.data_ptr()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_have_the_layout_of_the_weight(mixed: bool) -> None:
+    """So that autograd keeps them instead of copying; and no two gradients share memory."""
+    x, base, *deltas = (channels_last(6, 4, 3, 3).requires_grad_() for _ in range(4))
+    coeffs = torch.ones(2, 2) if mixed else torch.ones(2)
+    y = delta_conv2d(x, base, deltas, coeffs, padding=1, tasks=[0, 1, 1, -1, 0, 1] if mixed else None)
+    found = torch.autograd.grad(y, (x, base, *deltas), torch.randn_like(y))
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in found)
+    assert len({g.data_ptr() for g in found}) == len(found)
 
 
 def test_training_follows_inference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +162,7 @@ def test_training_follows_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, base = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
     delta = torch.randn_like(base).requires_grad_()
     for first, second in ((True, False), (False, True)):
-        monkeypatch.setattr(_aten, "_scratch", _aten._Scratch())
+        monkeypatch.setattr(_scratch, "_scratch", _scratch._Scratch())
         for inference in (first, second):
             with torch.inference_mode(inference):
                 y = delta_conv2d(x, base, [delta], torch.ones(1))

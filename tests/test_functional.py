@@ -72,7 +72,7 @@ def test_opcheck_conv2d(mixed: bool) -> None:
     ops = torch.ops.taps_fast
     for algorithm in ("merge", "split"):
         torch.library.opcheck(ops.conv2d_fwd, (n.x, *weight, n.bias, *conv, *index, 1, algorithm))
-        torch.library.opcheck(ops.conv2d_dx, (n.dy, *weight, list(n.x.shape[2:]), *conv, *index, 1, algorithm))
+        torch.library.opcheck(ops.conv2d_dx, (n.dy, n.x, *weight, *conv, *index, 1, algorithm))
     torch.library.opcheck(ops.conv2d_dw, (n.dy, n.x, *weight, *conv, *index, 1, [], [0, 1], True, True))
 
 
