@@ -80,7 +80,7 @@ def _written(values: tuple[int, ...], device: torch.device) -> Tensor:
     for first in range(0, len(values), ARGUMENTS):
         some = [_disguise(v) for v in values[first : first + ARGUMENTS]]
         some += [_disguise(0)] * (ARGUMENTS - len(some))
-        write_kernel[(1,)](written[first:], tuple(some), COUNT=ARGUMENTS, num_warps=1)
+        write_kernel[grid(1)](written[first:], tuple(some), COUNT=ARGUMENTS, num_warps=1)
     return written
 
 
@@ -94,6 +94,13 @@ def write_kernel(table_ptr, values, COUNT: tl.constexpr):
     """table[n] = values[n], without the disguise."""
     for n in tl.static_range(COUNT):
         tl.store(table_ptr + n, (values[n] & ((1 << 61) - 1)) >> 4)
+
+
+def grid(programs: int, *sizes: int) -> tuple[int]:
+    """Of one axis, as the others end at 65535 programs; it ends at 2³¹ - 1. ``sizes``: what makes so many."""
+    if programs >= 2**31:
+        raise ValueError(f"triton: sizes must make fewer than 2**31 programs, got {programs} (sizes {sizes})")
+    return (programs,)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

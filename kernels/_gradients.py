@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from . import _configs
-from ._arguments import pointers, table, triton_dtype
+from ._arguments import grid, pointers, table, triton_dtype
 from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
 from ._problem import Rows, Weight
 
@@ -138,7 +138,7 @@ def _dw_by_task(
         "TABLE": weight.pointers.table,
         "OUT_TABLE": into.table,
     }
-    dw_task_kernel[(tiles * (weight.tasks if rows.mixed else splits),)](
+    dw_task_kernel[grid(tiles * (weight.tasks if rows.mixed else splits), O, I, weight.tasks)](
         partial,
         slots,
         into.argument,
@@ -171,7 +171,7 @@ def _dw_by_task(
         **how,
     )
     if splits > 1:
-        dw_splits_kernel[(tiles,)](
+        dw_splits_kernel[grid(tiles, O, I)](
             slots,
             into.argument,
             partial,
@@ -189,7 +189,9 @@ def _dw_by_task(
             **how,
         )
     if dots and wanted:
-        sum_slots_kernel[(wanted,)](dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=plan.pairs > 0, num_warps=4)
+        sum_slots_kernel[grid(wanted, weight.tasks, count)](
+            dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=plan.pairs > 0, num_warps=4
+        )
 
 
 def _dw_shared(
@@ -201,7 +203,7 @@ def _dw_shared(
     config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
     into = pointers(outputs)
     tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
-    dw_shared_kernel[(tiles * len(wanted),)](
+    dw_shared_kernel[grid(tiles * len(wanted), O, I, len(wanted))](
         into.argument,
         dy,
         x,

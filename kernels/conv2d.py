@@ -15,7 +15,7 @@ from torch import Tensor
 from taps_fast._problem import output_size
 
 from . import _configs, linear
-from ._arguments import on_its_device
+from ._arguments import grid, on_its_device
 from ._conv import conv2d_kernel
 from ._problem import Weight
 
@@ -82,7 +82,7 @@ def _launch(
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:
         bias = bias.contiguous()
-    conv2d_kernel[(tiles * splits,)](
+    conv2d_kernel[grid(tiles * splits, N, pixels, O)](
         target,
         x,
         weight.pointers.argument,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import merge
-from ._arguments import pointers
+from ._arguments import grid, pointers
 from ._tiles import pick
 
 BLOCK = 1024
@@ -124,7 +124,7 @@ def fold_grad(
         if programs and own:
             with torch.cuda.device_of(dweight):
                 argument, table = pointers(own)
-                fold_grad_kernel[(programs,)](
+                fold_grad_kernel[grid(programs, *dweight.shape)](
                     partials, dweight, argument, masks[l] if masks else dweight, parts[l] if parts else dweight,
                     dweight.numel(), num_deltas, num_parts, _dtype(dweight), _dtype(coeffs), BLOCK, STEPS,
                     bool(masks), bool(parts), table, maxnreg=REGISTERS,
@@ -142,7 +142,7 @@ def _folded(
     if start.numel():
         with torch.cuda.device_of(start):
             argument, table = pointers(own or [start])
-            fold_kernel[(triton.cdiv(start.numel(), BLOCK),)](
+            fold_kernel[grid(triton.cdiv(start.numel(), BLOCK), *start.shape)](
                 out, start, argument, coeffs[l], masks[l] if masks else start, parts[l] if parts else start,
                 start.numel(), num_deltas, _dtype(start), _dtype(coeffs), BLOCK, bool(masks), bool(parts), product,
                 table, maxnreg=REGISTERS,

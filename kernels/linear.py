@@ -17,7 +17,7 @@ from torch import Tensor
 from taps_fast import _tuned
 
 from . import _configs
-from ._arguments import on_its_device
+from ._arguments import grid, on_its_device
 from ._gradients import linear_dw
 from ._problem import Rows, Weight
 from ._split import split_kernel, sum_splits_kernel
@@ -40,8 +40,12 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"counts rows and features in 31 bits, got {problem.rows} rows and weight {problem.shape}"
     out_tiles, in_tiles = (triton.cdiv(size, 64) for size in problem.shape[:2])
     forward = triton.cdiv(problem.rows, 16) * max(out_tiles, in_tiles)
-    if max(forward, out_tiles * in_tiles * (problem.num_tasks or 1)) >= 2**31:
-        yield f"numbers its programs in 31 bits, got {problem.num_tasks} tasks of weights {problem.shape}"
+    tasks = problem.num_tasks or 1
+    if max(forward, out_tiles * in_tiles * tasks, tasks * problem.num_deltas) >= 2**31:
+        yield (
+            f"numbers its programs in 31 bits, got {problem.rows} rows, {tasks} tasks, {problem.num_deltas} deltas, "
+            f"weight {problem.shape}"
+        )
     if torch.cuda.is_available() and torch.cuda.get_device_properties().major < 8:
         yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch()}"
 
@@ -119,7 +123,7 @@ def _split(
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:
         bias = bias.contiguous()
-    split_kernel[(tiles * splits,)](
+    split_kernel[grid(tiles * splits, M, out_features)](
         target,
         x,
         weight.pointers.argument,
@@ -166,7 +170,7 @@ def sum_splits(
     """y = Σ_s partial[s] + bias; the last axis of y is contiguous, and its others are rows."""
     splits, M, O = partial.shape
     block_m, block_o = min(16, triton.next_power_of_2(M)), 128
-    sum_splits_kernel[(triton.cdiv(M, block_m) * triton.cdiv(O, block_o),)](
+    sum_splits_kernel[grid(triton.cdiv(M, block_m) * triton.cdiv(O, block_o), M, O)](
         y,
         partial,
         bias,

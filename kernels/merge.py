@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._arguments import common_power, on_its_device, table, triton_dtype
+from ._arguments import common_power, grid, on_its_device, table, triton_dtype
 from ._merge import merge_kernel
 from ._problem import Rows, Weight, source_block
 
@@ -48,7 +48,8 @@ def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int 
     bank = weight.sources[0].new_empty(slots, shape[slow], shape[fast])
     block_c = min(triton.next_power_of_2(shape[fast]), BLOCK)
     block_r = BLOCK // block_c
-    merge_kernel[(triton.cdiv(shape[slow], block_r) * triton.cdiv(shape[fast], block_c) * slots,)](
+    programs = triton.cdiv(shape[slow], block_r) * triton.cdiv(shape[fast], block_c) * slots
+    merge_kernel[grid(programs, *shape, slots)](
         bank,
         weight.pointers.argument,
         None,
@@ -92,9 +93,10 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
     blocks = firsts.pop()
     if blocks == 0:
         return out
+    programs = grid(blocks, L, K)  # before the tables are written
     made = list(map(Tensor.data_ptr, out))
     layers = table([*firsts, *map(Tensor.numel, bases), *made], coeffs.device)
-    merge_kernel[(blocks,)](
+    merge_kernel[programs](
         None,
         table(addresses, coeffs.device),
         layers,

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from . import _configs
-from ._arguments import on_its_device
+from ._arguments import grid, on_its_device
 from ._pointwise import scale_shift_kernel, sum_parts_kernel, task_sums_kernel
 
 Ids = Tensor | None
@@ -75,7 +75,7 @@ def _pass(
     outer, width = (N * pixels, C) if last else (N * C, pixels)
     block_e = min(triton.next_power_of_2(width), 512)
     block_r = max(TILE // block_e, 1)
-    scale_shift_kernel[(triton.cdiv(outer, block_r) * triton.cdiv(width, block_e),)](
+    scale_shift_kernel[grid(triton.cdiv(outer, block_r) * triton.cdiv(width, block_e), *x.shape)](
         y,
         x,
         dy,
@@ -145,7 +145,7 @@ def _sums(
     samples = 1 if ids is None else max(ids.shape[0], 1)
     per_sample = max(N // samples, 1)
     mixed = ids is not None
-    task_sums_kernel[(programs * parts,)](
+    task_sums_kernel[grid(programs * parts, *x.shape, tasks)](
         partial[0],
         partial[-1],
         x,
@@ -177,7 +177,7 @@ def _sums(
         maxnreg=255,
     )
     for out, part in zip(results, partial, strict=True):
-        sum_parts_kernel[(triton.cdiv(C, 128) * slots,)](
+        sum_parts_kernel[grid(triton.cdiv(C, 128) * slots, C, tasks)](
             out, part, offsets, N, C, pixels, tasks, per_sample,
             BLOCK_C=128, PARTS=parts, MIXED=mixed, AVERAGE=what != "gradients", num_warps=4,
         )  # fmt: skip

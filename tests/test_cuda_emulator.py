@@ -121,3 +121,9 @@ def test_launches_are_refused_as_a_gpu_does(settings, change, text):
         setattr(settings, name, value)
     with pytest.raises(RuntimeError, match=text):
         emulated.cluster(np.zeros(2, dtype=np.float32), 2, blocks=2)
+
+
+def test_more_blocks_than_a_grid_has_are_refused(settings):
+    with pytest.raises(RuntimeError, match="a grid has fewer than 2\\^31 blocks"):
+        emulated.warp(np.zeros(32, dtype=np.float32), 192, blocks=2**31)
+    assert not settings.launches

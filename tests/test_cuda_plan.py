@@ -90,14 +90,21 @@ def test_task_batch_uses_it_where_it_is_loaded(monkeypatch, settings):
     (
         (torch.zeros(2, 2, dtype=torch.int64), 1, "task_plan: ids must have 1 dimension, got [2, 2]"),
         (torch.zeros(2, dtype=torch.int32), 1, "task_plan: ids must have scalar type 4, got 3"),
-        (torch.zeros(2, dtype=torch.int64), -1, "task_plan: num_tasks must not be negative, got -1"),
-        (torch.zeros(2, dtype=torch.int64), 2**20, "task_plan: plan_kernel did not start: too much shared memory (2 "),
+        (torch.zeros(2, dtype=torch.int64), -1, "task_plan: num_tasks must be 0 to 24000, got -1"),
+        (torch.zeros(2, dtype=torch.int64), 2**40, "task_plan: num_tasks must be 0 to 24000, got 1099511627776"),
     ),
 )
 def test_wrong_arguments_are_errors(ids, num_tasks, text):
     with pytest.raises(RuntimeError) as error:
         torch.ops.taps_fast.task_plan(ids, num_tasks)
     assert text in str(error.value)
+
+
+def test_a_failed_launch_says_what_was_started(settings):
+    settings.refuse = "out of resources"
+    text = r"task_plan: plan_kernel did not start: out of resources \(2 samples, 3 tasks; 1 warps, 148 bytes"
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.taps_fast.task_plan(torch.tensor([0, 2]), 3)
 
 
 def test_shapes_while_tracing():

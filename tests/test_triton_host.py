@@ -1,14 +1,16 @@
-"""What the host code costs a call: no Python is executed for each delta or task, once a layer has run."""
+"""What the host code costs a call: no Python is executed for each delta or task, once a layer has run. What it refuses:
+more programs than a grid can have, before anything is launched."""
 
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from taps_fast.kernels import _arguments, _gradients, coded, conv2d, linear, merge
+from taps_fast.kernels import _arguments, _gradients, coded, conv2d, fold, linear, merge, pointwise
 from triton_shim import DEVICE
 
 from taps_fast.tasks import TaskBatch
@@ -17,14 +19,18 @@ FOLDER = str(Path(linear.__file__).parent)
 
 
 class NoKernel:
+    launches = 0
+
     def __getitem__(self, grid):
+        NoKernel.launches += 1
         return lambda *_, **__: None
 
 
 @pytest.fixture(autouse=True)
 def host_code_alone(monkeypatch):
     """Kernels are not run, and tables of addresses are kept on a CPU too."""
-    for module in (_arguments, _gradients, coded, conv2d, linear, merge):
+    NoKernel.launches = 0
+    for module in (_arguments, _gradients, coded, conv2d, fold, linear, merge, pointwise):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
     kept = _arguments._kept
@@ -88,3 +94,53 @@ def test_no_python_is_executed_for_each_task(name):
     """As many instructions for few tasks as for many, whether their addresses travel as arguments or in a table."""
     for few, many in ((2, 20), (40, 100)):
         assert executed(calls(few)[name]) == executed(calls(many)[name]) > 50
+
+
+def refused_calls():
+    """Each operator on sizes that make 2³¹ programs or more, of tensors without memory."""
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    n, many = 2**23, half(2**31, 1)
+    square, row, column = half(n, n), half(1, n), half(n, 1)
+    index = (None, None, None)
+    groups = tuple(torch.empty(size, dtype=torch.int64, device="meta") for size in (2**31, 2**31, 2**31 + 2))
+    rest = ([], torch.empty(0, device="meta"), None)
+    codes = ([column.char()], None, torch.empty(1, n, device="meta"), [0], *index, 1, "int8")
+    ones = ([1, 1], [0, 0], [1, 1])
+    folded = torch.empty(1, 1, 1, device="meta")
+    return {
+        "scale_shift": lambda: pointwise.scale_shift(square, None, None, *index, 1, "none"),
+        "scale_shift_": lambda: pointwise.scale_shift_(square, None, None, *index, 1, "none"),
+        "scale_shift_dx": lambda: pointwise.scale_shift_dx(square, square, None, None, None, None, *index, 1, "none"),
+        "scale_shift_sums": lambda: pointwise.scale_shift_sums(many, many, None, None, None, *groups, 1, "none"),
+        "moments": lambda: pointwise.moments(many, *groups, 1),
+        "coded_fwd": lambda: coded.coded_fwd(square, column, *codes),
+        "coded_dx": lambda: coded.coded_dx(square, *codes, n),
+        "fold": lambda: fold.fold([square], [square], folded, [], []),
+        "fold with masks": lambda: fold.fold([square], [square], folded, [], [square]),
+        "fold_grad": lambda: fold.fold_grad([square], [square], folded, [], [], True, False),
+        "linear_fwd": lambda: linear.linear_fwd(column, column, *rest, None, *index, 1, "split"),
+        "linear_dx": lambda: linear.linear_dx(column, row, *rest, *index, 1, "split"),
+        "linear_dw": lambda: linear.linear_dw(row, row, square, *rest, *index, 1, [], [], False, True),
+        "merge": lambda: linear.linear_fwd(row, square, *rest, None, *index, 1, "merge"),
+        "conv2d": lambda: conv2d.conv2d_implicit(
+            half(1, 1, 2**13, 2**13), half(2**20, 1, 1, 1), *rest, None, *ones, None, 1
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", refused_calls())
+def test_more_programs_than_a_grid_has_are_refused(name):
+    with pytest.raises(ValueError, match=r"triton: sizes must make fewer than 2\*\*31 programs, got \d{10,} \(sizes "):
+        refused_calls()[name]()
+    assert NoKernel.launches == 0
+
+
+def test_every_launch_asks():
+    """One that makes its grid by itself could ask for more."""
+    source = "".join(path.read_text() for path in sorted(Path(FOLDER).glob("*.py")))
+    launches = re.findall(r"_kernel\[(\w+)", source)
+    assert len(launches) > 12 and set(launches) == {"grid", "programs"}
+    assert source.count("programs = grid(") == launches.count("programs") == 1

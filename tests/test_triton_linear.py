@@ -219,8 +219,9 @@ def test_an_algorithm_it_does_not_have_is_refused():
         ({"dtype": torch.float64}, "float64"),
         ({"rows": 2**31}, "31 bits"),
         ({"shape": (2**31, 8)}, "31 bits"),
-        ({"shape": (2**15, 2**15), "num_tasks": 2**13}, "numbers its programs in 31 bits, got 8192 tasks"),
+        ({"shape": (2**15, 2**15), "num_tasks": 2**13}, "numbers its programs in 31 bits, got 8 rows, 8192 tasks"),
         ({"shape": (2**15, 64), "rows": 2**26}, "numbers its programs in 31 bits"),
+        ({"num_tasks": 2**16, "num_deltas": 2**15}, "65536 tasks, 32768 deltas"),
     ),
 )
 def test_what_kernels_cannot_take_is_refused_with_its_reason(change, reason):

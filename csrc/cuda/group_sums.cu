@@ -143,15 +143,14 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
 template <class T, bool kMoments>
 void start(const SumsProblem& p, void* cuda_stream) {
   const int64_t groups = p.in.groups(), blocks = channel_blocks(p.in) * groups * p.splits;
-  check(blocks < int64_t{1} << 31, "group_sums: tasks x channels must be fewer than 2^31, got ", blocks);
-  const Grid sums{static_cast<int>(blocks), kThreads, 1, 2 * kThreads * int{sizeof(Compute<T>)}};
+  const Grid sums{blocks, kThreads, 1, 2 * kThreads * int{sizeof(Compute<T>)}};
   const auto started = [&](const char* kernel, const Grid& grid, const char* error) {
     check(!error, p.kind == Sums::kMoments ? "moments: " : "scale_shift_sums: ", kernel,
           " did not start: ", error ? error : "", " (", name(p.in.dtype), ", ", p.in.rows, " rows of ", p.in.channels,
           " channels, ", p.in.pixels, " pixels, ", p.in.tasks, " tasks; ", grid.blocks, " blocks)");
   };
   started("group_sums_kernel", sums, launch<group_sums_kernel<T, kMoments>>(sums, p, cuda_stream));
-  const Grid add{static_cast<int>((groups * p.in.channels + kThreads - 1) / kThreads), kThreads, 1, 0};
+  const Grid add{(groups * p.in.channels + kThreads - 1) / kThreads, kThreads, 1, 0};
   started("add_splits_kernel", add, launch<add_splits_kernel<T, kMoments>>(add, p, cuda_stream));
 }
 

@@ -78,11 +78,11 @@ Tensor linear_stream(const Tensor& x, const Tensor& base, const std::vector<Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_plan(const Tensor& ids, int64_t num_tasks) {
   const char* op = "task_plan";
   check(ids.dim() == 1, op, ": ids must have 1 dimension, got ", shape_of(ids));
-  check(num_tasks >= 0, op, ": num_tasks must not be negative, got ", num_tasks);
+  check(0 <= num_tasks && num_tasks <= kMaxTasks, op, ": num_tasks must be 0 to ", kMaxTasks, ", got ", num_tasks);
   Inputs inputs(op, ids);
   PlanProblem p = {};
   p.samples = to_int(op, "samples", ids.size(0));
-  p.tasks = to_int(op, "num_tasks", num_tasks);
+  p.tasks = static_cast<int>(num_tasks);
   p.ids = inputs.integers("ids", ids, p.samples);
   Tensor order = torch::stable::new_empty(ids, {p.samples});
   Tensor offsets = torch::stable::new_empty(ids, {num_tasks + 2});

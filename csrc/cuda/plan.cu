@@ -15,7 +15,8 @@ constexpr int kMaxWarps = 32;
 constexpr int kMaxSharedBytes = 96 * 1024;
 
 /// counts[warp][group], with one more group for lanes beyond the batch; then a word for each warp.
-int shared_bytes(int warps, int tasks) { return (warps * (tasks + 2) + kMaxWarps) * 4; }
+constexpr int shared_bytes(int warps, int tasks) { return (warps * (tasks + 2) + kMaxWarps) * 4; }
+static_assert(shared_bytes(1, kMaxTasks) <= kMaxSharedBytes);
 
 __device__ int group_of(const PlanProblem& p, int sample, bool* bad) {
   if (sample >= p.samples) return p.tasks + 1;

@@ -5,6 +5,9 @@
 
 namespace taps_fast::cuda {
 
+/// Tasks whose counts fit in the shared memory of every chip.
+constexpr int kMaxTasks = 24000;
+
 struct PlanProblem {
   const int64_t* ids;  // [samples], each -1 (the base) or a task
   int64_t* order;      // [samples]: the samples by group; group 0 is the base, group t + 1 is task t

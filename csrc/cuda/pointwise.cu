@@ -62,7 +62,7 @@ void start(PointwiseProblem p, void* cuda_stream) {
   const int64_t most = kMaxUnits / p.units_per_line;
   for (p.first_line = 0; p.first_line < lines; p.first_line += most) {
     p.units = static_cast<uint32_t>(std::min(most, lines - p.first_line)) * p.units_per_line;
-    const Grid grid{static_cast<int>((p.units + kThreads - 1) / kThreads), kThreads, 1, 0};
+    const Grid grid{(p.units + kThreads - 1) / kThreads, kThreads, 1, 0};
     const char* error = p.dy ? launch<pointwise_kernel<T, kCount, true>>(grid, p, cuda_stream)
                              : launch<pointwise_kernel<T, kCount, false>>(grid, p, cuda_stream);
     check(!error, "scale_shift: pointwise_kernel did not start: ", error ? error : "", " (", name(p.in.dtype), ", ",

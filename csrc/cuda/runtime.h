@@ -1,11 +1,14 @@
 // What the host side of a kernel asks of the CUDA runtime, and nothing else of it. The emulator has a twin.
 #pragma once
 
+#include <cstdint>
+
 namespace taps_fast::cuda {
 
 /// A grid of blocks of threads; `cluster` neighbouring blocks can read each other's shared memory.
 struct Grid {
-  int blocks, threads, cluster, shared_bytes;
+  int64_t blocks;
+  int threads, cluster, shared_bytes;
 };
 
 struct Device {
@@ -39,9 +42,8 @@ inline Device current_device() {
   return {processors, capability >= 9};
 }
 
-/// Starts `kernel` on the stream; what went wrong, or null. Never waits.
 template <auto kernel, class Problem>
-const char* launch(const Grid& grid, const Problem& problem, void* stream) {
+const char* launch_grid(const Grid& grid, const Problem& problem, void* stream) {
   const int index = current_device_index();
   // More than 48 KB of shared memory is asked for once, for each kernel on each device.
   static std::atomic<uint64_t> allowed{0};
@@ -57,7 +59,7 @@ const char* launch(const Grid& grid, const Problem& problem, void* stream) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.blocks);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
@@ -70,3 +72,14 @@ const char* launch(const Grid& grid, const Problem& problem, void* stream) {
 }  // namespace taps_fast::cuda
 
 #endif
+
+namespace taps_fast::cuda {
+
+/// Starts `kernel` on the stream; what went wrong, or null. Never waits.
+template <auto kernel, class Problem>
+const char* launch(const Grid& grid, const Problem& problem, void* stream) {
+  if (grid.blocks >= int64_t{1} << 31) return "a grid has fewer than 2^31 blocks";
+  return launch_grid<kernel>(grid, problem, stream);
+}
+
+}  // namespace taps_fast::cuda

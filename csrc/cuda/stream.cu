@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
 
 /// Blocks that share one tile's in features: more where the tiles alone leave processors idle, as long as each warp
 /// keeps two steps of a source.
-int choose_cluster(const Device& device, int tiles, int pieces) {
+int choose_cluster(const Device& device, int64_t tiles, int pieces) {
   int cluster = 1;
   while (device.has_clusters && cluster < kMaxCluster && 2 * cluster * tiles <= 2 * device.processors &&
          2 * cluster * kWarps * 2 <= pieces)
@@ -212,7 +212,7 @@ bool is_aligned(const StreamProblem& p) {
 
 template <class T, int kTiles>
 void start(StreamProblem& p, void* cuda_stream) {
-  const int tiles = (p.out_features + kOutputs - 1) / kOutputs;
+  const int64_t tiles = (p.out_features + kOutputs - 1) / kOutputs;
   p.row_blocks = (p.rows + 8 * kTiles - 1) / (8 * kTiles);
   p.cluster = choose_cluster(current_device(), tiles * p.row_blocks, p.in_features * sizeof(T) / kStepBytes);
   const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<kTiles>::bytes(p.num_sources)};

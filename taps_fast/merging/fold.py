@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._problem import DTYPES
+
 ops = torch.ops.taps_fast
 
 
@@ -39,7 +41,7 @@ def fold(
         L new contiguous tensors.
 
     Raises:
-        ValueError: shapes, counts or values of parts that do not fit, deltas that require a gradient.
+        ValueError: shapes, counts, devices or values of parts that do not fit, deltas that require a gradient.
         TypeError: dtypes that do not.
 
     Cost: each base and delta is read once and each weight written once; the backward reads each delta once, for all
@@ -149,8 +151,9 @@ def _check(
         if given is not None and len(given) != len(bases):
             raise ValueError(f"fold: {name} must be one for each of {len(bases)} bases, got {len(given)}")
     dtype = bases[0].dtype if bases else torch.float32
-    if not dtype.is_floating_point:
-        raise TypeError(f"fold: bases must be floating, got {dtype}")
+    device = bases[0].device if bases else None
+    if dtype not in DTYPES:
+        raise TypeError(f"fold: bases must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     mask_dtype = masks[0].dtype if masks else dtype
     if mask_dtype not in (torch.bool, dtype):
         raise TypeError(f"fold: masks must be torch.bool or {dtype} (bases), got {mask_dtype}")
@@ -171,5 +174,7 @@ def _check(
                 )
             if tensor.dtype != wanted:
                 raise TypeError(f"fold: {name}[{l}] must be {wanted}, got {tensor.dtype} (bases[0] {dtype})")
+            if tensor.device != device:
+                raise ValueError(f"fold: {name}[{l}] must be on {device} as bases[0] is, got {tensor.device}")
         if parts and parts[l].numel() and int(parts[l].max()) >= num_parts:
             raise ValueError(f"fold: parts[{l}] must be below {num_parts}, got {int(parts[l].max())}")

@@ -17,10 +17,10 @@ template <auto kernel>
 void probe(py::module_& m, const char* name) {
   m.def(
       name,
-      [](const Floats& in, int size_out, int threads, int blocks) {
+      [](const Floats& in, int size_out, int threads, int64_t blocks) {
         Floats out(size_out);
         const Probe p{in.data(), static_cast<int>(in.size()), out.mutable_data(), size_out};
-        const char* error = launch<kernel>(Grid{blocks, threads, blocks, 2048}, p, nullptr);
+        const char* error = launch<kernel>(Grid{blocks, threads, static_cast<int>(blocks), 2048}, p, nullptr);
         if (error) throw std::runtime_error(error);
         return out;
       },
