@@ -3,6 +3,7 @@
 * ``merge``: each distinct weight is summed (in float32, rounded once) and convolved with its images. Tasks
   without an open delta share the base, so their images run as one convolution. A baked task's delta is its weight
   and is summed with nothing. On a CPU sums go into one buffer a thread, as large as the largest layer.
+  Depthwise weights are small: each image takes its own, and the batch is the groups of one convolution.
 * ``split``: the base for all images, then each delta for the images that use it, summed in float32.
 
 Which images share a weight is read on the host. On a CPU that is free; on another device it would stall the
@@ -15,29 +16,17 @@ Both forward and dx are linear in the images and in the weight, so one function 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _scratch
+from . import _images, _scratch
 from ._problem import layout
 from ._scratch import Scalar
-from .tasks import BASE, Index, sample_of_row
+from .tasks import BASE, Index
 
 Conv = tuple[list[int], list[int], list[int], int]
-Images = slice | Tensor | None
-"""Which images: adjacent ones, int64 indices, or None for all."""
-
-
-class Group(NamedTuple):
-    """Images that share one weight, ``scale·base + Σ coeffs[k]·deltas[k]``."""
-
-    images: Images
-    task: int
-    scale: Scalar
-    coeffs: dict[int, Scalar]
 
 
 def conv2d_fwd(
@@ -59,22 +48,24 @@ def conv2d_fwd(
 ) -> Tensor:
     shared = bias if bias is not None and bias.dim() == 1 else None
 
-    def convolve(images: Tensor, weight: Tensor) -> Tensor:
+    def convolve(images: Tensor, weight: Tensor, times: int = 1) -> Tensor:
         # The split sum is formed in float32, its bias added once.
-        return F.conv2d(images, weight, shared if merged else None, stride, padding, dilation, groups)
+        added = shared.repeat(times) if merged and shared is not None else None
+        return F.conv2d(images, weight, added, stride, padding, dilation, groups * times)
 
     index = (ids, order, offsets)
     merged = algorithm != "split" and not _data_driven(x, index)
     y = None
     if algorithm == "depthwise":
-        parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
+        parts = _images.groups(coeffs, base_coeffs, index, inner, x, join=True)
         if parts[0].images is None:  # one weight serves all, which the vendor does as well
             y = convolve(x, _summed(base, deltas, parts[0], coeffs.dtype))
         else:
             y = _depthwise(x, base, deltas, coeffs.dtype, parts, (stride, padding, dilation))
             merged = False
     if y is None:
-        y = _apply(convolve, x, base, deltas, coeffs, base_coeffs, index, inner, merged)
+        joined = _as_groups(base, groups, x)
+        y = _apply(convolve, x, base, deltas, coeffs, base_coeffs, index, inner, merged, joined)
     if bias is None or (merged and bias.dim() == 1):
         return y.to(x.dtype)
     tables = index if bias.dim() == 2 else (None, None, None)
@@ -101,13 +92,17 @@ def conv2d_dx(
 ) -> Tensor:
     conv = (stride, padding, dilation, groups)
 
-    def back(d: Tensor, weight: Tensor) -> Tensor:
-        like = x[: d.shape[0]]  # only its shape and layout count
-        return _gradient(d, like if like.dtype == d.dtype else torch.empty_like(like, dtype=d.dtype), weight, conv, 0)
+    def back(d: Tensor, weight: Tensor, times: int = 1) -> Tensor:
+        like = x[: d.shape[0] * times]  # only its shape and layout count
+        like = like if like.dtype == d.dtype else torch.empty_like(like, dtype=d.dtype)
+        if times > 1:
+            like = _side_by_side(like)
+        return _gradient(d, like, weight, (*conv[:3], groups * times), 0)
 
     index = (ids, order, offsets)
     merged = algorithm != "split" and not _data_driven(dy, index)
-    return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged).to(dy.dtype)
+    joined = _as_groups(base, groups, x, dy)
+    return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged, joined).to(dy.dtype)
 
 
 def _gradient(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, which: int) -> Tensor:
@@ -125,31 +120,50 @@ def _depthwise(
     base: Tensor,
     deltas: Sequence[Tensor],
     wide: torch.dtype,
-    parts: list[Group],
+    parts: list[_images.Group],
     conv: tuple[list[int], ...],
 ) -> Tensor:
     """Every image with its own small weight in one pass: nothing is gathered."""
+    weights, table = _small_weights(x, base, deltas, wide, parts)
+    channels_last = weights.flatten(2).transpose(1, 2).contiguous()  # [parts, taps, C]
+    pixels = x.movedim(1, -1).contiguous()
+    y: Tensor = torch.ops.taps_fast.depthwise(pixels, channels_last, table, base.shape[2:], *conv)
+    return y.movedim(-1, 1)
+
+
+def _small_weights(
+    x: Tensor, base: Tensor, deltas: Sequence[Tensor], wide: torch.dtype, parts: list[_images.Group]
+) -> tuple[Tensor, Tensor]:
+    """The weights of all parts, [parts, *base.shape] in ``wide``, and which of them each image has, int64 [N]."""
     table = torch.empty(x.shape[0], dtype=torch.int64)
-    weights = base.new_empty(len(parts), base[0].numel(), base.shape[0], dtype=wide)
+    weights = torch.empty(len(parts), *base.shape, dtype=wide)
     # One delta each, as in TAPS, is summed for all tasks at once; it is small, so calls cost more than the sums.
     parts = sorted(parts, key=lambda group: len(group.coeffs) != 1)
     single = [group for group in parts if len(group.coeffs) == 1]
     if single:
         chosen, by = zip(*(next(iter(group.coeffs.items())) for group in single), strict=True)
-        column = torch.tensor([by, [group.scale for group in single]], dtype=wide)[:, :, None, None]
-        filters = torch.stack([deltas[k] for k in chosen]).flatten(2).to(wide).mul_(column[0])
-        filters.addcmul_(base.flatten(1).to(wide)[None], column[1])
-        weights[: len(single)] = filters.transpose(1, 2)
+        column = torch.tensor([by, [group.scale for group in single]], dtype=wide)[:, :, None, None, None, None]
+        torch.stack([deltas[k].to(wide) for k in chosen], out=weights[: len(single)])
+        weights[: len(single)].mul_(column[0]).addcmul_(base.to(wide)[None], column[1])
     for place, group in enumerate(parts):
         table[group.images] = place
         if place >= len(single):
-            weights[place] = _summed(base.to(wide), deltas, group, wide).flatten(1).t()
-    y: Tensor = torch.ops.taps_fast.depthwise(x.movedim(1, -1).contiguous(), weights, table, base.shape[2:], *conv)
-    return y.movedim(-1, 1)
+            weights[place] = _summed(base.to(wide), deltas, group, wide)
+    return weights, table
+
+
+def _as_groups(base: Tensor, groups: int, *images: Tensor) -> bool:
+    """Whether a mixed batch runs as the groups of one convolution: depthwise, on images laid out channel by channel."""
+    return base.shape[1] == 1 and groups > 1 and all(x.is_contiguous() for x in images)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """[1, N·C, H, W]: every image's channels as those of one image."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
 def _apply(
-    product: Callable[[Tensor, Tensor], Tensor],
+    product: Callable[..., Tensor],
     x: Tensor,
     base: Tensor,
     deltas: Sequence[Tensor],
@@ -158,23 +172,31 @@ def _apply(
     index: Index,
     inner: int,
     merged: bool,
+    joined: bool,
 ) -> Tensor:
-    """product(images, their weight) for all images; of split sums, in the coefficients' dtype."""
+    """product(images, their weight) for all images; of split sums, in the coefficients' dtype.
+
+    ``joined``: of several weights, as one product(images side by side, a weight for each, number of images).
+    """
     if merged:
-        parts = _groups(coeffs, base_coeffs, index, inner, x, join=True)
-        y: Tensor | None = None
+        parts = _images.groups(coeffs, base_coeffs, index, inner, x, join=True)
+        if joined and len(parts) > 1:
+            weights, table = _small_weights(x, base, deltas, coeffs.dtype, parts)
+            y = product(_side_by_side(x), weights.to(base.dtype)[table].flatten(0, 1), x.shape[0])
+            return y.view(x.shape[0], -1, *y.shape[2:])
+        whole: Tensor | None = None
         for group in parts:
-            part = product(_take(x, group.images), _summed(base, deltas, group, coeffs.dtype))
+            part = product(_images.take(x, group.images), _summed(base, deltas, group, coeffs.dtype))
             if group.images is None:
                 return part
-            if y is None:
+            if whole is None:
                 size, as_part = (x.shape[0], *part.shape[1:]), layout(part)
-                y = torch.empty(size, dtype=part.dtype, device=x.device, memory_format=as_part)
-            _put(y, group.images, part)
-        assert y is not None  # there is always a group
-        return y
+                whole = torch.empty(size, dtype=part.dtype, device=x.device, memory_format=as_part)
+            _images.put(whole, group.images, part)
+        assert whole is not None  # there is always a group
+        return whole
     wide = x.to(coeffs.dtype)
-    scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
+    scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
     y = _times(product(wide, base.to(wide.dtype)), scale)
     as_base = layout(y)
     for k, (column, chosen) in columns.items():
@@ -223,14 +245,14 @@ def conv2d_dw(
             sums[k] = p.mul_(by) if owned else p * by
 
     if _data_driven(x, index):
-        scale, columns = _per_image(coeffs, base_coeffs, index, inner, x)
+        scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
         for k, (column, _) in columns.items():
             if k in wanted:
                 add(k, weight_gradient(x, _times(dy.to(wide), column)), 1.0)
             if need_dcoeffs:
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 member = (
-                    _task_of_image(coeffs, ids, inner, x)[None]
+                    _images.task_of_image(coeffs, ids, inner, x)[None]
                     == torch.arange(coeffs.shape[0], device=x.device)[:, None]
                 )
                 dcoeffs[:, k] = member.to(wide) @ along
@@ -239,13 +261,23 @@ def conv2d_dw(
     else:
         count = len(deltas)
         asked = set(pairs)
-        for g in _groups(coeffs, base_coeffs, index, inner, x, join=False):
+        parts = _images.groups(coeffs, base_coeffs, index, inner, x, join=False)
+        of_images: Tensor | None = None
+        if len(parts) > 1 and _as_groups(base, groups, x, dy):
+            every = base.new_empty((x.shape[0] * base.shape[0], *base.shape[1:]), dtype=wide)  # its shape counts
+            ways = (*conv[:3], groups * x.shape[0])
+            of_images = _gradient(_side_by_side(dy.to(wide)), _side_by_side(x.to(wide)), every, ways, 1)
+            of_images = of_images.view(x.shape[0], *base.shape)
+        for g in parts:
             of_task = [k for k in range(count) if not asked or g.task * count + k in asked]
             dots = of_task if need_dcoeffs and g.task >= 0 else []
             users = {k: by for k, by in {**g.coeffs, BASE: g.scale}.items() if k in wanted}
             if not (dots or users):
                 continue
-            p = weight_gradient(_take(x, g.images), _take(dy, g.images))
+            if of_images is None:
+                p = weight_gradient(_images.take(x, g.images), _images.take(dy, g.images))
+            else:
+                p = of_images[g.images].sum(0)
             for k in dots:
                 dcoeffs.view(-1)[g.task * count + k] = _dot(p, deltas[k])
             for k, by in users.items():
@@ -257,7 +289,7 @@ def conv2d_dw(
 
 def _dot(p: Tensor, delta: Tensor) -> Tensor:
     delta = delta.to(p.dtype).contiguous(memory_format=layout(p))
-    return torch.dot(_as_rows(p).flatten(), _as_rows(delta).flatten())
+    return torch.dot(_images.as_rows(p).flatten(), _images.as_rows(delta).flatten())
 
 
 def _data_driven(x: Tensor, index: Index) -> bool:
@@ -265,103 +297,9 @@ def _data_driven(x: Tensor, index: Index) -> bool:
     return index[0] is not None and x.device.type != "cpu"
 
 
-def _groups(
-    coeffs: Tensor, base_coeffs: Tensor | None, index: Index, inner: int, x: Tensor, *, join: bool
-) -> list[Group]:
-    """One group for each task present; with ``join``, one for each distinct weight, and never none at all."""
-    ids, order, offsets = index
-    if ids is None or order is None or offsets is None:
-        scale = 1.0 if base_coeffs is None else base_coeffs[0]
-        values: Sequence[Scalar] = coeffs.tolist() if coeffs.device.type == "cpu" else list(coeffs.unbind())
-        used = {k: c for k, c in enumerate(values) if isinstance(c, Tensor) or c != 0.0}
-        return [Group(None, 0, scale, used)]
-    edges, table = offsets.tolist(), coeffs.tolist()
-    scales = [1.0] * len(table) if base_coeffs is None else base_coeffs.tolist()
-    found: dict[tuple[object, ...], list[int]] = {}
-    weights: dict[tuple[object, ...], tuple[int, float, dict[int, Scalar]]] = {}
-    for task in range(-1, len(edges) - 2):
-        start, stop = edges[task + 1], edges[task + 2]
-        if start == stop:
-            continue
-        used = {} if task < 0 else {k: c for k, c in enumerate(table[task]) if c != 0.0}
-        scale = 1.0 if task < 0 else scales[task]
-        key: tuple[object, ...] = (scale, *used.items()) if join else (task,)
-        found.setdefault(key, []).extend(range(start, stop))
-        weights[key] = (task, scale, used)
-    if len(found) <= 1 and join:
-        task, scale, used = next(iter(weights.values()), (-1, 1.0, {}))
-        return [Group(None, task, scale, used)]
-    return [Group(_images(order, where, inner), *weights[key]) for key, where in found.items()]
-
-
-def _images(order: Tensor, where: list[int], inner: int) -> Images:
-    """The images of samples at these places of the order; a slice where they are adjacent, which copies nothing."""
-    every = order.tolist()
-    samples = sorted(every[place] for place in where)
-    if samples[-1] - samples[0] == len(samples) - 1:
-        return slice(samples[0] * inner, (samples[-1] + 1) * inner)
-    return (torch.tensor(samples)[:, None] * inner + torch.arange(inner)).flatten()
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[N, elements] over x's memory, an image a row."""
-    return (x if x.is_contiguous() else x.movedim(1, -1)).view(x.shape[0], -1)
-
-
-def _take(x: Tensor, images: Images) -> Tensor:
-    if images is None:
-        return x
-    if isinstance(images, slice):
-        return x[images]
-    x = x.contiguous(memory_format=layout(x))
-    found = torch.index_select(_as_rows(x), 0, images)
-    if x.is_contiguous():
-        return found.view(-1, *x.shape[1:])
-    return found.view(-1, *x.shape[2:], x.shape[1]).movedim(-1, 1)
-
-
-def _put(y: Tensor, images: slice | Tensor, part: Tensor) -> None:
-    if isinstance(images, slice):
-        y[images] = part
-    else:
-        _as_rows(y).index_copy_(0, images, _as_rows(part.contiguous(memory_format=layout(y))))
-
-
-def _summed(base: Tensor, deltas: Sequence[Tensor], group: Group, wide: torch.dtype) -> Tensor:
+def _summed(base: Tensor, deltas: Sequence[Tensor], group: _images.Group, wide: torch.dtype) -> Tensor:
     """The group's weight."""
     return _scratch.merged(base, group.scale, [(deltas[k], c) for k, c in group.coeffs.items()], wide)
-
-
-def _per_image(
-    coeffs: Tensor, base_coeffs: Tensor | None, index: Index, inner: int, x: Tensor
-) -> tuple[Scalar | Tensor, dict[int, tuple[Tensor, Tensor | None]]]:
-    """What multiplies the base of each image, and for each delta its column [N] and the images that use it."""
-    ids = index[0]
-    if ids is None:
-        scale = 1.0 if base_coeffs is None else base_coeffs[0].expand(x.shape[0])
-        table = coeffs[None].expand(x.shape[0], -1)
-    else:
-        task = _task_of_image(coeffs, ids, inner, x)
-        ones = coeffs.new_ones(coeffs.shape[0]) if base_coeffs is None else base_coeffs
-        scale = torch.cat([ones, coeffs.new_ones(1)])[task]
-        table = torch.cat([coeffs, coeffs.new_zeros(1, coeffs.shape[1])])[task]
-    columns: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for k, column in enumerate(table.unbind(1)):
-        chosen = None
-        if x.device.type == "cpu":
-            chosen = column.nonzero().squeeze(1)
-            if chosen.numel() == 0:
-                continue
-        columns[k] = (column, chosen)
-    return scale, columns
-
-
-def _task_of_image(coeffs: Tensor, ids: Tensor | None, inner: int, x: Tensor) -> Tensor:
-    """int64 [N]: each image's row of a [T + 1, …] table, the base's being the last."""
-    if ids is None or ids.shape[0] == 0:
-        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    sample = sample_of_row(x.shape[0], ids.shape[0], inner, x.device)
-    return torch.remainder(ids[sample], coeffs.shape[0] + 1)
 
 
 def _pick(x: Tensor, chosen: Tensor | None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +85,35 @@ DEPTHWISE = [
     )
     for case in testing.channels_last_cases(shape, conv, FLOATS)
 ]
+
+
+BY_CHANNEL = [
+    replace(case, channels_last=False)
+    for shape, conv in (((6, 1, 3, 3), dict(groups=6, padding=1)), ((6, 1, 2, 3), dict(groups=3, stride=2)))
+    for case in testing.channels_last_cases(shape, conv, FLOATS)
+]
+
+
+@pytest.mark.parametrize("case", BY_CHANNEL, ids=str)
+def test_depthwise_by_channel(case: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixed batch is one convolution of as many groups, forwards and backwards."""
+    calls = collections.Counter[str]()
+    for name in ("conv2d", "_gradient"):
+        owner = _aten.F if name == "conv2d" else _aten
+        monkeypatch.setattr(owner, name, _counted(getattr(owner, name), calls, name))
+    testing.assert_close_to_oracle(case, "aten", "merge")
+    inputs = testing.make_inputs(case)
+    calls.clear()
+    testing.run(inputs, testing.ours("aten", "merge"))
+    assert calls == {"conv2d": 1, "_gradient": 2}
+
+
+def _counted(function: Callable[..., Any], calls: collections.Counter[str], name: str) -> Callable[..., Any]:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return counting
 
 
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)

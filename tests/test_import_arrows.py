@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "tasks": {"_ext"},
     # All but the first two when an operator first runs.
     "_ops": {"_ext", "_problem", "_aten", "_coded", "_fold", "_pointwise", "kernels"},
-    "_aten": {"_problem", "_scratch", "tasks"},
+    "_aten": {"_images", "_problem", "_scratch", "tasks"},
+    "_images": {"_problem", "_scratch", "tasks"},
     "_scratch": {"_problem"},
     "_fold": set(),
     "_pointwise": {"tasks"},
