@@ -2,11 +2,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "cpu/workspace.h"
 #include "norm_call.h"
 
 namespace taps_fast {
@@ -17,6 +18,7 @@ using namespace cpu;
 constexpr int64_t kItemElements = 1 << 14;   // of a pointwise item: 64 KiB of float32
 constexpr int64_t kSpanElements = 1 << 18;   // of a span, whose sums are kept for the end
 constexpr int64_t kChannelsPerItem = 64;
+constexpr int64_t kLine = 64;                // bytes of a cache line
 
 Activation read_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;
@@ -170,15 +172,12 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, c
   return run_sums(x, p, true);
 }
 
-/// Memory for the tables of a call; allocated after its result, which then finds the block that the last one left.
-class Tables {
- public:
-  explicit Tables(int64_t bytes) : data_(new char[bytes]) {}
-  char* at(int64_t byte) { return data_.get() + byte; }
-
- private:
-  std::unique_ptr<char[]> data_;
-};
+/// Where a call's two tables of `bytes` each lie, on whole cache lines: a load that crosses one takes twice as long.
+std::pair<char*, char*> tables_of(int64_t bytes) {
+  const int64_t lines = (bytes + kLine - 1) / kLine * kLine;
+  char* memory = static_cast<char*>(workspace(2 * lines));
+  return {memory, memory + lines};
+}
 
 using Tensors = std::vector<Tensor>;
 
@@ -198,8 +197,7 @@ Tensor batch_norm_eval(const Tensor& x, const Tensors& weight, const Tensors& bi
   for (int64_t g = 0; member.offsets && g < tables; g++)
     if (member.offsets[g] == member.offsets[g + 1]) means[task_row(member, g)] = nullptr;
   Tensor out = call.like_x();
-  const int64_t half = tables * channels * compute_size(call.rows.dtype);
-  Tables memory(2 * half);
+  const auto [scale, shift] = tables_of(tables * channels * compute_size(call.rows.dtype));
   const NormTables n{call.rows.dtype == DType::kFloat64,
                      tables,
                      channels,
@@ -208,21 +206,13 @@ Tensor batch_norm_eval(const Tensor& x, const Tensors& weight, const Tensors& bi
                      means.data(),
                      variances.data(),
                      eps.data(),
-                     memory.at(0),
-                     memory.at(half),
+                     scale,
+                     shift,
                      std::max<int64_t>(1, kItemElements / std::max<int64_t>(channels, 1))};
   run_items(n, norm_kernels().norm_tables);
   const int64_t stride = member.offsets ? channels : 0;
-  Pointwise p{call.rows,
-              Activation::kNone,
-              call.elements("x", x),
-              nullptr,
-              out.mutable_data_ptr(),
-              {memory.at(0), stride},
-              {memory.at(half), stride},
-              {nullptr, 0},
-              {nullptr, 0},
-              0};
+  Pointwise p{call.rows,       Activation::kNone, call.elements("x", x), nullptr,      out.mutable_data_ptr(),
+              {scale, stride}, {shift, stride},   {nullptr, 0},          {nullptr, 0}, 0};
   run_pointwise(p);
   return out;
 }
@@ -245,8 +235,8 @@ void normalise_channels_last(NormCall& call, const Tensor& x, const std::vector<
   const auto [found_mean, found_variance] = run_sums(x, sums, true);
   const C *means = static_cast<const C*>(found_mean.const_data_ptr()),
           *variances = static_cast<const C*>(found_variance.const_data_ptr());
-  Tables memory(2 * images * channels * sizeof(C));
-  C *scale = reinterpret_cast<C*>(memory.at(0)), *shift = scale + images * channels;
+  const auto [first_table, second_table] = tables_of(images * channels * sizeof(C));
+  C *scale = reinterpret_cast<C*>(first_table), *shift = reinterpret_cast<C*>(second_table);
   for (int64_t n = 0; n < images; n++) {
     const int64_t table = table_row(call.rows.member, n * (call.rows.rows / images));
     const C *w = weight.empty() ? nullptr : static_cast<const C*>(weight[table]),
