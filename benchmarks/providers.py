@@ -18,7 +18,7 @@ from torch import Tensor
 
 import taps_fast
 from taps_fast._dispatch import TABLE, Choice, _Row, reasons_against, select
-from taps_fast._problem import Problem, output_size
+from taps_fast._problem import Problem, output_size, row_taps
 
 from .layers import LayerProblem
 from .workloads import LAYERS, Workload, unknown
@@ -156,8 +156,11 @@ def _described(workload: Workload, device: str) -> Problem:
     if workload.op != "conv2d":
         return problem
     conv = dict(layer.conv)
-    pixels = output_size(layer.size, layer.shape[2:], [conv["stride"]] * 2, [conv["padding"]] * 2, [1, 1])
-    return problem._replace(groups=conv["groups"], pixels=math.prod(pixels), channels_last=layer.channels_last)
+    stride, padding, dilation = ([size] * 2 for size in (conv["stride"], conv["padding"], 1))
+    pixels = output_size(layer.size, layer.shape[2:], stride, padding, dilation)
+    last = layer.channels_last
+    taps = row_taps(layer.shape, padding, dilation, conv["groups"], last, last)
+    return problem._replace(groups=conv["groups"], pixels=math.prod(pixels), channels_last=last, row_taps=taps)
 
 
 def _explicit(row: _Row) -> Callable[[Workload, str], str | None]:

@@ -47,15 +47,18 @@ def _aten(problem: Problem) -> Iterator[str]:
 def _linear(problem: Problem) -> Iterator[str]:
     if problem.op != "conv2d":
         yield "serves convolutions only"
-    elif not problem.pixel_rows:
-        yield "needs a 1 x 1 convolution without groups and padding, on channels last, whose pixels are rows"
+    elif not problem.row_taps:
+        yield (
+            "needs a convolution whose pixels or patches are rows: without groups, x on channels last, and 1 x 1 "
+            "without padding or, with base on channels last too, undilated"
+        )
     elif select(as_rows(problem)).backend == "reference":
         yield "has no kernels for the rows: delta_linear would run by the reference"
 
 
 def as_rows(problem: Problem) -> Problem:
-    """The linear problem that a convolution with ``pixel_rows`` is, of one pixel an image."""
-    return problem._replace(op="linear", shape=problem.shape[:2], pixel_rows=False)
+    """The linear problem that a convolution with ``row_taps`` is, of one pixel an image."""
+    return problem._replace(op="linear", shape=(problem.shape[0], math.prod(problem.shape[1:])), row_taps=0)
 
 
 STREAM_ROWS = 16
@@ -121,7 +124,7 @@ def _small_images(problem: Problem) -> bool:
 
     A task in the batch has at least an image.
     """
-    if not _mixed(problem) or problem.pixel_rows or not problem.channels_last:
+    if not _mixed(problem) or problem.row_taps == 1 or not problem.channels_last:
         return False
     if problem.shape[1] * problem.dtype.itemsize % 16:
         return False
@@ -156,11 +159,30 @@ map wins; with more, it loses by packing the weight for each call.
 """
 
 
+PATCH_ROWS, PATCH_WEIGHTS, PATCH_BYTES = 256, 1 << 18, 1 << 26
+"""Where the patches of a mixed batch are copied into rows on a CPU: up to so many rows for the base and for each delta,
+from so many weights, and while the copy is no larger.
+
+The vendor's convolution packs a weight for each call, whose few pixels do not pay for it; the sum of a base and deltas
+is packed here anyway. Measured as `ROWS_WEIGHTS` is.
+"""
+
+
+def _patches_pay(problem: Problem) -> bool:
+    if problem.device != "cpu" or problem.grad or not _mixed(problem):
+        return False
+    pixels, weights = problem.rows * problem.pixels, math.prod(problem.shape)
+    copied = pixels * weights // problem.shape[0] * problem.dtype.itemsize
+    return pixels <= PATCH_ROWS * (1 + problem.num_deltas) and weights >= PATCH_WEIGHTS and copied <= PATCH_BYTES
+
+
 def _mixed(problem: Problem) -> bool:
     return problem.num_tasks is not None and problem.num_deltas > 0
 
 
 def _pixels_pay(problem: Problem) -> bool:
+    if problem.row_taps > 1:
+        return _patches_pay(problem)
     return math.prod(problem.shape) >= ROWS_WEIGHTS[0 if _mixed(problem) else 1]
 
 
@@ -194,7 +216,7 @@ TABLE = (
     _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
     _Row("triton", "split", _few_rows, _split_why),
     _Row("triton", "merge", lambda p: True, _merge_why, _scratch),
-    _Row("linear", "rows", _pixels_pay, "pixels are rows of delta_linear: every task in one product, nothing gathered"),
+    _Row("linear", "rows", _pixels_pay, "pixels or their patches are rows of delta_linear: every task in one product"),
     _Row(
         "aten",
         "merge",

@@ -6,6 +6,7 @@ Nothing here reads the value of a tensor. Messages have one form:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,9 +37,8 @@ class Problem(NamedTuple):
     """T, or None when one weight serves all rows."""
     grad: bool
     groups: int = 1
-    pixel_rows: bool = False
-    """Whether each output pixel is a product with one input pixel, which lies in memory as a row: a convolution
-    1 x 1, without groups and padding, on channels last."""
+    row_taps: int = 0
+    """As `row_taps` says."""
     depthwise: bool = False
     """Whether every channel is a group of its own, in and out, on channels last."""
     pixels: int = 1
@@ -253,6 +253,22 @@ def output_size(
     """Height and width of a convolution's result."""
     sides = zip(size, kernel, stride, padding, dilation, strict=True)
     return [(n + 2 * pad - step * (taps - 1) - 1) // every + 1 for n, taps, every, pad, step in sides]
+
+
+def row_taps(
+    shape: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, images_last: bool, last: bool
+) -> int:
+    """How many input pixels make the row that an output pixel of a convolution is a product with; 0: none do.
+
+    One, where it lies in memory as it is: 1 x 1, without groups and padding, on channels last (``images_last``). More
+    are copied side by side, if weights lie so too (``last``) and nothing is dilated.
+    """
+    taps = math.prod(shape[2:])
+    if groups != 1 or not images_last:
+        return 0
+    if taps == 1:
+        return int(not any(padding))
+    return taps if last and max(dilation) == 1 else 0
 
 
 def layout(x: Tensor) -> torch.memory_format:

@@ -144,11 +144,11 @@ def delta_conv2d(
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
-        backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": a 1 × 1 convolution on channels last
-            is `delta_linear` on its pixels), "aten" ("merge": kernel summed into scratch, vendor convolution; "split":
-            base convolution for all images, then one for each open delta), "triton" ("split", in inference: each
-            image with its own task's deltas in one kernel, fastest on channels last) or "reference" ("split",
-            "blend"); default: what is fastest.
+        backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": on channels last a convolution is
+            `delta_linear` on its pixels if it is 1 × 1, else on a copy of their patches), "aten" ("merge": kernel summed
+            into scratch, vendor convolution; "split": base convolution for all images, then one for each open delta),
+            "triton" ("split", in inference: each image with its own task's deltas in one kernel, fastest on channels
+            last) or "reference" ("split", "blend"); default: what is fastest.
 
     Returns:
         y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.
@@ -158,7 +158,7 @@ def delta_conv2d(
 
     Cost: one vendor convolution for each distinct weight in the batch; of a mixed batch on a GPU, where ids are not
     read back, one of all images for the base and for each delta, or with "triton" one product an image for the base
-    and for each delta that its task uses. Source: TAPS, arXiv 2203.16708.
+    and for each delta that its task uses. Patches are at most 64 MiB unless "linear" is asked for. Source: TAPS, arXiv 2203.16708.
 
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)
@@ -296,9 +296,12 @@ def _run(
     # Without a delta one weight serves all rows, whatever their task.
     one = not deltas and base_coeffs is None and (bias is None or bias.dim() == 1)
     grad = torch.is_grad_enabled() and _any_requires_grad(rows, base, coeffs, bias, deltas)
-    area, last = 1, False
+    area, last, weights_last, taps = 1, False, False, 0
     if conv:
-        area, last = math.prod(_problem.output_size(x.shape[2:], base.shape[2:], *conv[:3])), _is_channels_last(x)
+        last = _is_channels_last(x)
+        weights_last = base.is_contiguous(memory_format=torch.channels_last)
+        taps = _problem.row_taps(base.shape, conv[1], conv[2], conv[3], last, weights_last)
+        area = math.prod(_problem.output_size(x.shape[2:], base.shape[2:], *conv[:3]))
     problem = Problem(
         "conv2d" if conv else "linear",
         x.device.type,
@@ -309,15 +312,15 @@ def _run(
         None if one else num_tasks,
         grad,
         conv[3] if conv else 1,
-        last and base.shape[2:] == (1, 1) and conv[3] == 1 and not any(conv[1]),
+        taps,
         last and base.shape[:2] == (conv[3], 1),
         area,
-        last and base.is_contiguous(memory_format=torch.channels_last),
+        last and weights_last,
     )
     choice = select(problem, backend, algorithm)
     if choice.backend == "linear":
-        pixels = x[:, :, :: conv[0][0], :: conv[0][1]].movedim(1, -1)
-        weights = [weight.flatten(1) for weight in (base, *deltas)]
+        pixels = _patches(x, base.shape[2:], conv[0], conv[1])
+        weights = [weight.movedim(1, -1).flatten(1) for weight in (base, *deltas)]
         y = _run(
             name, pixels.flatten(0, -2), pixels, weights[0], weights[1:], coeffs, bias, tasks=batch, pairs=pairs,
             base_coeffs=base_coeffs, batch_dim=0, axes=3, scale=tables[0], shift=tables[1], activation=activation,
@@ -341,6 +344,16 @@ def _run(
     else:
         y = forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
     return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
+
+
+def _patches(x: Tensor, kernel: torch.Size, stride: list[int], padding: list[int]) -> Tensor:
+    """[N, H', W', kh·kw·C], what each output pixel is a product with; x's own memory where the kernel is 1 × 1."""
+    if kernel == (1, 1):
+        return x[:, :, :: stride[0], :: stride[1]].movedim(1, -1)
+    if any(padding):
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    windows = x.movedim(1, -1).unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # [N, H', W', C, kh, kw]
+    return windows.movedim(3, -1).flatten(3)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 
 from taps_fast import BackendError, TaskBatch, _aten, _pointwise, _scratch, delta_conv2d, testing
-from taps_fast._dispatch import ROWS_WEIGHTS, explain, select
+from taps_fast._dispatch import PATCH_ROWS, ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 ROWS = [
     case
-    for shape, conv in (((6, 4, 1, 1), {}), ((35, 19, 1, 1), dict(stride=(2, 3))))
+    for shape, conv in (
+        ((6, 4, 1, 1), {}),
+        ((35, 19, 1, 1), dict(stride=(2, 3))),
+        ((6, 4, 3, 3), dict(padding=1)),
+        ((35, 5, 2, 3), dict(stride=(2, 1), padding=(0, 2))),
+    )
     for case in testing.channels_last_cases(shape, conv, FLOATS)
 ]
 VENDOR = [
@@ -32,7 +37,7 @@ def channels_last(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
 
 
-# --- a 1 x 1 convolution as rows of delta_linear --------------------------------------------------------------------
+# --- pixels and patches as rows of delta_linear ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ROWS, ids=str)
@@ -55,13 +60,14 @@ def test_rows_keep_the_layout_and_carry_the_epilogue() -> None:
     [
         (torch.randn(2, 4, 5, 5), (3, 4, 1, 1), {}),
         (channels_last(2, 4, 5, 5), (3, 4, 3, 3), {}),
+        (channels_last(2, 4, 9, 9), (3, 4, 3, 3), dict(dilation=2)),
         (channels_last(2, 4, 5, 5), (4, 2, 1, 1), dict(groups=2)),
         (channels_last(2, 4, 5, 5), (3, 4, 1, 1), dict(padding=1)),
     ],
-    ids=["contiguous", "3 x 3", "groups", "padding"],
+    ids=["contiguous", "contiguous weights", "dilation", "groups", "padding"],
 )
 def test_rows_are_refused_where_pixels_are_none(x: torch.Tensor, shape: tuple[int, ...], options: Any) -> None:
-    with pytest.raises(BackendError, match="needs a 1 x 1 convolution without groups and padding, on channels last"):
+    with pytest.raises(BackendError, match="needs a convolution whose pixels or patches are rows"):
         delta_conv2d(x, torch.randn(shape), [], torch.ones(0), backend="linear", **options)
 
 
@@ -69,8 +75,27 @@ def test_rows_are_refused_where_pixels_are_none(x: torch.Tensor, shape: tuple[in
 def test_rows_are_chosen_by_the_number_of_weights(tasks: int | None) -> None:
     least = ROWS_WEIGHTS[0 if tasks else 1]
     for out, backend in ((least // 64 - 1, "aten"), (least // 64, "linear")):
-        problem = Problem("conv2d", "cpu", torch.float32, (out, 64, 1, 1), 8, 1, tasks, False, pixel_rows=True)
+        problem = Problem("conv2d", "cpu", torch.float32, (out, 64, 1, 1), 8, 1, tasks, False, row_taps=1)
         assert select(problem).backend == backend and f"->  {backend}" in explain(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend"),
+    [
+        ({}, "linear"),
+        (dict(rows=PATCH_ROWS * 3 // 49 + 1), "aten"),
+        (dict(shape=(56, 512, 3, 3)), "aten"),
+        (dict(num_tasks=None), "aten"),
+        (dict(num_deltas=0), "aten"),
+        (dict(grad=True), "aten"),
+        (dict(rows=400, num_deltas=300), "aten"),
+    ],
+    ids=["few", "many rows", "few weights", "one weight", "closed", "training", "large copy"],
+)
+def test_patches_are_rows_where_a_weight_has_few_pixels(changes: dict[str, Any], backend: str) -> None:
+    problem = Problem("conv2d", "cpu", torch.float32, (512, 512, 3, 3), 8, 2, 4, False, row_taps=9, pixels=49)
+    problem = problem._replace(channels_last=True, **changes)
+    assert select(problem).backend == backend and f"->  {backend}" in explain(problem)
 
 
 # --- depthwise --------------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_small_images_of_a_mixed_batch_take_it(on_hopper):
         dict(pixels=196),
         dict(channels_last=False),
         dict(shape=(512, 508, 3, 3)),
-        dict(shape=(512, 512, 1, 1), pixel_rows=True),
+        dict(shape=(512, 512, 1, 1), row_taps=1),
     ),
     ids=str,
 )
