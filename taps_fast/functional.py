@@ -145,7 +145,7 @@ def delta_conv2d(
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
         backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": on channels last a convolution is
-            `delta_linear` on its pixels if it is 1 × 1, else on a copy of their patches), "aten" ("merge": kernel summed
+            `delta_linear` on its pixels if it is 1 × 1, else on a copy of patches), "aten" ("merge": kernel summed
             into scratch, vendor convolution; "split": base convolution for all images, then one for each open delta),
             "triton" ("split", in inference: each image with its own task's deltas in one kernel, fastest on channels
             last) or "reference" ("split", "blend"); default: what is fastest.
@@ -158,7 +158,8 @@ def delta_conv2d(
 
     Cost: one vendor convolution for each distinct weight in the batch; of a mixed batch on a GPU, where ids are not
     read back, one of all images for the base and for each delta, or with "triton" one product an image for the base
-    and for each delta that its task uses. Patches are at most 64 MiB unless "linear" is asked for. Source: TAPS, arXiv 2203.16708.
+    and for each delta that its task uses. Patches are at most 64 MiB unless "linear" is asked for.
+    Source: TAPS, arXiv 2203.16708.
 
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)
