@@ -169,7 +169,8 @@ is packed here anyway. Measured as `ROWS_WEIGHTS` is.
 
 
 def _patches_pay(problem: Problem) -> bool:
-    if problem.device != "cpu" or problem.grad or not _mixed(problem):
+    # While tracing, asking for the number of images would pin the traced program to it.
+    if problem.device != "cpu" or problem.grad or not _mixed(problem) or torch.compiler.is_compiling():
         return False
     pixels, weights = problem.rows * problem.pixels, math.prod(problem.shape)
     copied = pixels * weights // problem.shape[0] * problem.dtype.itemsize
