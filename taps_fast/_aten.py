@@ -135,21 +135,30 @@ def _small_weights(
     x: Tensor, base: Tensor, deltas: Sequence[Tensor], wide: torch.dtype, parts: list[_images.Group]
 ) -> tuple[Tensor, Tensor]:
     """The weights of all parts, [parts, *base.shape] in ``wide``, and which of them each image has, int64 [N]."""
-    table = torch.empty(x.shape[0], dtype=torch.int64)
+    places = [0] * x.shape[0]
+    parts = sorted(parts, key=lambda group: len(group.coeffs) != 1)
+    for place, group in enumerate(parts):
+        for image in _images.numbers(group.images, x.shape[0]):
+            places[image] = place
+    table = torch.tensor(places)
+    if all(_stored(group) for group in parts):
+        return torch.stack([_summed(base, deltas, group, wide) for group in parts]).to(wide), table
     weights = torch.empty(len(parts), *base.shape, dtype=wide)
     # One delta each, as in TAPS, is summed for all tasks at once; it is small, so calls cost more than the sums.
-    parts = sorted(parts, key=lambda group: len(group.coeffs) != 1)
     single = [group for group in parts if len(group.coeffs) == 1]
     if single:
         chosen, by = zip(*(next(iter(group.coeffs.items())) for group in single), strict=True)
         column = torch.tensor([by, [group.scale for group in single]], dtype=wide)[:, :, None, None, None, None]
         torch.stack([deltas[k].to(wide) for k in chosen], out=weights[: len(single)])
         weights[: len(single)].mul_(column[0]).addcmul_(base.to(wide)[None], column[1])
-    for place, group in enumerate(parts):
-        table[group.images] = place
-        if place >= len(single):
-            weights[place] = _summed(base.to(wide), deltas, group, wide)
+    for place, group in enumerate(parts[len(single) :], len(single)):
+        weights[place] = _summed(base.to(wide), deltas, group, wide)
     return weights, table
+
+
+def _stored(group: _images.Group) -> bool:
+    """Whether the group's weight is one tensor as it is: the base, or a baked weight."""
+    return (group.scale, *group.coeffs.values()) in ((1.0,), (0.0, 1.0))
 
 
 def _as_groups(base: Tensor, groups: int, *images: Tensor) -> bool:

@@ -57,8 +57,9 @@ def _linear(problem: Problem) -> Iterator[str]:
 
 
 def as_rows(problem: Problem) -> Problem:
-    """The linear problem that a convolution with ``row_taps`` is, of one pixel an image."""
-    return problem._replace(op="linear", shape=(problem.shape[0], math.prod(problem.shape[1:])), row_taps=0)
+    """The linear problem that a convolution with ``row_taps`` is: a row for each pixel of its result."""
+    shape, rows = (problem.shape[0], math.prod(problem.shape[1:])), problem.rows * problem.pixels
+    return problem._replace(op="linear", shape=shape, rows=rows, row_taps=0, pixels=1, channels_last=False)
 
 
 STREAM_ROWS = 16

@@ -69,6 +69,14 @@ def _of_samples(samples: list[int], inner: int) -> Images:
     return first if inner == 1 else (first[:, None] * inner + torch.arange(inner)).flatten()
 
 
+def numbers(images: Images, count: int) -> Sequence[int]:
+    """Which of ``count`` images these are, on the host."""
+    if images is None or isinstance(images, slice):
+        return range(count) if images is None else range(*images.indices(count))
+    found: list[int] = images.tolist()
+    return found
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[N, elements] over x's memory, an image a row."""
     return (x if x.is_contiguous() else x.movedim(1, -1)).view(x.shape[0], -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _compressed, _problem, reference
 from ._autograd import Call, Delta, Groups, forward
-from ._dispatch import select
+from ._dispatch import as_rows, select
 from ._problem import IntPair, Problem
 from .formats import Format
 from .norms import Tasks, follow, table
@@ -318,33 +318,32 @@ def _run(
         area,
         last and weights_last,
     )
-    choice = select(problem, backend, algorithm)
+    choice, pixels = select(problem, backend, algorithm), None
     if choice.backend == "linear":
         pixels = _patches(x, base.shape[2:], conv[0], conv[1])
-        weights = [weight.movedim(1, -1).flatten(1) for weight in (base, *deltas)]
-        y = _run(
-            name, pixels.flatten(0, -2), pixels, weights[0], weights[1:], coeffs, bias, tasks=batch, pairs=pairs,
-            base_coeffs=base_coeffs, batch_dim=0, axes=3, scale=tables[0], shift=tables[1], activation=activation,
-            backend=None, algorithm="auto",
-        )  # fmt: skip
-        return y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
+        base, *deltas = (weight.movedim(1, -1).flatten(1) for weight in (base, *deltas))
+        rows, conv, inner = pixels.flatten(0, -2), (), inner * area
+        choice = select(as_rows(problem))
     if choice == ("aten", "merge") and one:
         y = F.conv2d(x, base, bias, *conv)  # one weight as it is: nothing of ours to do
-        return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
-    if choice.backend == "reference":
+    elif choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
-    # The one kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
-    own = {"cpu": "depthwise", "triton": "implicit"} if conv else {}
-    call = Call(index, inner, flat, own.get(choice.backend, choice.algorithm), conv)
-    if one:
-        call, coeffs = call._replace(batch=(None, None, None), inner=1), coeffs.flatten()
-    if grad:
-        y = cast(Tensor, Delta.apply(call, rows, base, coeffs, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
     else:
-        y = forward(rows, base, deltas, coeffs, base_coeffs, bias, call)
-    return follow(y, *tables, Groups(index, inner, activation or "none"), owned=True) if follows else y
+        # The kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
+        own = {"cpu": "depthwise", "triton": "implicit"} if conv else {}
+        call = Call(index, inner, flat, own.get(choice.backend, choice.algorithm), conv)
+        summed = coeffs
+        if one:
+            call, summed = call._replace(batch=(None, None, None), inner=1), coeffs.flatten()
+        if grad:
+            y = cast(Tensor, Delta.apply(call, rows, base, summed, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
+        else:
+            y = forward(rows, base, deltas, summed, base_coeffs, bias, call)
+    if follows:
+        y = follow(y, *tables, Groups(index, inner, activation or "none"), owned=True)
+    return y if pixels is None else y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
 
 
 def _patches(x: Tensor, kernel: torch.Size, stride: list[int], padding: list[int]) -> Tensor:
