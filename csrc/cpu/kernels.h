@@ -23,6 +23,10 @@ const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512bf16();
+const Kernels& kernels_avx512amx();
+/// On a CPU with AMX: why kernels_avx512amx() cannot run all the same, or null once it can. Asks the system for
+/// permission and tries a product, because no test of ours has run on such a CPU.
+const char* amx_refusal();
 
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
 const Kernels& kernels();
