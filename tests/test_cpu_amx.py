@@ -34,6 +34,7 @@ def amx_cases() -> Iterator[Case]:
         yield Case(bfloat16, rows=37, shape=shape, num_deltas=3, zeros=(1,), strided=True, bias=None)
     yield Case(bfloat16, rows=29, shape=(37, 2311), num_deltas=1)  # several depth blocks, of forward and of dx
     yield Case(bfloat16, rows=41, shape=(1301, 43), num_deltas=2)
+    yield Case(bfloat16, rows=531, shape=(77, 35), num_deltas=1)  # several row blocks of dw
     yield Case(bfloat16, rows=20, shape=(19, 23), num_deltas=2, zeros=(0, 1))
     # Tasks of many rows and of few, without rows, baked and closed; rows lie in the batch's order, not in theirs.
     ids = tuple((7 * i) % 13 - 1 for i in range(52)) + (3,) * 20 + (5,) * 45 + (-1,) * 14

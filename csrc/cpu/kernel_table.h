@@ -9,8 +9,7 @@ namespace taps_fast::cpu {
 namespace {
 
 #if defined(__AMX_BF16__)
-// What AVX-512 has without it is not compiled again. The weight gradient's left operand lies along its rows, where a
-// tile wants it along the depth.
+// What AVX-512 has without it is not compiled again.
 void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
   if (problem.dtype != DType::kBFloat16) return kernels_avx512().row_product(problem, next_item, workspace);
   const AmxScope scope;
@@ -18,7 +17,10 @@ void row_product(const RowProduct& problem, int64_t* next_item, void* workspace)
 }
 
 void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
-  kernels_avx512bf16().weight_gradient(problem, next_item, workspace);
+  if (problem.dtype != DType::kBFloat16 || problem.row_scale)
+    return kernels_avx512bf16().weight_gradient(problem, next_item, workspace);
+  const AmxScope scope;
+  run_weight_gradient<BFloat16>(problem, next_item, workspace);
 }
 #elif defined(__AVX512BF16__)
 // What AVX-512 has without it is not compiled again.

@@ -12,7 +12,7 @@ struct Kernels {
   int64_t vector_bytes;
   int64_t strip_vectors;  // vectors in one packed strip of columns
   int64_t tile_rows;      // rows of one register tile
-  int64_t row_buffers;    // input rows a row product holds converted at a time
+  int64_t row_buffers;    // rows of the left operand that are held converted at a time
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);

@@ -89,6 +89,19 @@ void tile(const Pair* rows, int64_t num_rows, const Pair* strip, int64_t width, 
     }
 }
 
+/// Copies for `tile_row` of rows that are columns of what is packed: pair p of row i is from[p · stride + i].
+void copy_columns(Pair* rows, const Pair* from, int64_t stride, int64_t num_rows, int64_t depth) {
+  for (int64_t p = 0; p < depth; p += kAmxPairs)
+    for (int64_t i = 0; i < num_rows; i += kAmxRows) {
+      FloatVec r[kAmxPairs];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kAmxPairs; k++) r[k] = p + k < depth ? load(from + (p + k) * stride + i) : FloatVec{};
+      transpose(r);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kAmxPairs; k++) store(rows + p * kTileRows + (i + k) * kAmxPairs, r[k]);
+    }
+}
+
 /// As in tile.h, but `rows` are copies as `interleave` makes them of kTileRows rows.
 void tile_row(const Pair* rows, int64_t num_rows, const Pair* panel, int64_t num_columns, float* out,
               int64_t out_stride, int64_t depth, bool accumulate, float scale, Ahead* ahead, int64_t fetch) {
