@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
@@ -45,6 +46,7 @@ ISA = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 ISA["avx512bf16"] = [*ISA["avx512"], "-mavx512bf16"]
+ISA["avx512amx"] = [*ISA["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 class Unavailable(Exception):
@@ -112,6 +114,14 @@ def nvcc_command(home: Path, architectures: list[str]) -> list[str]:
         if name != number:
             command.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def knows_amx(host: list[str]) -> bool:
+    """Whether compiler and assembler know AMX, which they learnt last."""
+    code = b'void f() { asm("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*host, *ISA["avx512amx"], "-x", "c++", "-c", "-", "-o", f"{folder}/amx.o"]
+        return subprocess.run(command, input=code, capture_output=True).returncode == 0
 
 
 class BuildExt(build_ext):
@@ -182,6 +192,8 @@ class BuildExt(build_ext):
             objects.append(str(target))
             if self.force or not fresh(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if isa == "avx512amx" and not knows_amx(host):
+                    command = [*host, *CXX]  # without the flags the file holds no kernels
                 depfile = str(target.with_suffix(".d"))
                 commands.append([*command, "-MMD", "-MF", depfile, "-c", source, "-o", str(target)])
         return commands, objects

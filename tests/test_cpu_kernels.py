@@ -23,12 +23,12 @@ from taps_fast.testing import Case, assert_close_to_oracle, linear_cases
 OPS = torch.ops.taps_fast
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_GROUPS = (None, None, None, 1)
+EVERY = ("generic", "avx2", "avx512", "avx512bf16", "avx512amx")
 
 
 def instruction_sets() -> list[str]:
     """Those this machine runs, worst first, so that the last is the default."""
-    every = ["generic", "avx2", "avx512", "avx512bf16"]
-    return every[: every.index(OPS.cpu_isa()) + 1]
+    return list(EVERY[: EVERY.index(OPS.cpu_isa()) + 1])
 
 
 def test_extension_is_loaded() -> None:
@@ -79,7 +79,7 @@ print(len(cases), "cases")
 """
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", EVERY)
 def test_each_instruction_set(isa: str) -> None:
     """A third of the cases in a process that is told to use this set; a set this CPU lacks is refused by name."""
     result = run_python(SHORT, isa, TAPS_FAST_CPU_ISA=isa)
@@ -105,7 +105,10 @@ def check_rounding() -> None:
     one = torch.ones(1)
     for dtype in (torch.bfloat16, torch.float16):
         values = every.view(dtype).unsqueeze(1)  # all 65536 of them, as a [65536, 1] input and as a weight
-        flushes = dtype == torch.bfloat16 and OPS.cpu_isa() == "avx512bf16"  # takes subnormal numbers for 0
+        flushes = dtype == torch.bfloat16 and OPS.cpu_isa() in (
+            "avx512bf16",
+            "avx512amx",
+        )  # takes subnormal numbers for 0
         if flushes:
             values[values.abs() < torch.finfo(dtype).tiny] = 0.0
         eye = torch.ones(1, 1, dtype=dtype)
@@ -155,7 +158,7 @@ def mixed_arguments(rows: int = 300, out: int = 200, into: int = 150, tasks: int
 
 def every_result(x: Tensor, arguments: tuple) -> list[Tensor]:
     base, deltas, coeffs, base_coeffs, batch = arguments
-    weight, dy = (base, deltas, coeffs, base_coeffs), torch.ones(len(x), len(base)).cumsum(0)
+    weight, dy = (base, deltas, coeffs, base_coeffs), torch.ones(len(x), len(base), dtype=x.dtype).cumsum(0)
     found = [OPS.linear_fwd(x, *weight, None, *batch.tensors, 1, name) for name in ("blend", "split")]
     found += [OPS.linear_dx(dy, *weight, *batch.tensors, 1, name) for name in ("blend", "split")]
     dcoeffs, ddeltas, dbase = OPS.linear_dw(dy, x, *weight, *batch.tensors, 1, [], [0, 1, 5], True, True)

@@ -70,4 +70,4 @@ def test_wide_registers_only_in_kernels_chosen_at_run_time() -> None:
 
 
 def test_chosen_instruction_set_is_reported() -> None:
-    assert torch.ops.taps_fast.cpu_isa() in ("generic", "avx2", "avx512", "avx512bf16")
+    assert torch.ops.taps_fast.cpu_isa() in ("generic", "avx2", "avx512", "avx512bf16", "avx512amx")

@@ -116,7 +116,8 @@ int64_t GradientPlan::workspace_bytes(const Kernels& table) const {
   const int64_t size = compute_size(problem.dtype), lanes = table.vector_bytes / size;
   const Blocking& b = problem.blocking;
   const int64_t left = round_up(b.row_block, lanes), right = round_up(b.col_block, lanes);
-  return size * ((left + right) * b.depth_block + b.row_block * right);
+  return size *
+         ((left + right) * b.depth_block + b.row_block * right + table.row_buffers * round_up(b.depth_block, lanes));
 }
 
 void GradientPlan::reduce(void* dcoeffs, bool wide) const {

@@ -8,7 +8,21 @@
 namespace taps_fast::cpu {
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// What AVX-512 has without it is not compiled again.
+void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
+  if (problem.dtype != DType::kBFloat16) return kernels_avx512().row_product(problem, next_item, workspace);
+  const AmxScope scope;
+  run_row_product<BFloat16>(problem, next_item, workspace);
+}
+
+void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
+  if (problem.dtype != DType::kBFloat16 || problem.row_scale)
+    return kernels_avx512bf16().weight_gradient(problem, next_item, workspace);
+  const AmxScope scope;
+  run_weight_gradient<BFloat16>(problem, next_item, workspace);
+}
+#elif defined(__AVX512BF16__)
 // What AVX-512 has without it is not compiled again.
 void row_product(const RowProduct& problem, int64_t* next_item, void* workspace) {
   if (problem.dtype == DType::kBFloat16) return run_row_product<BFloat16>(problem, next_item, workspace);

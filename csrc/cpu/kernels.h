@@ -12,7 +12,7 @@ struct Kernels {
   int64_t vector_bytes;
   int64_t strip_vectors;  // vectors in one packed strip of columns
   int64_t tile_rows;      // rows of one register tile
-  int64_t row_buffers;    // input rows a row product holds converted at a time
+  int64_t row_buffers;    // rows of the left operand that are held converted at a time
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);
@@ -23,6 +23,10 @@ const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512bf16();
+const Kernels& kernels_avx512amx();
+/// On a CPU with AMX: why kernels_avx512amx() cannot run all the same, or null once it can. Asks the system for
+/// permission and tries a product, because no test of ours has run on such a CPU.
+const char* amx_refusal();
 
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
 const Kernels& kernels();

@@ -11,6 +11,9 @@
 #include "dot.h"
 #include "pack.h"
 #include "tile.h"
+#if defined(__AMX_BF16__)
+#include "tile_amx.h"
+#endif
 
 namespace taps_fast::cpu {
 namespace {
@@ -85,7 +88,7 @@ class RowWorker {
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
     const bool codes = has_codes(terms, num_terms);
     const bool few = num_rows <= kDotRows && s.depth > 0 && !codes;
-    const int64_t part = few ? num_rows : even_part(num_rows, kTileRows);
+    const int64_t part = few ? num_rows : tile_part(num_rows);
     Ahead ahead;
     int64_t fetch = 0;
     C scale = 1;
@@ -114,10 +117,15 @@ class RowWorker {
         // What the tile writes and the next one reads arrives while the tile is summed.
         for (int64_t i = 0; i < n && finished; i++) prefetch(output(r + i) + s.col_begin, s.cols);
         for (int64_t i = r + n; i < min(r + n + part, s.row_end); i++) prefetch(input(i) + s.depth_begin, s.depth);
-        const E* a[kTileRows];
-        for (int64_t i = 0; i < n; i++) a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
-        tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, ceil_div(s.depth, kDepths<E>), accumulate, scale,
-                    &ahead, fetch);
+        const int64_t length = ceil_div(s.depth, kDepths<E>);
+        if constexpr (kInAmx<E>) {
+          for (int64_t i = 0; i < n; i++) interleave<S>(inputs_, kTileRows, i, input(r + i) + s.depth_begin, s.depth);
+          tile_row(inputs_, n, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch);
+        } else {
+          const E* a[kTileRows];
+          for (int64_t i = 0; i < n; i++) a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
+          tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch);
+        }
       }
       if (finished)
         for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
@@ -143,6 +151,11 @@ class RowWorker {
                 tile_stride_, accumulate);
   }
 
+  /// Rows of one register tile: as even as they come, but tiles of AMX take the same time for one row as for 16.
+  static int64_t tile_part(int64_t num_rows) {
+    return kInAmx<E> ? min(num_rows, kTileRows) : even_part(num_rows, kTileRows);
+  }
+
   /// Describes the next step's weights; returns how many segments to fetch at a time, so that all arrive in time.
   int64_t look_ahead(Ahead& ahead, const Step& s, const Step& next, int64_t row_tiles) const {
     const Pass& pass = p_.passes[next.pass];
@@ -165,7 +178,7 @@ class RowWorker {
     }
     if (ahead.num_terms == 0 || ahead.lines == 0) return 0;
     const int64_t tiles = row_tiles * (s.cols / kWidth);
-    const int64_t room = tiles * ceil_div(ceil_div(s.depth, kDepths<E>), ahead.lines);
+    const int64_t room = tiles * ceil_div(ceil_div(s.depth, kDepths<E> * kFetchDepth<E>), ahead.lines);
     return room ? min(ceil_div(ahead.rows * ahead.num_terms, room), kMostFetched) : 0;
   }
 

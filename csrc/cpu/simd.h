@@ -25,7 +25,9 @@
 namespace taps_fast::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+constexpr int kVectorBytes = 64, kRegisters = 32, kStripVectors = 4, kTileRows = 32;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kRegisters = 32, kStripVectors = 4, kTileRows = 6;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kRegisters = 16, kStripVectors = 2, kTileRows = 6;
@@ -100,6 +102,14 @@ template <class E>
 constexpr int64_t kDepths = 1;
 template <>
 constexpr int64_t kDepths<Pair> = 2;
+
+/// Whether panels of them are multiplied in tiles of AMX (tile_amx.h) rather than in vectors (tile.h).
+template <class E>
+constexpr bool kInAmx = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kInAmx<Pair> = true;
+#endif
 
 template <class V, class T>
 TAPS_INLINE V read(const T* p) {

@@ -23,6 +23,8 @@ struct Ahead {
   int64_t num_terms = 0;
   int64_t rows = 0, lines = 0;
   int64_t taken = 0;
+  const char* segment = nullptr;  // the one that `fetch` has begun
+  int64_t line = 0;
 
   bool done() const { return taken >= rows * num_terms; }
   /// The next segment; the last one again when none is left.
@@ -30,7 +32,20 @@ struct Ahead {
     const int64_t i = done() ? taken - 1 : taken++;
     return data[i % num_terms] + i / num_terms * stride[i % num_terms];
   }
+  /// Fetches the next `count` lines, one segment after another.
+  void fetch(int64_t count) {
+    for (; count > 0; count--) {
+      if (line == 0 && done()) return;
+      if (line == 0) segment = take();
+      __builtin_prefetch(segment + line * kLine, 0, 2);
+      line = line + 1 < lines ? line + 1 : 0;
+    }
+  }
 };
+
+/// Elements of depth that a strip's tile multiplies between two fetches.
+template <class E>
+constexpr int64_t kFetchDepth = 1;
 
 template <class E, int kRows, int kVectors, int kFetch>
 void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, int64_t out_stride, int64_t depth,

@@ -7,6 +7,9 @@
 
 #include "pack.h"
 #include "tile.h"
+#if defined(__AMX_BF16__)
+#include "tile_amx.h"
+#endif
 
 namespace taps_fast::cpu {
 namespace {
@@ -31,6 +34,7 @@ class GradientItem {
     left_ = static_cast<E*>(workspace);
     right_ = left_ + left_stride_ * p_.blocking.depth_block;
     tile_ = reinterpret_cast<C*>(right_ + tile_stride_ * p_.blocking.depth_block);
+    copies_ = reinterpret_cast<E*>(tile_ + tile_stride_ * p_.blocking.row_block);
   }
 
   void run() {
@@ -44,12 +48,19 @@ class GradientItem {
       const int64_t width = round_up(rows_, kLanes<C>);
       for (int64_t r = 0; r < rows_; r += kTileRows) {
         const int64_t n = min(kTileRows, rows_ - r);
-        const E* a[kTileRows];
-        for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
         C* out = tile_ + r * tile_stride_;
         if (begin + depth == job_.row_end)
           for (int64_t i = 0; i < n; i++) prefetch_uses(r + i);
-        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, ceil_div(depth, kDepths<E>), begin > job_.row_begin);
+        const int64_t length = ceil_div(depth, kDepths<E>);
+        const bool accumulate = begin > job_.row_begin;
+        if constexpr (kInAmx<E>) {
+          copy_columns(copies_, left_ + r, width, n, length);
+          tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, nullptr, 0);
+        } else {
+          const E* a[kTileRows];
+          for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
+          tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate);
+        }
         if (begin + depth == job_.row_end)
           for (int64_t i = 0; i < n; i++) use_row(r + i, out + i * tile_stride_);
       }
@@ -96,12 +107,15 @@ class GradientItem {
   int64_t tiles_, tile_index_, row_begin_, rows_, col_begin_, cols_, tile_stride_, left_stride_;
   E *left_, *right_;
   C* tile_;
+  E* copies_;  // of the left operand, for AMX
 };
 
 template <class S, class E = Element<S>>
 void run_weight_gradient(const WeightGradient& problem, int64_t* next_item, void* workspace) {
   // A factor times dy would be rounded to pairs, so such rows are summed in the compute type.
-  if (kDepths<E> > 1 && problem.row_scale) return run_weight_gradient<S, Compute<S>>(problem, next_item, workspace);
+  if constexpr (kDepths<E> > 1 && !kInAmx<E>) {
+    if (problem.row_scale) return run_weight_gradient<S, Compute<S>>(problem, next_item, workspace);
+  }
   const int64_t items = num_items(problem);
   for (int64_t item = claim(next_item); item < items; item = claim(next_item))
     GradientItem<S, E>(problem, item, workspace).run();
