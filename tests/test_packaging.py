@@ -90,6 +90,13 @@ def test_failed_build_is_said_with_its_reason(copy):
     assert "RuntimeError: g++ failed: ops.cpp:3:1: error: expected ';'. To build it: cd" in result.stderr
 
 
+def test_what_the_build_left_out_is_told_from_what_is_here(copy):
+    """A wheel may come from a machine whose PyTorch was another."""
+    (copy / "taps_fast/_C_error.txt").write_text("Unavailable: PyTorch 2.13.0+cpu has no CUDA\n")
+    result = run("import taps_fast", root=copy)
+    assert "taps_fast._C is not loaded: the build left it out: PyTorch 2.13.0+cpu has no CUDA. To" in result.stderr
+
+
 def test_broken_extension_is_said_with_its_reason(copy):
     (copy / "taps_fast/_C.abi3.so").write_bytes(b"not a library")
     result = run(FORWARD, root=copy)
