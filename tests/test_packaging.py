@@ -63,6 +63,15 @@ def test_version_has_one_source():
     assert re.fullmatch(r"\d+\.\d+\.\d+", taps_fast.__version__)
 
 
+def test_sources_use_macros_of_the_oldest_pytorch():
+    """TORCH_TARGET_VERSION hides the headers' newer functions, but not their newer macros. PyTorch 2.10 has these."""
+    libraries = {"STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL"}
+    oldest = {*libraries, "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"}
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    used = {name for path in files for name in re.findall(r"\b(?:STABLE_)?TORCH_[A-Z_]+\b", path.read_text())}
+    assert used and used <= oldest, f"not in PyTorch 2.10: {sorted(used - oldest)}"
+
+
 def test_public_names_exist():
     for name in taps_fast.__all__:
         assert getattr(taps_fast, name) is not None
