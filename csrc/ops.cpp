@@ -29,9 +29,9 @@ using OptionalTensor = std::optional<Tensor>;
 /// A tensor's layout, read once: every look at a tensor is a call through the C interface.
 struct Layout {
   explicit Layout(const Tensor& t) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
     dtype = t.scalar_type();
   }
 
@@ -51,7 +51,7 @@ std::ostream& operator<<(std::ostream& s, const Layout& t) {
 Tensor empty(const Layout& x, int64_t rows, int64_t cols) {
   const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, int32_t(x.dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -31,7 +31,7 @@ def _load(name: str) -> str | None:
     # Only beside this file: an ordinary import may find the extension of another checkout that is installed.
     spec = PathFinder.find_spec(name, [str(Path(__file__).parent)])
     if note.is_file():
-        reason = note.read_text().strip()
+        reason = f"the build left it out: {note.read_text().strip().removeprefix('Unavailable: ')}"
     elif spec is None or spec.origin is None:
         reason = "it has not been built"
     else:

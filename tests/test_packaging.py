@@ -63,6 +63,15 @@ def test_version_has_one_source():
     assert re.fullmatch(r"\d+\.\d+\.\d+", taps_fast.__version__)
 
 
+def test_sources_use_macros_of_the_oldest_pytorch():
+    """TORCH_TARGET_VERSION hides the headers' newer functions, but not their newer macros. PyTorch 2.10 has these."""
+    libraries = {"STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL"}
+    oldest = {*libraries, "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"}
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    used = {name for path in files for name in re.findall(r"\b(?:STABLE_)?TORCH_[A-Z_]+\b", path.read_text())}
+    assert used and used <= oldest, f"not in PyTorch 2.10: {sorted(used - oldest)}"
+
+
 def test_public_names_exist():
     for name in taps_fast.__all__:
         assert getattr(taps_fast, name) is not None
@@ -88,6 +97,13 @@ def test_failed_build_is_said_with_its_reason(copy):
     result = run(FORWARD, root=copy)
     assert result.returncode == 0, result.stderr
     assert "RuntimeError: g++ failed: ops.cpp:3:1: error: expected ';'. To build it: cd" in result.stderr
+
+
+def test_what_the_build_left_out_is_told_from_what_is_here(copy):
+    """A wheel may come from a machine whose PyTorch was another."""
+    (copy / "taps_fast/_C_error.txt").write_text("Unavailable: PyTorch 2.13.0+cpu has no CUDA\n")
+    result = run("import taps_fast", root=copy)
+    assert "taps_fast._C is not loaded: the build left it out: PyTorch 2.13.0+cpu has no CUDA. To" in result.stderr
 
 
 def test_broken_extension_is_said_with_its_reason(copy):

@@ -32,7 +32,7 @@ class Current {
     using Get = AOTITorchError (*)(int32_t, void**);
     static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
     check(get, "taps_fast: this PyTorch has no CUDA stream");
-    STABLE_TORCH_ERROR_CODE_CHECK(get(on.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(get(on.get_device_index(), &stream));
   }
   void* stream = nullptr;
 

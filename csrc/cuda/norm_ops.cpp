@@ -196,10 +196,9 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, c
 template <const char* kName, auto kBoxed>
 void where_served(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   int32_t device = 0;  // of the first argument, a tensor, which stays the stack's
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_device_index(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &device));
   if (serves(device)) return kBoxed(stack, num_arguments, num_results);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(kName, "uncompiled", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(kName, "uncompiled", stack, TORCH_ABI_VERSION));
 }
 
 constexpr char kScaleShift[] = TAPS_FAST_NAMESPACE "::scale_shift";
