@@ -98,11 +98,47 @@ def check_linear(shape, dtype, inner, algorithm):
     assert_no_worse_than_torch(found, plain(torch.float64), plain(dtype), scale=size, name=f"y, {algorithm}")
 
 
+def check_masks(shape, dtype, inner):
+    """Masks of one tile: alone, two of them, beside a dense delta, and without the base."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    base, tile, dense = draw(*shape), draw(*shape), draw(*shape)
+    bits = [torch.rand(shape, generator=g) < 0.5 for _ in range(2)]
+    codes, tile_of = [pack_bits(bits[0]), dense, pack_bits(bits[1])], [0, -1, 0]
+    scales = [draw(shape[0]).to(wide), draw(0).to(wide), draw().to(wide)]
+    coeffs = torch.tensor([[1, 0, 0], [0.5, 0, 2], [1, 1, 0], [0, 0, 1], [1, 0, 1]]).to(wide)
+    base_coeffs = torch.tensor([1, 1, 1, 0, 0]).to(wide)
+    index = TaskBatch.from_ids(torch.tensor(IDS), 5).tensors
+    x = draw(inner * len(IDS), shape[1])
+    rest = (*index, inner, "auto", scales, [tile], tile_of)
+    found = OPS.linear_coded(x, base, codes, coeffs, base_coeffs, None, *rest)
+    assert torch.equal(found, OPS.linear_coded(x, base, codes, coeffs, base_coeffs, None, *rest))
+
+    def plain(dtype, sizes=False):
+        each = torch.nn.functional.pad(torch.cat([base_coeffs[:, None], coeffs], 1), (0, 0, 0, 1))
+        each[-1, 0] = 1
+        each = each[torch.tensor(IDS)].repeat_interleave(inner, 0).to(dtype)
+        weights = [base, scales[0][:, None] * (tile * bits[0]), dense, scales[2] * (tile * bits[1])]
+        parts = [(each[:, k, None], x.to(dtype), w.to(dtype)) for k, w in enumerate(weights)]
+        return sum(c * (a @ w.T) for c, a, w in (map(absolute, parts) if sizes else parts))
+
+    def absolute(part):
+        return tuple(t.abs() for t in part)
+
+    size = float(plain(torch.float64, sizes=True).max())
+    assert_no_worse_than_torch(found, plain(torch.float64), plain(dtype), scale=size, name="y")
+
+
 def check_linear_all(dtypes=DTYPES, shapes=((70, 130), (9, 5), (33, 257), (40, 1100)), inners=(1, 4, 9)):
     """Groups of 1 to 27 rows: on both sides of where codes are decoded into a panel."""
     for dtype in dtypes:
         for shape in shapes:
             for inner in inners:
+                check_masks(shape, dtype, inner)
                 for algorithm in ("auto", "split", "blend"):
                     check_linear(shape, dtype, inner, algorithm)
 

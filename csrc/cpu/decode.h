@@ -33,6 +33,16 @@ TAPS_INLINE Vec<C> select_lanes(uint32_t bits, Vec<C> a, Vec<C> b) {
 #endif
 }
 
+/// The elements whose bits are set, 0 for the others; the bits of the first number are at place p of a row of codes.
+template <class S>
+TAPS_INLINE Vec<Compute<S>> masked_elements(const uint8_t* row, int64_t p, Vec<Compute<S>> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (kDepths<Element<S>> == 2)
+    return (FloatVec)_mm512_maskz_mov_epi16(lane_bits<2 * kLanes<float>>(row, p), (__m512i)v);
+#endif
+  return select_lanes<Compute<S>>(lane_bits<kLanes<Compute<S>>>(row, p), v, Vec<Compute<S>>{});
+}
+
 /// kLanes<C> int8 as numbers. GCC converts the generic vector one element at a time.
 template <class C>
 TAPS_INLINE Vec<C> widen(const int8_t* bytes) {
@@ -83,6 +93,13 @@ TAPS_INLINE bool has_codes(const Term* terms, int64_t num_terms) {
   for (int64_t t = 0; t < num_terms; t++)
     if (terms[t].coding != Coding::kDense) return true;
   return false;
+}
+
+/// Whether dot.h can read all terms: stored numbers, or masks of such.
+TAPS_INLINE bool all_dense_or_masked(const Term* terms, int64_t num_terms) {
+  for (int64_t t = 0; t < num_terms; t++)
+    if (terms[t].coding != Coding::kDense && terms[t].coding != Coding::kMask) return false;
+  return true;
 }
 
 /// What multiplies row `row` of D.

@@ -2,11 +2,14 @@
 //
 //   out[m, n] (+)= Σ_p a_m[p] · (Σ_t coeff_t · W_t[n, p])
 //
+// A term may be a masked tile: its bits lie along the depth as the weights do, so a vector's mask is one load.
+//
 // Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
 // used at once: each is read once from memory for all rows, which is the byte limit of the problem. The inputs are
 // interleaved, [depth in vectors, rows], so that one pointer serves all rows.
 #pragma once
 
+#include "decode.h"
 #include "simd.h"
 
 namespace taps_fast::cpu {
@@ -21,23 +24,29 @@ constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
 /// Weight rows that a tile of m input rows can afford.
 constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
 
-/// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored.
-template <class S, int kRows, int kTerms>
+/// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored. kMasked: the
+/// last term is a masked tile.
+template <class S, int kRows, int kTerms, bool kMasked>
 TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, int64_t num_columns, int64_t column,
                           int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   using E = Element<S>;
   constexpr int lanes = kLanes<C>, span = lanes * kDepths<E>, columns = dot_columns(kRows);
   const S* w[kTerms][columns];
-  C coeff[kTerms];
+  const uint8_t* codes[columns];
+  C coeff[kTerms][columns];
   Vec<C> sum[kRows][columns];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTerms; t++) {
-    coeff[t] = static_cast<C>(terms[t].coeff);
+  for (int n = 0; n < columns; n++) {
+    const int64_t weight_row = row + min(n, num_columns - 1);
 #pragma GCC unroll 16
-    for (int n = 0; n < columns; n++)
-      w[t][n] = static_cast<const S*>(terms[t].matrix.data) + (row + min(n, num_columns - 1)) * terms[t].matrix.stride +
-                column;
+    for (int t = 0; t < kTerms; t++) {
+      const Term& term = terms[t];
+      w[t][n] = static_cast<const S*>(term.matrix.data) + weight_row * term.matrix.stride + column;
+      const bool masked = kMasked && t == kTerms - 1;
+      coeff[t][n] = masked ? row_factor<C>(term, weight_row) : static_cast<C>(term.coeff);
+      if (masked) codes[n] = term.codes + weight_row * term.code_stride;
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; m++)
@@ -51,9 +60,10 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 8
       for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
         __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 2);
-      weight[n] = read(w[0][n] + p);
-      if constexpr (kDepths<E> == 1) weight[n] = coeff[0] * weight[n];
-      if constexpr (kTerms == 2) weight[n] += coeff[1] * read(w[1][n] + p);
+      Vec<C> last = read(w[kTerms - 1][n] + p);
+      if constexpr (kMasked) last = masked_elements<S>(codes[n], column + p, last);
+      if constexpr (kTerms == 1) weight[n] = last;
+      else weight[n] = coeff[0][n] * read(w[0][n] + p) + coeff[1][n] * last;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
@@ -71,7 +81,7 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
       if (n < num_columns) {
         C* y = out + m * out_stride + n;
         const C total = sum_lanes(sum[m][n]);
-        *y = (kDepths<E> == 1 ? total : coeff[0] * total) + (accumulate ? *y : C(0));
+        *y = (kTerms == 1 ? coeff[0][n] * total : total) + (accumulate ? *y : C(0));
       }
 }
 
@@ -92,16 +102,22 @@ void dot_rows(const Element<S>* a, int64_t num_rows, int64_t part, const Term* t
               bool accumulate) {
   const int64_t length = ceil_div(depth, kDepths<Element<S>>), columns = dot_columns(part);
   const int64_t group_size = part * round_up(length, kLanes<Compute<S>>);
-  for (int64_t t = 0; t < num_terms; t += kDotTerms<S>) {
+  const auto masked = [&](int64_t t) { return terms[t].coding == Coding::kMask; };
+  for (int64_t t = 0, count; t < num_terms; t += count) {
+    count = masked(t) ? 1 : min(kDotTerms<S>, num_terms - t);
     for (int64_t n = 0; n < num_columns; n += columns) {
       for (int64_t m = 0; m < num_rows; m += part) {
         with_constant<kDotTile>(min(part, num_rows - m), [&](auto rows) {
-          with_constant<kDotTerms<S>>(num_terms - t, [&](auto count) {
+          const auto run = [&](auto count, auto masked) {
             constexpr int64_t step = dot_columns(rows.value);  // a smaller last group could take more columns
             for (int64_t k = 0; k < min(columns, num_columns - n); k += step)
-              dot_tile<S, rows.value, count.value>(a + m / part * group_size, terms + t, row + n + k,
-                                                   min(columns, num_columns - n) - k, column, depth,
-                                                   out + m * out_stride + n + k, out_stride, accumulate || t > 0);
+              dot_tile<S, rows.value, count.value, masked.value>(
+                  a + m / part * group_size, terms + t, row + n + k, min(columns, num_columns - n) - k, column, depth,
+                  out + m * out_stride + n + k, out_stride, accumulate || t > 0);
+          };
+          with_constant<kDotTerms<S>>(count, [&](auto count) {
+            if (masked(t + count.value - 1)) run(count, Int<1>{});
+            else run(count, Int<0>{});
           });
         });
       }

@@ -21,14 +21,16 @@ constexpr int64_t kMostRows = 2048;  // rows of one item
 constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
 constexpr int64_t kManyItems = 8;  // a thread
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
-constexpr int64_t kSignRows = 12, kDecodedRows = 6;  // most_rows_apart, of bits, and of masks and bytes
+constexpr int64_t kSignRows = 12, kByteRows = 6;  // most_rows_apart
 
 /// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
-/// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time.
+/// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time. Masks of few
+/// rows are terms like dense ones (dot.h): their tile is read without decoding.
 int64_t most_rows_apart(Coding coding, Algorithm algorithm) {
   if (coding == Coding::kDense || algorithm == Algorithm::kBlend) return -1;
   if (algorithm == Algorithm::kSplit) return INT64_MAX;
-  return coding == Coding::kSign ? kSignRows : kDecodedRows;
+  if (coding == Coding::kMask) return -1;
+  return coding == Coding::kSign ? kSignRows : kByteRows;
 }
 
 /// One group of the batch: its rows and the terms of its weight.
