@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -189,6 +190,26 @@ def cpu_peak(build: Callable[[], Call], warm: Callable[[], Call] | None = None) 
     for _ in range(2):  # the first allocates what the second finds, such as an optimizer's state
         call()
     return _resident("VmHWM") - before
+
+
+def allocated_peak(call: Call) -> int:
+    """Bytes of the tensors that live at most while ``call`` runs, without those that lived before; CPU.
+
+    By the allocator's own record, which another run repeats to the byte. The resident set holds freed blocks too.
+    """
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes: list[tuple[int, int]] = []
+
+    def walk(nodes) -> None:
+        for node in nodes:
+            if hasattr(node.typed[1], "alloc_size"):
+                changes.append((node.start_time_ns, node.typed[1].alloc_size))
+            walk(node.children)
+
+    walk(profile.profiler.kineto_results.experimental_event_tree())
+    return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0])), default=0)
 
 
 def _trim() -> None:
