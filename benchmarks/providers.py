@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import taps_fast
+from taps_fast import _problem
 from taps_fast._dispatch import TABLE, Choice, _Row, reasons_against, select
-from taps_fast._problem import Problem, output_size, row_taps
+from taps_fast._problem import Problem, output_size
 
 from .layers import LayerProblem
 from .workloads import LAYERS, Workload, unknown
@@ -159,8 +160,10 @@ def _described(workload: Workload, device: str) -> Problem:
     stride, padding, dilation = ([size] * 2 for size in (conv["stride"], conv["padding"], 1))
     pixels = output_size(layer.size, layer.shape[2:], stride, padding, dilation)
     last = layer.channels_last
-    taps = row_taps(layer.shape, padding, dilation, conv["groups"], last, last)
-    return problem._replace(groups=conv["groups"], pixels=math.prod(pixels), channels_last=last, row_taps=taps)
+    problem = problem._replace(groups=conv["groups"], pixels=math.prod(pixels), channels_last=last)
+    if not hasattr(_problem, "row_taps"):  # an older commit to compare with
+        return problem
+    return problem._replace(row_taps=_problem.row_taps(layer.shape, padding, dilation, conv["groups"], last, last))
 
 
 def _explicit(row: _Row) -> Callable[[Workload, str], str | None]:
