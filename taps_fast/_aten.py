@@ -206,11 +206,17 @@ def _apply(
         return whole
     wide = x.to(coeffs.dtype)
     scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
-    y = _times(product(wide, base.to(wide.dtype)), scale)
+    y = _times(product(wide, base.to(wide.dtype)), scale, owned=True)
     as_base = layout(y)
     for k, (column, chosen) in columns.items():
-        part = _times(product(_pick(wide, chosen), deltas[k].to(wide.dtype)), _pick(column, chosen))
-        y = y + part if chosen is None else y.index_add(0, chosen, part)
+        part = product(_pick(wide, chosen), deltas[k].to(wide.dtype))
+        part = _times(part, _pick(column, chosen), owned=True)
+        if chosen is None:
+            y.add_(part)
+        elif as_base == torch.contiguous_format:
+            y.index_add_(0, chosen, part)
+        else:  # index_add_ walks channels last element by element
+            _images.as_rows(y).index_add_(0, chosen, _images.as_rows(part.contiguous(memory_format=as_base)))
     return y.contiguous(memory_format=as_base)
 
 
@@ -315,8 +321,10 @@ def _pick(x: Tensor, chosen: Tensor | None) -> Tensor:
     return x if chosen is None else x[chosen]
 
 
-def _times(x: Tensor, scale: Scalar) -> Tensor:
-    """x [N, …] times a number or one number an image."""
+def _times(x: Tensor, scale: Scalar, owned: bool = False) -> Tensor:
+    """x [N, …] times a number or one number an image; ``owned``: x itself may become that."""
     if isinstance(scale, Tensor):
-        return x * scale.view(-1, *(1,) * (x.dim() - 1))
-    return x if scale == 1.0 else x * scale
+        scale = scale.view(-1, *(1,) * (x.dim() - 1))
+    elif scale == 1.0:
+        return x
+    return x.mul_(scale) if owned else x * scale

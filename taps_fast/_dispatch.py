@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -175,7 +175,8 @@ def _patches_pay(problem: Problem) -> bool:
         return False
     pixels, weights = problem.rows * problem.pixels, math.prod(problem.shape)
     copied = pixels * weights // problem.shape[0] * problem.dtype.itemsize
-    return pixels <= PATCH_ROWS * (1 + problem.num_deltas) and weights >= PATCH_WEIGHTS and copied <= PATCH_BYTES
+    packed = 1 if problem.num_tasks == 1 else 1 + problem.num_deltas
+    return pixels <= PATCH_ROWS * packed and weights >= PATCH_WEIGHTS and copied <= PATCH_BYTES
 
 
 def _mixed(problem: Problem) -> bool:
@@ -186,6 +187,11 @@ def _pixels_pay(problem: Problem) -> bool:
     if problem.row_taps > 1:
         return _patches_pay(problem)
     return math.prod(problem.shape) >= ROWS_WEIGHTS[0 if _mixed(problem) else 1]
+
+
+def vendor_alone(shape: Sequence[int]) -> bool:
+    """Whether one weight of this shape is the vendor's business, whatever the images: `select` would say so too."""
+    return math.prod(shape[2:]) > 1 or math.prod(shape) < ROWS_WEIGHTS[1]
 
 
 def _weights_differ(problem: Problem) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _compressed, _problem, reference
 from ._autograd import Call, Delta, Groups, forward
-from ._dispatch import as_rows, select
+from ._dispatch import as_rows, select, vendor_alone
 from ._problem import IntPair, Problem
 from .formats import Format
 from .norms import Tasks, follow, table
@@ -187,6 +187,11 @@ def delta_conv2d(
     x, *conv = _problem.check_conv(name, x, base, stride, padding, dilation, groups)
     dense = [delta.dense(x.dtype) if isinstance(delta, Format) else delta for delta in weights]
     return _run(name, x, x, base, dense, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
+
+
+def is_plain_conv2d(x: Tensor, base: Tensor, groups: int) -> bool:
+    """Whether `delta_conv2d` without deltas is ``F.conv2d`` and no error of ours, whatever else it is given."""
+    return x.dim() == 4 and x.shape[1] == base.shape[1] * groups and x.dtype == base.dtype and vendor_alone(base.shape)
 
 
 def _compressed_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from taps_fast import BackendError, TaskBatch, _aten, _pointwise, _scratch, delta_conv2d, testing
 from taps_fast._dispatch import PATCH_ROWS, ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
+from taps_fast.functional import is_plain_conv2d
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 ROWS = [
@@ -89,13 +91,27 @@ def test_rows_are_chosen_by_the_number_of_weights(tasks: int | None) -> None:
         (dict(num_deltas=0), "aten"),
         (dict(grad=True), "aten"),
         (dict(rows=400, num_deltas=300), "aten"),
+        (dict(num_tasks=1, num_deltas=1, rows=5), "linear"),
+        (dict(num_tasks=1, num_deltas=1, rows=6), "aten"),
     ],
-    ids=["few", "many rows", "few weights", "one weight", "closed", "training", "large copy"],
+    ids=["few", "many rows", "few weights", "one weight", "closed", "training", "large copy", "one task", "more of it"],
 )
 def test_patches_are_rows_where_a_weight_has_few_pixels(changes: dict[str, Any], backend: str) -> None:
     problem = Problem("conv2d", "cpu", torch.float32, (512, 512, 3, 3), 8, 2, 4, False, row_taps=9, pixels=49)
     problem = problem._replace(channels_last=True, **changes)
     assert select(problem).backend == backend and f"->  {backend}" in explain(problem)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 1, 1), (512, 1024, 1, 1), (512, 512, 3, 3), (512, 1023, 1, 1)])
+def test_layers_know_when_a_base_alone_is_the_vendors(shape: tuple[int, ...]) -> None:
+    """Whatever the images: a layer that is sure asks no more."""
+    problem = Problem("conv2d", "cpu", torch.float32, shape, 8, 0, None, False)
+    chosen = {
+        select(problem._replace(row_taps=taps, pixels=pixels, channels_last=taps > 0, rows=rows)).backend
+        for taps in (0, math.prod(shape[2:]))
+        for pixels, rows in ((1, 1), (3136, 8))
+    }
+    assert is_plain_conv2d(torch.empty(8, shape[1], 7, 7), torch.empty(shape), 1) == (chosen == {"aten"})
 
 
 # --- depthwise --------------------------------------------------------------------------------------------------------
