@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,13 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def write(path: Path, new: Iterable[Record]) -> None:
-    """Adds records to a file; they replace those of the same workload and provider."""
-    records = {key(r): r for r in (read(path) if path.is_file() else [])}
+def write(path: Path, new: Sequence[Record], *, whole: bool = False) -> None:
+    """Adds records to a file; they replace those of the same workload and provider.
+
+    ``whole``: they are all that there is of their workloads, so those of any other provider go.
+    """
+    gone = {r["workload"] for r in new} if whole else set()
+    records = {key(r): r for r in (read(path) if path.is_file() else []) if r["workload"] not in gone}
     for record in new:
         check(record)
         records[key(record)] = record

@@ -82,7 +82,7 @@ def _run(chosen: argparse.Namespace) -> int:
             workload, providers, chosen.device, limits, environment, seconds=seconds, memory=not chosen.no_memory
         )
         print("\n".join(table(workload, records)), flush=True)
-        results.write(path, records)
+        results.write(path, records, whole=not chosen.providers and not chosen.quick)
         red += sum(r["status"] == "wrong" or (r["status"] == "failed" and r["kind"] == "ours") for r in records)
     print(f"\nwritten to {path}" + (f"; {red} RED" if red else ""))
     return 1 if red else 0

@@ -52,6 +52,9 @@ def test_a_record_survives_the_file(tmp_path, records):
     results.write(path, [newer])
     again = results.read(path)
     assert len(again) == len(records) and newer in again
+    results.write(path, [newer], whole=True)
+    mine = [r for r in results.read(path) if r["workload"] == newer["workload"]]
+    assert mine == [newer] and {r["workload"] for r in results.read(path)} == {r["workload"] for r in records}
 
 
 @pytest.mark.parametrize(
