@@ -3,9 +3,10 @@
     python -m benchmarks.compressed [formats] [masks] [--shapes 768x768] [--dtype float32] [--seconds 1]
 
 `formats`: T tasks with R rows each. Ours with each format, and ratios: dense deltas / format (above 1: the format is
-faster), and format / base, which is one F.linear of all rows. `masks`: 8 tasks with bit masks on one shared delta
-against the same rows of one such task, and against F.linear on that task's merged weight. A cell whose result differs
-from the dense oracle's stops the run. Calls go round in weight sets, so that none is in the cache when it comes again.
+faster), format / base, which is one F.linear of all rows, and a loop over weights merged beforehand / format. `masks`:
+8 tasks with bit masks on one shared delta against the same rows of one such task, and against F.linear on that task's
+merged weight. A cell whose result differs from the dense oracle's stops the run. Calls go round in weight sets, so that
+none is in the cache when it comes again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ def case(tasks: int, rows: int, deltas: Sequence[Tensor | Format], x: Tensor, ba
     return lambda: delta_linear(x, base, deltas, coeffs, tasks=batch, pairs=pairs)
 
 
+def merged_loop(tasks: int, weights: Sequence[Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """The same with a whole weight for each task, merged beforehand."""
+
+    def run() -> Tensor:
+        y = x.new_empty(x.shape[0], weights[0].shape[0])
+        for task, weight in enumerate(weights):
+            y[task::tasks] = F.linear(x[task::tasks], weight)
+        return y
+
+    return run
+
+
 def checked(call: Callable[[], Tensor], dense: Sequence[Tensor], x: Tensor, base: Tensor, tasks: int) -> None:
     ids = torch.arange(tasks).repeat(x.shape[0] // tasks)
     wide = [F.linear(x[ids == t].double(), base.double() + d.double()) for t, d in enumerate(dense)]
@@ -46,7 +59,7 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
 
 
 def formats(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
-    print(f"\nformats {shape[1]}x{shape[0]} {dtype}: ms; dense / format; format / base")
+    print(f"\nformats {shape[1]}x{shape[0]} {dtype}: ms; dense / format; format / base; merged / format")
     for tasks, rows in ((32, 1), (32, 4), (8, 1), (8, 16), (8, 64)):
         x = draw((tasks * rows, shape[1]), dtype, 1.0)
         dense_bytes = tasks * shape[0] * shape[1] * x.element_size()
@@ -64,17 +77,18 @@ def formats(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
                 if n == 0:
                     checked(call, [w.dense(dtype) if isinstance(w, Format) else w for w in weights], x, base, tasks)
                 calls.setdefault(name, []).append(call)
+            calls.setdefault("merged", []).append(merged_loop(tasks, [base + d for d in deltas], x))
             calls.setdefault("base", []).append(lambda x=x, base=base: F.linear(x, base))  # type: ignore[misc]
         times = measure(calls, seconds, "cpu")
         report(f"T={tasks} rows/task={rows}", times)
 
 
 def report(name: str, times: dict[str, Stats]) -> None:
-    dense, base = times["dense"].median, times["base"].median
+    dense, base, merged = (times[kind].median for kind in ("dense", "base", "merged"))
     cells = [f"dense {dense:8.3f}"]
     cells += [
-        f"{kind} {times[kind].median:8.3f} ({dense / times[kind].median:5.2f}; {times[kind].median / base:5.2f})"
-        for kind in ("bits", "int8", "lowrank")
+        f"{kind} {ms:8.3f} ({dense / ms:5.2f}; {ms / base:5.2f}; {merged / ms:5.2f})"
+        for kind, ms in ((kind, times[kind].median) for kind in ("bits", "int8", "lowrank"))
     ]
     print(f"{name:<22} base {base:8.3f}  " + "  ".join(cells), flush=True)
 

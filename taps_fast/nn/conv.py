@@ -101,7 +101,7 @@ class FastTapsConv2d(TapsLayer):
             input, padding = F.pad(input, self._reversed_padding, mode=self.padding_mode), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
         if after is None and not gated.deltas and is_plain_conv2d(input, gated.base, self.groups):
-            # Checks cost up to a fifth of a millisecond after a layer that has left no Python in the caches.
+            # Checks are slow after a large layer, which leaves no Python in the caches.
             return F.conv2d(input, gated.base, gated.bias, *conv)
         options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
         return self.run(delta_conv2d, input, *gated.weight, *conv, **options)
