@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Stats, measure, weight_sets
+from benchmarks.timing import Stats, keep_memory, measure, weight_sets
 from taps_fast import TaskBatch, delta_linear
 from taps_fast.formats import Format, LowRank, MaskBits, compress
 
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in each cell")
     args = parser.parse_args()
     torch.manual_seed(0)
+    keep_memory()
     tables = {"formats": formats, "masks": masks}
     print(f"{torch.__version__=} {torch.get_num_threads()=} isa={torch.ops.taps_fast.cpu_isa()}")
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Measures the CPU kernels of delta_linear against what PyTorch offers, in interleaved rounds of one process.
 
-    python benchmarks/cpu_linear.py [forward] [mixed] [backward] [closed] [overhead] [--dtype float32] [--cold]
-    python benchmarks/cpu_linear.py rates        # GFLOP/s of each product, and of multiply-adds on registers alone
+    python -m benchmarks.cpu_linear [forward] [mixed] [backward] [closed] [overhead] [--dtype float32] [--cold]
+    python -m benchmarks.cpu_linear rates        # GFLOP/s of each product, and of multiply-adds on registers alone
 
 Each cell prints ours in ms and, for every baseline, baseline / ours (above 1: ours is faster); each table ends with
 geometric means. `best` is the fastest baseline that computes the same thing in the same memory; `linear` (one
@@ -29,6 +29,8 @@ from torch import Tensor
 
 import taps_fast  # noqa: F401  (registers the operators)
 from taps_fast.tasks import TaskBatch
+
+from . import timing
 
 OPS = torch.ops.taps_fast
 SHAPES = {  # (I, O): ViT-S qkv/proj/fc1/fc2, MiniLM fc1, ViT-B proj/fc1/fc2, square 4096
@@ -330,7 +332,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="cycle through more weights than the caches hold")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    timing.pin(args.threads)
     print(f"{torch.__version__=} {torch.get_num_threads()=} isa={OPS.cpu_isa()}")
     for dtype, table in itertools.product(args.dtype, args.tables):
         tables[table](args, getattr(torch, dtype))

@@ -35,7 +35,7 @@ from torch.func import functional_call
 from taps_fast.merging import MergedModel, TaskVectors, entropy
 
 from .networks import ViT
-from .timing import Call, allocated_peak, measure, peak_bytes
+from .timing import Call, allocated_peak, keep_memory, measure, peak_bytes
 
 CLASSES = 10
 
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true")
     args = parser.parse_args()
     k = args.deltas
+    keep_memory()
     where = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"{where}, ViT-S/16, K = {k}")
     if not args.no_times:

@@ -27,6 +27,8 @@ from taps_fast import TapsModel, delta_conv2d
 from taps_fast._dispatch import BackendError
 from taps_fast.tasks import TaskBatch
 
+from . import timing
+
 TASKS = 8
 # name: C, O, kernel, stride, groups, pixels along a side of an image of 224
 LAYERS = {
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each cell")
     args = parser.parse_args()
     torch.manual_seed(0)
+    timing.keep_memory()
     with torch.inference_mode(args.what == "conv"):
         if args.what == "norm":
             norm(args.seconds, args.images, args.layer)

@@ -37,7 +37,8 @@ class NetworkProblem:
         self.base = build(workload.layer).to(device, self.dtype).train(self.train)
         if len(size) == 3:
             self.base = self.base.to(memory_format=torch.channels_last)
-        self.model = taps_fast.TapsModel(self.base, head=head)
+        # Not sliced, as by itself where memory is kept: processes that measure memory must run what was timed.
+        self.model = taps_fast.TapsModel(self.base, head=head, slice=None)
         self._draw = torch.Generator().manual_seed(0)
         for t in range(workload.tasks or 0):
             self.model.add_task(f"task{t}")

@@ -23,6 +23,7 @@ from taps_fast import TaskBatch
 
 from .models import NetworkProblem
 from .serving import folded
+from .timing import keep_memory
 from .workloads import Workload
 
 KINDS = {
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, nargs="*", default=[], help="also other sizes than the automatic one")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    keep_memory()
     with torch.no_grad():
         problem = NetworkProblem(Workload(args.network, args.samples, 8, gates=args.gates), "cpu")
         base, networks = folded(problem.base), [folded(network) for network in problem.copies]

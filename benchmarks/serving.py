@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from taps_fast import TaskBatch, testing
+from taps_fast import testing
 
 from .models import Materialised, NetworkProblem, learned
 from .networks import NETWORKS
@@ -162,12 +162,9 @@ def _base(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]
 
 @network("base-folded", "floor", "forward", only=lambda workload: not _is_norm(workload), memory=False)
 def _base_folded(p: NetworkProblem) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
-    """The network without tasks, its batch norms folded, in the slices that ours takes on a CPU."""
+    """The network without tasks, its batch norms folded."""
     plain = folded(p.base)
-    p.model(p.images, tasks=p.ids)  # finds the size of a slice
-    batch = TaskBatch.from_ids(p.ids, p.workload.tasks)
-    count = p.model.slice_of(p.images, len(p.images), batch) or len(p.images)
-    return lambda: torch.cat([plain(part) for part in p.images.split(count)]), [plain]
+    return lambda: plain(p.images), [plain]
 
 
 def folded(network: nn.Module) -> nn.Module:

@@ -144,10 +144,25 @@ def weight_sets(one: int, cold: bool, device: str) -> int:
 
 
 def pin(threads: int | None) -> int:
-    """Fixes the number of threads for the process; returns it."""
+    """Fixes the number of threads for the process, and what becomes of freed memory; returns the former.
+
+    By itself glibc gives large blocks back when they are freed, or keeps them: that depends on what else happens to lie
+    in the heap. Where it gives them back every layer's output is made anew, page by page, and times are those of the
+    system; `benchmarks.slices` shows how much. So it is told to keep them, for every contender.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
+    keep_memory()
     return torch.get_num_threads()
+
+
+def keep_memory() -> None:
+    """Has the C library keep freed memory, where it is glibc. As MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def device_name(device: str) -> str:
@@ -259,7 +274,7 @@ def peak_bytes(
 
 
 def _child(pipe, build, args, threads, warm) -> None:
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # freed memory is given back, so that what is resident is in use
     try:
         pipe.send(cpu_peak(functools.partial(build, *args), warm))
     except Exception as error:

@@ -16,12 +16,19 @@ import torch
 
 from . import __version__, _dispatch, store
 from ._problem import Problem
+from ._slices import gives_memory_back
 from .sharing import Sharing, readable_bytes
 
 EXAMPLES = (
     ("a layer of a vision transformer, 16 images of 4 tasks", "linear", (3072, 768), 16 * 197),
     ("the same layer, one row a task", "linear", (3072, 768), 4),
     ("a 3x3 convolution, 16 images of 4 tasks", "conv2d", (256, 256, 3, 3), 16),
+)
+
+GIVES_BACK = (
+    "gives large freed blocks back to the system, so that networks with large activations wait for new ones on a CPU; "
+    "LD_PRELOAD=libtcmalloc_minimal.so.4, or with glibc MALLOC_MMAP_THRESHOLD_=1073741824 "
+    "MALLOC_TRIM_THRESHOLD_=4294967296, keeps them"
 )
 
 
@@ -100,6 +107,7 @@ def _info(_: argparse.Namespace) -> None:
         f"safetensors {safetensors.__version__}"
     )
     print(_dispatch.describe_machine())
+    print(f"memory: the C library {GIVES_BACK if gives_memory_back() else 'keeps what is freed'}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     print("\nWhat runs by default (->), what can be asked for (yes), what cannot and why (no):")
     for title, op, shape, rows in EXAMPLES:

@@ -1,8 +1,11 @@
-"""A mixed batch in slices whose activations stay in the cache."""
+"""A mixed batch in slices, whose activations are blocks of memory that the C library keeps."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,10 +18,8 @@ from .tasks import TaskBatch
 SLICE_BYTES = 24 << 20
 """What one call of a layer may read and write of a slice's activations.
 
-Beyond a last cache of 32 MiB each layer reads from memory what the one before has just written, and the C library
-takes blocks of 32 MiB and more anew from the system, page by page. ResNet-50, folded, two cores of an EPYC with 32 MiB,
-32 images of 224²: 1.74 s in slices of 6, 1.88 s of 8, 2.18 s of 16, 2.61 s at once. Of 112²: 0.47 s in slices of 12
-or 16, 0.52 s at once.
+glibc returns blocks of 32 MiB and more to the system when they are freed, and smaller ones where much is free, so each
+layer's output is made anew, page by page. `python -m benchmarks.slices` times it: that is all that slices gain here.
 """
 
 LEAST_WORK = 4
@@ -43,13 +44,14 @@ def images_a_slice(
 ) -> int | None:
     """How many samples go together, where ``count`` are given as x; None: all.
 
-    "auto" is a rule for CPUs: `SLICE_BYTES`, slices as equal as they can be, and none below `LEAST_WORK`. Where all
-    tasks have as many samples, slices are of whole tasks, up to a third larger: one of a single task gathers nothing.
+    "auto" is a rule for CPUs whose C library gives memory back: `SLICE_BYTES`, slices as equal as they can be, and none
+    below `LEAST_WORK`. Where all tasks have as many samples, slices are of whole tasks, up to a third larger: one of a
+    single task gathers nothing.
     """
     if slicing is None or slicing.output_axes is None or count == 0:
         return None
     if asked == "auto":
-        if x.device.type != "cpu" or slicing.work < LEAST_WORK:
+        if x.device.type != "cpu" or slicing.work < LEAST_WORK or not gives_memory_back():
             return None
         one = slicing.bytes_per_element * x.numel() / count
         most = max(int(SLICE_BYTES // max(one, 1)), 1)
@@ -59,6 +61,26 @@ def images_a_slice(
     else:
         most = int(asked or count)
     return most if most < count else None
+
+
+@functools.cache
+def gives_memory_back() -> bool:
+    """Whether the C library returns a large block to the system when it is freed, so that the next is made anew.
+
+    One block, larger than what a heap happens to have free, is written to in one place and freed: is that place still
+    there? Asked once a process, which takes less than a millisecond.
+    """
+    block, page = torch.empty(256 << 20, dtype=torch.uint8), mmap.PAGESIZE
+    middle = block.numel() // 2
+    block[middle : middle + 2 * page] = 1
+    address = -(-(block.data_ptr() + middle) // page) * page
+    del block
+    there = ctypes.c_ubyte(0)
+    try:
+        gone: int = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(page), ctypes.byref(there))
+    except (AttributeError, OSError, TypeError):
+        return True  # a system that cannot be asked
+    return gone != 0 or not there.value & 1
 
 
 def _samples_of_a_task(batch: TaskBatch) -> int:

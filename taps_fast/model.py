@@ -40,11 +40,11 @@ class TapsModel(PreparedModel):
         exclude: which modules, norms too, stay shared.
         norms: "task" (each task has its own) or "shared" (the base's, frozen and in eval mode).
         threshold, initial_score, gate: as `FastTapsLinear`.
-        slice: how many samples of a mixed batch run together in eval mode; None or 0: all. "auto": on a CPU, as many
-            as keep the largest layer's input and output under 24 MiB (whole tasks in up to 32 MiB, where all have as
-            many samples; a layer or two alone are not sliced), elsewhere all. Samples go by task, and outputs come back
-            in the batch's order. Training, compiled models, and models whose output's batch axis the probe
-            cannot tell, are not sliced.
+        slice: how many samples of a mixed batch run together in eval mode; None or 0: all. "auto": on a CPU whose C
+            library gives freed memory back to the system (`python -m taps_fast info` says), as many as keep the largest
+            layer's input and output under 24 MiB (whole tasks in up to 32 MiB, where all have as many samples; a layer
+            or two alone are not sliced), elsewhere all. Samples go by task, and outputs come back in the batch's order.
+            Training, compiled models, and models whose output's batch axis the probe cannot tell, are not sliced.
 
     Raises:
         ValueError: a head or pattern that matches nothing, a lazy or already adapted model.

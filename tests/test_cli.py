@@ -82,6 +82,7 @@ def test_info_says_what_runs():
     assert result.returncode == 0 and result.stderr == ""
     assert f"taps_fast {taps_fast.__version__}" in result.stdout and f"torch {torch.__version__}" in result.stdout
     assert result.stdout.count("  -> ") == len(EXAMPLES) * (1 + torch.cuda.is_available())
+    assert "\nmemory: the C library " in result.stdout
 
 
 def test_a_reader_that_stops_early_is_no_error():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -12,7 +16,7 @@ import torch.nn.functional as F
 from nets import TASKS, ConvNet, Transformer, assert_rows_as_separate, images, three_tasks
 from torch import nn
 
-from taps_fast import TapsModel, TaskBatch
+from taps_fast import TapsModel, TaskBatch, _slices
 
 MIX = ["cars", "base", "cubs", "dogs", "cubs"]
 
@@ -320,7 +324,13 @@ def test_no_slices_where_samples_meet_or_in_training():
     assert len(calls) == 1
 
 
-def test_the_automatic_rule():
+@pytest.fixture
+def forgetful_library(monkeypatch):
+    """A C library that gives memory back, which is what automatic slices are for."""
+    monkeypatch.setattr(_slices, "gives_memory_back", lambda: True)
+
+
+def test_the_automatic_rule(forgetful_library, monkeypatch):
     """As many samples as keep the largest layer's input and output under the bytes of a slice, in equal parts."""
     model = three_tasks(Net(), dtype=torch.float32)
     model.probe(images(2, dtype=torch.float32))
@@ -332,9 +342,23 @@ def test_the_automatic_rule():
     assert most == 6 and model.slice_of(torch.empty(32, 3, 256, 256), 32) == 6
     assert model.slice_of(torch.empty(7, 3, 256, 256), 7) == 4
     assert model.slice_of(torch.empty(6, 3, 256, 256), 6) is None
+    monkeypatch.setattr(_slices, "gives_memory_back", lambda: False)
+    assert model.slice_of(torch.empty(32, 3, 256, 256), 32) is None
+    model.slice = 8
+    assert model.slice_of(torch.empty(32, 3, 256, 256), 32) == 8
 
 
-def test_automatic_slices_hold_whole_tasks():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how to tell another C library to keep memory")
+@pytest.mark.parametrize("kept", [False, True])
+def test_whether_memory_is_given_back(kept):
+    told = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)} if kept else {}
+    untold = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    code = "from taps_fast._slices import gives_memory_back; print(gives_memory_back())"
+    found = subprocess.run([sys.executable, "-c", code], env=untold | told, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(not kept)
+
+
+def test_automatic_slices_hold_whole_tasks(forgetful_library):
     """Where tasks have equally many samples: then most slices need one weight."""
     model = three_tasks(Net(), dtype=torch.float32)
     model.probe(images(2, dtype=torch.float32))
@@ -347,7 +371,7 @@ def test_automatic_slices_hold_whole_tasks():
     assert model.slice_of(big[:6], 6, TaskBatch.from_ids([0, 1, 2] * 2, 3)) is None
 
 
-def test_one_layer_is_not_sliced():
+def test_one_layer_is_not_sliced(forgetful_library):
     """Copies of its input and output would cost more than the layer."""
     model = TapsModel(nn.Sequential(nn.BatchNorm2d(3)), ["cubs", "cars"]).eval()
     model(images(2, dtype=torch.float32), tasks=["cubs", "cars"])

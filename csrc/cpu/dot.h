@@ -59,7 +59,7 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
     for (int n = 0; n < columns; n++) {
 #pragma GCC unroll 8
       for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
-        __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 2);
+        __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 3);
       Vec<C> last = read(w[kTerms - 1][n] + p);
       if constexpr (kMasked) last = masked_elements<S>(codes[n], column + p, last);
       if constexpr (kTerms == 1) weight[n] = last;
