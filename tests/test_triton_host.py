@@ -54,14 +54,15 @@ def executed(call) -> int:
         count += event == "opcode"
         return trace
 
-    for _ in range(2):
-        call()
+    call()
     before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
+    for _ in range(2):  # Python 3.12 tells a process of instructions from the second trace on
+        count = 0
+        sys.settrace(trace)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
     return count
 
 
