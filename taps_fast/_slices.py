@@ -70,16 +70,16 @@ def gives_memory_back() -> bool:
     One block, larger than what a heap happens to have free, is written to in one place and freed: is that place still
     there? Asked once a process, which takes less than a millisecond.
     """
-    block, page = torch.empty(256 << 20, dtype=torch.uint8), mmap.PAGESIZE
-    middle = block.numel() // 2
-    block[middle : middle + 2 * page] = 1
-    address = -(-(block.data_ptr() + middle) // page) * page
-    del block
-    there = ctypes.c_ubyte(0)
+    page, there = mmap.PAGESIZE, ctypes.c_ubyte(0)
     try:
+        block = torch.empty(256 << 20, dtype=torch.uint8)
+        middle = block.numel() // 2
+        block[middle : middle + 2 * page] = 1
+        address = -(-(block.data_ptr() + middle) // page) * page
+        del block
         gone: int = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(page), ctypes.byref(there))
-    except (AttributeError, OSError, TypeError):
-        return True  # a system that cannot be asked
+    except (AttributeError, OSError, RuntimeError, TypeError):
+        return True  # a system that cannot be asked, or has no such block
     return gone != 0 or not there.value & 1
 
 
