@@ -19,8 +19,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from taps_fast import TaskBatch
-
 from .models import NetworkProblem
 from .serving import folded
 from .timing import keep_memory
@@ -69,7 +67,7 @@ def main() -> None:
     parser.add_argument("network", nargs="?", default="resnet50", help="resnet50 or resnet50.112")
     parser.add_argument("--gates", choices=("cubs", "cars"), default="cubs")
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--slices", type=int, nargs="*", default=[], help="also other sizes than the automatic one")
+    parser.add_argument("--slices", type=int, nargs="*", default=[], help="also in slices of so many images")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     keep_memory()
@@ -81,7 +79,6 @@ def main() -> None:
         model(images, tasks=ids)
         ordered = images[ids.argsort(stable=True)].contiguous(memory_format=torch.channels_last)
         own = ordered.split(args.samples // 8)
-        automatic = model.slice_of(images, args.samples, TaskBatch.from_ids(ids, 8)) or args.samples
 
         def mixed(size: int) -> Tensor:
             model.slice = size
@@ -95,7 +92,7 @@ def main() -> None:
             return torch.cat([network(part) for network, part in zip(networks, own, strict=True)])
 
         runs: dict[str, Callable[[], Tensor]] = {"8 merged networks in turn": merged}
-        for size in dict.fromkeys([automatic, *args.slices]):
+        for size in dict.fromkeys([args.samples, *args.slices]):
             runs[f"prepared, slices of {size}"] = lambda size=size: mixed(size)  # type: ignore[misc]
             runs[f"base alone, slices of {size}"] = lambda size=size: alone(size)  # type: ignore[misc]
         found = medians(runs, args.rounds)

@@ -19,7 +19,7 @@ SLICE_BYTES = 24 << 20
 """What one call of a layer may read and write of a slice's activations.
 
 glibc returns blocks of 32 MiB and more to the system when they are freed, and smaller ones where much is free, so each
-layer's output is made anew, page by page. `python -m benchmarks.slices` times it: that is all that slices gain here.
+layer's output is made anew, page by page. `python -m benchmarks.slices` times it: slices gain little but that.
 """
 
 LEAST_WORK = 4
