@@ -37,6 +37,9 @@ STANDARD = "-std=c++20"
 # A kernel file may fuse a * b + c: the compiler's own default, which asking for standard C++ turns off.
 CXX = [STANDARD, "-fvisibility=hidden", "-ffp-contract=fast"]
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# A library linked in whole stays our own: where that is libstdc++, as with some compilers, its symbols would mix with
+# those of PyTorch's, and printing a number into an error message end the process.
+LINK = ["-Wl,--exclude-libs,ALL"] if sys.platform.startswith("linux") else []
 # The CUDA runtime is linked in: PyTorch brings its own, of any minor version, and may have none at all.
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
 # Files named *_<isa>.cpp include no torch header, so that no code shared with other files is compiled for the ISA.
@@ -150,7 +153,12 @@ class BuildExt(build_ext):
             self.compile(commands)
             target = self.get_ext_fullpath(ext.name)
             self.compiler.link_shared_object(
-                objects, target, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++"
+                objects,
+                target,
+                libraries=ext.libraries,
+                library_dirs=ext.library_dirs,
+                extra_preargs=LINK,
+                target_lang="c++",
             )
         except Exception as error:
             if MODE == "require" and not isinstance(error, Unavailable):

@@ -39,6 +39,8 @@ SECONDS = "0.1"
 NOT_STARTED, CUT_SHORT = -1, 124
 """Instead of an exit status: the time was up before it, or while it ran."""
 LEGAL = (0, NOT_STARTED, CUT_SHORT)
+MOST_SHARDS, THREADS = 12, "2"
+"""Processes that run the tests, and threads of each: most of the time they compile or wait for the device."""
 GRACE = 20.0
 """Seconds that a test may go on when the time of the tests is up."""
 Report = dict[str, Any]
@@ -138,9 +140,11 @@ def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
     for n, report in enumerate(reports):
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "launches", "--report", str(report)]
+        command += ["--continue-on-collection-errors"]  # one file's failure is reported, and hides no other's
         command += ["--seconds", str(seconds), "--shard", f"{n}/{shards}", *files]
         with report.with_suffix(".log").open("w") as log:
-            running.append(_start(command, log, PYTHONPATH="tests", TAPS_FAST_EXT="auto"))
+            env = {"PYTHONPATH": "tests", "TAPS_FAST_EXT": "auto", "OMP_NUM_THREADS": THREADS}
+            running.append(_start(command, log, **env))
     try:
         for process in running:
             _wait(process, deadline + GRACE - time.monotonic())
@@ -226,6 +230,7 @@ def verdict(report: Report, expected: set[str]) -> list[str]:
     if not gpu:
         reasons.append("no test marked gpu ran")
     reasons += [f"{name}: {outcome}" for name, outcome in gpu.items() if outcome != "passed"]
+    reasons += [f"{name}: failed" for shard in report["tests"] for name in shard.get("failed", {}) if name not in gpu]
     reasons += [f"{name} was never launched on the device by a test" for name in sorted(expected - launched.keys())]
     ran = report["bench"]
     reasons += [f"benchmark {name} ended with {code}" for name, code in ran["exits"].items() if code not in LEGAL]
@@ -259,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * chosen.minutes
     report: Report = {"build": build(0.3 * 60 * chosen.minutes)}
     print("built; " + "; ".join(f"{n} left out: {why}" for n, why in report["build"]["left_out"].items()), flush=True)
-    shards = max(1, min(8, (os.cpu_count() or 1) // 2))
+    shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 1) * 3 // 4))
     files = tests(report["build"]["left_out"])
     report["tests"] = test(0.65 * (end - time.monotonic()) - GRACE, shards, files)
     report["bench"] = bench(end - time.monotonic() - 10, WORK / "bench.jsonl")
@@ -267,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the time was up: {what}")
     reasons = verdict(report, kernels())
     path = write(report, reasons)
+    for shard in report["tests"]:
+        for name, said in shard.get("failed", {}).items():
+            print(f"\n{name}\n{said}")
     for reason in reasons:
         print(f"gpu: {reason}", file=sys.stderr)
     print(f"{'FAILED' if reasons else 'all passed'}; written to {path}")

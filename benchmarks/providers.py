@@ -248,7 +248,9 @@ def _segments(p: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted order of the samples, their slots, and rows before the end of each slot (int32), on the device."""
     slots, order = p.slot[p.ids].sort(stable=True)
     rows = p.x[0, ..., 0].numel()
-    return order, slots, (slots.bincount(minlength=len(p.deltas) + 1).cumsum(0) * rows).int()
+    # Not counted by bincount, which asks the device for the largest and cannot be captured.
+    ends = torch.searchsorted(slots, torch.arange(len(p.deltas) + 1, device=slots.device), right=True)
+    return order, slots, (ends * rows).int()
 
 
 def _unsorted(p: LayerProblem, y: Tensor, order: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Searches tile sizes and crossovers on this machine's GPU, and writes them into `taps_fast/tuned.json`.
+"""Searches tile sizes and crossovers on this machine's GPU, and writes them into `taps_fast/tuned.json` as it goes.
 
-    python -m benchmarks.tune                          everything, about ten minutes
+    python -m benchmarks.tune                          everything, a few minutes
     python -m benchmarks.tune --kernels split          tile sizes of one kernel
     python -m benchmarks.tune --kernels --dtypes bfloat16      no tile sizes, crossovers of one dtype
 
@@ -15,9 +15,12 @@ import datetime
 import functools
 import itertools
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -41,6 +44,10 @@ GAIN = 1.02
 """How many times faster than the entry there is a config must be to replace it."""
 MOST_ROWS = 8192
 
+MOST_COMPILERS = 14
+"""Processes that compile candidates beside each other; each holds some of the GPU's memory."""
+Entry = dict[str, Any]
+
 Timer = Callable[[Any], float]
 """Seconds of a candidate; infinite for one that does not compile, does not fit or is wrong."""
 
@@ -51,7 +58,7 @@ def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any
 
     steps = (64, 128) if itemsize == 2 else (32, 64)
     if kernel == "dw":
-        blocks: Iterable[tuple[int, int, int]] = itertools.product((steps[0] // 2, steps[0]), (64, 128), (64, 128))
+        blocks: Iterable[tuple[int, int, int]] = itertools.product((steps[0] // 2, steps[0]), (64, 128), (64, 128, 256))
     else:
         blocks = itertools.product((64, 128) if rows is None else (rows,), (64, 128), steps)
     for (m, o, i), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):
@@ -89,15 +96,15 @@ def crossover(split: Callable[[int], float], merge: Callable[[int], float], most
     return high
 
 
-def entry_of(config: Any, kernel: str, arch: str, itemsize: int, rows: int | None) -> dict[str, Any]:
+def entry_of(config: Any, kernel: str, arch: str, itemsize: int, rows: int | None) -> Entry:
     """A config as it stands in `tuned.json`."""
-    entry = {"kernel": kernel, "arch": arch, "bytes": itemsize, "rows": rows}
+    entry: Entry = {"kernel": kernel, "arch": arch, "bytes": itemsize, "rows": rows}
     entry |= {"blocks": [config.block_m, config.block_o, config.block_i]}
     entry |= {"warps": config.warps, "stages": config.stages}
     return entry if config.registers is None else entry | {"registers": config.registers}
 
 
-def replaced(data: dict[str, Any], configs: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Any:
+def replaced(data: dict[str, Any], configs: Sequence[Entry], measured: Sequence[Entry]) -> Any:
     """``data`` with new entries in place of those for the same thing; a chip new to it gets a copy of "other" first."""
     data = {name: list(entries) for name, entries in data.items()}
     keys = {"configs": ("kernel", "arch", "bytes", "rows"), "crossovers": ("op", "arch", "dtype")}
@@ -115,13 +122,24 @@ def replaced(data: dict[str, Any], configs: Sequence[dict[str, Any]], measured: 
 
 
 class Measured:
-    """The timers of a GPU: whole operators as graph replays, each candidate checked against float64 first."""
+    """The timers of a GPU: whole operators as graph replays, each candidate checked against float64 first.
 
-    def __init__(self, seconds: float) -> None:
+    ``compilers``: processes that compile what is to be timed, by running it once, before it is timed alone.
+    """
+
+    def __init__(self, seconds: float, compilers: int = 0) -> None:
         from taps_fast.kernels import _configs, conv2d, linear
 
         self.linear, self.conv2d, self.configs, self.seconds = linear, conv2d, _configs, seconds
         self.capability = torch.cuda.get_device_capability()
+        # Not forked: a child cannot use a device that its parent has.
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(compilers, context) if compilers else None
+
+    def prepare(self, kernel: str, dtype: torch.dtype, rows: int | None, options: Iterable[Any]) -> None:
+        """Fills the compiler's cache."""
+        if self.pool:
+            list(self.pool.map(functools.partial(_compile, kernel, dtype, rows), options))
 
     def fits(self, kernel: str, itemsize: int) -> Callable[[Any], bool]:
         return lambda config: self.configs.supports(config, kernel, itemsize, self.capability)
@@ -139,7 +157,8 @@ class Measured:
             try:
                 return statistics.geometric_mean(cell() for cell in cells)
             except Exception as error:  # of the compiler, the launch or the check: not a candidate
-                print(f"  {config}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}")
+                if self.seconds:
+                    print(f"  {config}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}")
                 return math.inf
             finally:
                 self.configs.choose = chosen
@@ -214,29 +233,40 @@ class Measured:
         return of("split"), of("merge")
 
 
-def tune(gpu: Measured, arch: str, device: str, kernels: Sequence[str], dtypes: Sequence[str]) -> tuple[list, list]:
-    """(configs, crossovers) as entries. Configs are searched once for each size of element, crossovers with them."""
-    configs, crossovers = [], []
+@functools.cache
+def _timer(kernel: str, dtype: torch.dtype, rows: int | None) -> Timer:
+    return Measured(0).config_timer(kernel, dtype, rows)
+
+
+def _compile(kernel: str, dtype: torch.dtype, rows: int | None, config: Any) -> None:
+    _timer(kernel, dtype, rows)(config)
+
+
+def search_configs(gpu: Measured, arch: str, kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
+    """The best config of each kernel and number of rows, once for each size of element."""
     searched = set()
     for kernel, name in itertools.product(kernels, dtypes):
-        itemsize = _tuned.ITEMSIZE[name]
+        itemsize, dtype = _tuned.ITEMSIZE[name], getattr(torch, name)
         if (kernel, itemsize) in searched:
             continue
         searched.add((kernel, itemsize))
         for rows in BUCKETS[kernel]:
-            options = candidates(kernel, itemsize, rows, gpu.fits(kernel, itemsize))
-            timer = gpu.config_timer(kernel, getattr(torch, name), rows)
-            config = best(options, gpu.present(kernel, itemsize, rows), timer)
+            options = list(candidates(kernel, itemsize, rows, gpu.fits(kernel, itemsize)))
+            present = gpu.present(kernel, itemsize, rows)
+            gpu.prepare(kernel, dtype, rows, [*options, present])
+            config = best(options, present, gpu.config_timer(kernel, dtype, rows))
             print(f"{kernel}, {itemsize} bytes, rows {'more' if rows is None else f'<= {rows}'}: {config}", flush=True)
-            configs.append(entry_of(config, kernel, arch, itemsize, rows))
+            yield entry_of(config, kernel, arch, itemsize, rows)
+
+
+def search_crossovers(gpu: Measured, arch: str, device: str, dtypes: Sequence[str]) -> Iterator[Entry]:
+    """Up to how many rows a task each dtype is faster by "split", with the configs in use."""
     date = datetime.date.today().isoformat()
     for name in dtypes:
         found = [crossover(*gpu.crossover_timers(getattr(torch, name), size)) for size in SIZES]
         rows = round(statistics.geometric_mean(found))
         print(f"{name}: split up to {rows} rows a task (by size: {dict(zip(SIZES, found, strict=True))})", flush=True)
-        entry = {"op": "linear", "arch": arch, "dtype": name, "measured": rows, "device": device, "date": date}
-        crossovers.append(entry)
-    return configs, crossovers
+        yield {"op": "linear", "arch": arch, "dtype": name, "measured": rows, "device": device, "date": date}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,10 +280,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: there is no CUDA device, so nothing was measured and tuned.json is as it was", file=sys.stderr)
         return 1
-    found = tune(Measured(chosen.seconds), _tuned.arch(), torch.cuda.get_device_name(), chosen.kernels, chosen.dtypes)
-    _tuned.save(replaced(_tuned.DATA, *found))
+    arch, device = _tuned.arch(), torch.cuda.get_device_name()
+    gpu = Measured(chosen.seconds, min((os.cpu_count() or 2) - 1, MOST_COMPILERS))
+    for entry in search_configs(gpu, arch, chosen.kernels, chosen.dtypes):
+        _keep([entry], [])
+    for entry in search_crossovers(gpu, arch, device, chosen.dtypes):
+        _keep([], [entry])
     print(f"written to {_tuned.PATH}")
     return 0
+
+
+def _keep(configs: list[Entry], measured: list[Entry]) -> None:
+    """In the file and in use from now on."""
+    from taps_fast.kernels import _configs
+
+    _tuned.DATA = replaced(_tuned.DATA, configs, measured)
+    _tuned.save(_tuned.DATA)
+    _configs.entries.cache_clear()
+    _configs.choose.cache_clear()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._split import bias_tile
-from ._tiles import coefficient, inside, next_source, pick
+from ._tiles import at_address, coefficient, inside, pick, rounds
 
 # What no address' alignment depends on: a network's layers share one compiled kernel.
 _SHAPES = ("N", "H", "W", "pixels", "columns", "taps", "taps_w", "B", "inner")
@@ -98,29 +98,41 @@ def conv2d_kernel(
     start = split * chunk
     stop = tl.minimum(start + chunk, steps)
 
+    own = stop - start
+
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for first in tl.range(0, K + 1, BLOCK_S):
         candidates = first + tl.arange(0, BLOCK_S)
-        used = coefficient(candidates, task, coeffs_ptr, base_coeffs_ptr, K, BAKED) != 0.0  # [BLOCK_S]
-        source = -1
-        for _ in tl.range(0, tl.sum(used.to(tl.int32), axis=0)):
-            source = next_source(used, candidates, source)
-            w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
-            product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-            for step in tl.range(start, stop):
-                tap = step // steps_tap
-                tap_h, tap_w = tap // taps_w, tap % taps_w
-                channel = (step % steps_tap) * BLOCK_I
-                real_i = (ri < C - channel)[None, :]
-                down, along, far = tap_h * dilate_h, tap_w * dilate_w, channel.to(tl.int64)
-                row, column = top + down, left + along
-                real_x = real & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-                to_x = down.to(tl.int64) * stride_xh + along.to(tl.int64) * stride_xw + far * stride_xc
-                to_w = tap_h.to(tl.int64) * stride_wh + tap_w.to(tl.int64) * stride_ww + far * stride_wc
-                w = tl.load(w_ptr + to_w + in_w, mask=real_i, other=0.0)  # [BLOCK_O, BLOCK_I]
-                x = tl.load(x_ptr + to_x + in_x, mask=real_x[:, None] & real_i, other=0.0)  # [BLOCK_M, BLOCK_I]
-                product = tl.dot(w, tl.trans(x), product, input_precision=PRECISION)
-            acc += coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED) * product
+        wanted = coefficient(candidates, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
+        used = ((wanted != 0.0) & (candidates <= K)).to(tl.int32)  # [BLOCK_S]
+        place = tl.where(used > 0, tl.cumsum(used, axis=0) - 1, -1)
+        if TABLE:
+            addresses = tl.load(sources + candidates, mask=candidates <= K, other=0)
+        product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+        # One loop over all sources, as in `_split`.
+        for n in tl.range(0, tl.sum(used, axis=0) * own):
+            mine = place == n // own
+            source = tl.max(tl.where(mine, candidates, 0), axis=0)
+            if TABLE:
+                w_ptr = at_address(tl.max(tl.where(mine, addresses, 0), axis=0), x_ptr.dtype.element_ty, TABLE)
+            else:
+                w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
+            step = start + n % own
+            tap = step // steps_tap
+            tap_h, tap_w = tap // taps_w, tap % taps_w
+            channel = (step % steps_tap) * BLOCK_I
+            real_i = (ri < C - channel)[None, :]
+            down, along, far = tap_h * dilate_h, tap_w * dilate_w, channel.to(tl.int64)
+            row, column = top + down, left + along
+            real_x = real & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            to_x = down.to(tl.int64) * stride_xh + along.to(tl.int64) * stride_xw + far * stride_xc
+            to_w = tap_h.to(tl.int64) * stride_wh + tap_w.to(tl.int64) * stride_ww + far * stride_wc
+            w = tl.load(w_ptr + to_w + in_w, mask=real_i, other=0.0)  # [BLOCK_O, BLOCK_I]
+            x = tl.load(x_ptr + to_x + in_x, mask=real_x[:, None] & real_i, other=0.0)  # [BLOCK_M, BLOCK_I]
+            product = tl.dot(w, tl.trans(x), product, input_precision=PRECISION)
+            if (step + 1 == stop) | rounds(step, PRECISION, x_ptr.dtype.element_ty):
+                acc += coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED) * product
+                product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
 
     y = tl.trans(acc)  # [BLOCK_M, BLOCK_O]
     if BIAS:

@@ -62,7 +62,7 @@ def use_product(
     tile,
     tiles,
     ro,
-    ri,
+    first,
     O,
     I,
     K,
@@ -84,9 +84,14 @@ def use_product(
     each task how many come before its own, and P. An output whose pointer is null is not wanted. The deltas of a task
     with no rows (``empty``) are not read.
     """
-    real = (ro < O)[:, None] & (ri < I)[None, :]
-    in_w = ro.to(tl.int64)[:, None] * stride_wo + ri.to(tl.int64)[None, :] * stride_wi  # [BLOCK_O, BLOCK_I]
-    in_out = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
+    # In halves where the product alone takes most registers.
+    parts: tl.constexpr = 2 if product.shape[1] > 128 else 1
+    width: tl.constexpr = product.shape[1] // parts
+    ri = first + tl.arange(0, width)
+    if parts == 2:
+        products = tl.split(tl.permute(tl.reshape(product, (product.shape[0], 2, width)), (0, 2, 1)))
+    else:
+        products = (product,)
     if PAIRS:
         before = tl.load(pairs_ptr + P + task).to(tl.int32)
         after = tl.load(pairs_ptr + P + task + 1).to(tl.int32)
@@ -96,20 +101,35 @@ def use_product(
     if WRITE_BASE:
         c = coefficient(0, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
         into = pick(outputs, 0, dtype, OUT_TABLE)
-        tl.store(into + in_out, weighted(c, product).to(dtype), mask=real)
+        for n in tl.static_range(parts):
+            store_part(into, weighted(c, products[n]).to(dtype), ro, ri + n * width, O, I)
     for p in tl.range(before, after):
         if PAIRS:
             source = (tl.load(pairs_ptr + p) - task.to(tl.int64) * K).to(tl.int32) + 1
         else:
             source = p - before + 1
         if DOTS:
-            w = tl.load(pick(sources, source, dtype, TABLE) + in_w, mask=real & ~empty, other=0.0).to(tl.float32)
-            tl.store(slots_ptr + tl.cast(p, tl.int64) * tiles + tile, tl.sum(product * w))
+            w_ptr = pick(sources, source, dtype, TABLE)
+            dot = 0.0
+            for n in tl.static_range(parts):
+                at = ri + n * width
+                real = (ro < O)[:, None] & (at < I)[None, :] & ~empty
+                in_w = ro.to(tl.int64)[:, None] * stride_wo + at.to(tl.int64)[None, :] * stride_wi  # [BLOCK_O, width]
+                dot += tl.sum(products[n] * tl.load(w_ptr + in_w, mask=real, other=0.0).to(tl.float32))
+            tl.store(slots_ptr + tl.cast(p, tl.int64) * tiles + tile, dot)
         if WRITES:
             into = pick(outputs, source, dtype, OUT_TABLE)
             if into.to(tl.int64) != 0:
                 c = coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
-                tl.store(into + in_out, weighted(c, product).to(dtype), mask=real)
+                for n in tl.static_range(parts):
+                    store_part(into, weighted(c, products[n]).to(dtype), ro, ri + n * width, O, I)
+
+
+@triton.jit
+def store_part(into, values, ro, ri, O, I):
+    """into[ro, ri] = values, rows of I."""
+    offset = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]
+    tl.store(into + offset, values, mask=(ro < O)[:, None] & (ri < I)[None, :])
 
 
 @triton.jit
@@ -182,7 +202,7 @@ def dw_task_kernel(
     else:
         use_product(
             product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, task, start >= stop,
-            tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
+            tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
             PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
         )  # fmt: skip
 
@@ -227,7 +247,7 @@ def dw_splits_kernel(
         product += tl.load(partial_ptr + tl.cast(s, tl.int64) * O * I + offset, mask=real, other=0.0)
     use_product(
         product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, tile * 0, tile < 0,
-        tile, tiles, ro, ri, O, I, K, P, stride_wo, stride_wi, dtype,
+        tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, dtype,
         PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -201,6 +202,7 @@ def _dw_shared(
     M, I = x.shape
     O = dy.shape[1]
     config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
+    config = replace(config, block_i=min(config.block_i, 128))  # it holds a sum beside each task's product
     into = pointers(outputs)
     tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
     dw_shared_kernel[grid(tiles * len(wanted), O, I, len(wanted))](

@@ -7,7 +7,7 @@ the weight's strides exchanged, so that there I is the layer's out features and 
 import triton
 import triton.language as tl
 
-from ._tiles import coefficient, inside, locate, next_source, pick, weighted
+from ._tiles import at_address, coefficient, inside, locate, pick, rounds, weighted
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def split_kernel(
     chunk = tl.cdiv(tl.cdiv(I, BLOCK_I), SPLITS) * BLOCK_I
     start = split * chunk
     stop = tl.minimum(start + chunk, I)
+    steps = tl.cdiv(stop - start, BLOCK_I)
 
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for first in tl.range(0, K + 1, BLOCK_S):
@@ -75,19 +76,29 @@ def split_kernel(
         table = coefficient(candidates[None, :], task[:, None], coeffs_ptr, base_coeffs_ptr, K, BAKED)
         table = tl.where(real[:, None] & (candidates <= K)[None, :], table, 0.0)  # [BLOCK_M, BLOCK_S]
         used = tl.max((table != 0.0).to(tl.int32), axis=0)  # [BLOCK_S]
-        source = -1
-        for _ in tl.range(0, tl.sum(used, axis=0)):
-            source = next_source(used > 0, candidates, source)
-            w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
-            product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-            for i in tl.range(start, stop, BLOCK_I):
-                real_i = (ri < I - i)[None, :]
-                far = tl.cast(i, tl.int64)
-                w = tl.load(w_ptr + far * stride_wi + in_w, mask=real_i, other=0.0)  # [BLOCK_O, BLOCK_I]
-                x = tl.load(x_ptr + far * stride_xi + in_x, mask=real_i, other=0.0)  # [BLOCK_M, BLOCK_I]
-                product = tl.dot(w, tl.trans(x), product, input_precision=PRECISION)
-            c = coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)  # [BLOCK_M]
-            acc += weighted(c[None, :], product)
+        place = tl.where(used > 0, tl.cumsum(used, axis=0) - 1, -1)
+        if TABLE:
+            addresses = tl.load(sources + candidates, mask=candidates <= K, other=0)
+        product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+        # One loop over all sources, not one in another: loads of the next source start while this one's are summed.
+        # Where a step reads follows from its number alone, without which no load could start ahead.
+        for step in tl.range(0, tl.sum(used, axis=0) * steps):
+            mine = place == step // steps
+            source = tl.max(tl.where(mine, candidates, 0), axis=0)
+            if TABLE:
+                w_ptr = at_address(tl.max(tl.where(mine, addresses, 0), axis=0), x_ptr.dtype.element_ty, TABLE)
+            else:
+                w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
+            i = start + (step % steps) * BLOCK_I
+            real_i = (ri < I - i)[None, :]
+            far = tl.cast(i, tl.int64)
+            w = tl.load(w_ptr + far * stride_wi + in_w, mask=real_i, other=0.0)  # [BLOCK_O, BLOCK_I]
+            x = tl.load(x_ptr + far * stride_xi + in_x, mask=real_i, other=0.0)  # [BLOCK_M, BLOCK_I]
+            product = tl.dot(w, tl.trans(x), product, input_precision=PRECISION)
+            if (i + BLOCK_I >= stop) | rounds(step % steps, PRECISION, x_ptr.dtype.element_ty):
+                c = coefficient(source, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)  # [BLOCK_M]
+                acc += weighted(c[None, :], product)
+                product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
 
     y = tl.trans(acc)  # [BLOCK_M, BLOCK_O]
     real_y = real[:, None] & (ro < O)[None, :]

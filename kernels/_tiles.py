@@ -16,12 +16,18 @@ def pick(pointers, index, dtype: tl.constexpr, TABLE: tl.constexpr):
     wide and nothing is pipelined. A table loses it, so TABLE says it: every entry is a multiple of TABLE bytes.
     """
     if TABLE:
-        found = tl.multiple_of(tl.load(pointers + index).to(tl.pointer_type(dtype)), TABLE)
+        found = at_address(tl.load(pointers + index), dtype, TABLE)
     else:
         found = pointers[0]
         for n in tl.static_range(1, len(pointers)):
             found = tl.where(index == n, pointers[n], found)
     return found
+
+
+@triton.jit
+def at_address(address, dtype: tl.constexpr, power: tl.constexpr):
+    """The pointer to ``dtype`` at an int64 address, a multiple of ``power`` bytes."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), power)
 
 
 @triton.jit
@@ -89,3 +95,12 @@ def inside(index, size):
 def weighted(coeffs, product):
     """coeffs · product, and exactly 0 where the coefficient is: another task's NaN stays its own."""
     return tl.where(coeffs != 0.0, coeffs * product, 0.0)
+
+
+@triton.jit
+def rounds(step, PRECISION: tl.constexpr, dtype: tl.constexpr):
+    """Whether a product is added to the sum after this step though it goes on, as exact float32 is every eighth.
+
+    One running sum of thousands of products loses more bits than the vendor's, which add up in parts.
+    """
+    return (step % 8 == 7) & (dtype == tl.float32 and PRECISION == "ieee")

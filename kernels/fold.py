@@ -43,8 +43,10 @@ def fold_kernel(
     acc = tl.zeros((BLOCK,), wide)
     for k in tl.range(0, K):
         c = tl.load(coeffs_ptr + part * K + k)
-        delta = tl.load(pick(deltas, k, dtype, TABLE) + element, mask=real & (c != 0.0), other=0.0).to(wide)
-        acc += c * delta
+        # What every element's own part decides is no mask of a load: each element would be a load of its own.
+        wanted = real if PARTS else real & (c != 0.0)
+        delta = tl.load(pick(deltas, k, dtype, TABLE) + element, mask=wanted, other=0.0).to(wide)
+        acc += tl.where(c != 0.0, c * delta, 0.0)
     into = tl.load(in_ptr + element, mask=real, other=0.0).to(wide)
     if PRODUCT:
         total = into * acc
@@ -81,12 +83,13 @@ def fold_grad_kernel(
             for step in tl.range(0, STEPS):
                 element = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
                 real = element < size
-                if PARTS:
-                    real = real & (tl.load(parts_ptr + element, mask=real, other=0).to(tl.int32) == p)
                 g = tl.load(dweight_ptr + element, mask=real, other=0.0).to(wide)
                 if MASKED:
                     g *= tl.load(masks_ptr + element, mask=real, other=0).to(wide)
-                total += g * tl.load(pick(deltas, k, dtype, TABLE) + element, mask=real, other=0.0).to(wide)
+                g *= tl.load(pick(deltas, k, dtype, TABLE) + element, mask=real, other=0.0).to(wide)
+                if PARTS:
+                    g = tl.where(tl.load(parts_ptr + element, mask=real, other=0).to(tl.int32) == p, g, 0.0)
+                total += g
             tl.store(partials_ptr + (program * P + p) * K + k, tl.sum(total, axis=0))
 
 

@@ -12,7 +12,9 @@ from ._arguments import common_power, grid, on_its_device, table, triton_dtype
 from ._merge import merge_kernel
 from ._problem import Rows, Weight, source_block
 
-BLOCK, WARPS = 2048, 4
+BYTES, WARPS = 4096, 4
+"""Of a weight, written by one program."""
+REGISTERS = 255  # left to its own guess, the assembler spills
 SCRATCH = 2**28
 """Bytes that the weights of a mixed batch may take at once."""
 LEAST = 64
@@ -46,8 +48,9 @@ def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int 
     slow, fast = (1, 0) if turned else (0, 1)
     slots = weight.tasks + 1 if rows.mixed else 1
     bank = weight.sources[0].new_empty(slots, shape[slow], shape[fast])
-    block_c = min(triton.next_power_of_2(shape[fast]), BLOCK)
-    block_r = BLOCK // block_c
+    block = BYTES // bank.element_size()
+    block_c = min(triton.next_power_of_2(shape[fast]), block)
+    block_r = block // block_c
     programs = triton.cdiv(shape[slow], block_r) * triton.cdiv(shape[fast], block_c) * slots
     merge_kernel[grid(programs, *shape, slots)](
         bank,
@@ -69,10 +72,12 @@ def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int 
         BLOCK_C=block_c,
         BLOCK_S=weight.source_block,
         BLOCK_L=0,
+        WHOLE=1,
         MIXED=rows.mixed,
         BAKED=weight.base_coeffs is not None,
         TABLE=weight.pointers.table,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return bank.transpose(1, 2) if turned else bank
 
@@ -86,16 +91,16 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
     """
     L, _, K = coeffs.shape
     out = [torch.empty_like(base) for base in bases]
-    firsts, addresses = [0], []
+    firsts, addresses, block = [0], [], BYTES // bases[0].element_size()
     for l, base in enumerate(bases):
         addresses += map(Tensor.data_ptr, (base, *deltas[l * K : (l + 1) * K]))
-        firsts.append(firsts[-1] + triton.cdiv(base.numel(), BLOCK))
+        firsts.append(firsts[-1] + triton.cdiv(base.numel(), block))
     blocks = firsts.pop()
     if blocks == 0:
         return out
     programs = grid(blocks, L, K)  # before the tables are written
-    made = list(map(Tensor.data_ptr, out))
-    layers = table([*firsts, *map(Tensor.numel, bases), *made], coeffs.device)
+    made, lengths = list(map(Tensor.data_ptr, out)), list(map(Tensor.numel, bases))
+    layers = table([*firsts, *lengths, *made], coeffs.device)
     merge_kernel[programs](
         None,
         table(addresses, coeffs.device),
@@ -113,12 +118,14 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
         1,
         dtype=triton_dtype(bases[0].dtype),
         BLOCK_R=1,
-        BLOCK_C=BLOCK,
+        BLOCK_C=block,
         BLOCK_S=source_block(K + 1),
         BLOCK_L=triton.next_power_of_2(L),
+        WHOLE=common_power(lengths),
         MIXED=False,
         BAKED=False,
         TABLE=common_power([*made, *addresses]),
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return out

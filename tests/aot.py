@@ -47,6 +47,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows on the left, four warps and 16-bit types or tf32; with
 # decoded weights on the right there are 16.
 FMA = r"FFMA"
+NARROW = {"write_kernel", "sum_slots_kernel", "sum_parts_kernel", "task_sums_kernel"}
+"""Kernels that read little, or pixel by pixel where the order of the samples puts them."""
 ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOMG?|REDG?)\b")  # not ATOMS, which allocates tensor memory
 WARP = r"\bHMMA"
 TENSOR_CORE = {(8, 0): WARP, (9, 0): r"[HQ]GMMA", (10, 0): r"UTC\w*MMA"}
@@ -89,6 +91,7 @@ class Facts:
     products: int
     atomics: int
     async_copies: int
+    wide_loads: int
     warnings: tuple[str, ...]
     hazards: int
 
@@ -178,6 +181,7 @@ def _exercise() -> None:
                 conv2d.conv2d_implicit(image, taps, [taps] * 3, each, one, biases, *how, index[0], images // 16)
             merge.fold([base], [base], torch.ones(1, 1, 1))
             merge.fold([base] * 53, [base] * 53, torch.ones(53, 1, 1))
+            merge.fold([base, base[0, :7]], [base, base[0, :7]], torch.ones(2, 1, 1))
 
     for dtype, format in itertools.product((torch.bfloat16, torch.float32), coded.FORMATS):
         x, factors = torch.empty(16, 512, dtype=dtype), torch.empty(3, 512)
@@ -247,6 +251,7 @@ def compiled(launch: Launch) -> Facts:
         products=len(re.findall(instruction(launch), sass)),
         atomics=len(ATOMIC.findall(sass)),
         async_copies=len(re.findall(r"LDGSTS|UTMALDG", sass)),
+        wide_loads=len(re.findall(r"LDG(?:STS)?\.\S*128|UTMALDG", sass)),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log.getvalue())))),
         hazards=len(hazards(sass)),
     )
@@ -283,11 +288,25 @@ def failures(launch: Launch, facts: Facts) -> list[str]:
     if facts.atomics:
         found.append(f"{facts.atomics} atomic operations on memory: sums would depend on the order of programs")
     multiplies = "PRECISION" in dict(launch.constants)
-    if multiplies and not facts.async_copies:
-        found.append("loads are not pipelined")
+    if multiplies and facts.async_copies < 2 * copies_of_a_step(launch):
+        found.append("loads are not started ahead")
+    # tf32 products want their operands transposed here, 4 bytes at a time.
+    turned = launch.kernel == "dw_shared_kernel" and dict(launch.constants)["PRECISION"] == "tf32"
+    if not facts.wide_loads and launch.kernel not in NARROW and not turned:
+        found.append("no load of 16 bytes")
     if multiplies and not is_ieee(launch) and not facts.products:
         found.append("no tensor-core products")
     return found
+
+
+def copies_of_a_step(launch: Launch) -> int:
+    """The least there are of 16 bytes for a thread: before the loop there is one for each stage but the last."""
+    constants, pointers = dict(launch.constants), dict(launch.signature)
+    if "BLOCK_I" not in constants:
+        return 1
+    config = _configs.Config(*(constants[n] for n in ("BLOCK_M", "BLOCK_O", "BLOCK_I")), launch.warps, 1)
+    kernel = "dw" if launch.kernel.startswith("dw_") else "split"
+    return config.shared_bytes(kernel, 4 if pointers["x_ptr"] == "*fp32" else 2) // (512 * launch.warps)
 
 
 def unlaunched(launches: Sequence[Launch]) -> set[str]:

@@ -101,7 +101,19 @@ def build() -> tuple[Path, str]:
         for old in BUILD.glob("_C_cuda-*"):
             old.unlink()
         libraries = [f"-l{name}" for name in ("torch_cpu", *rules.CUDA_LIBRARIES)]
-        _run(["c++", "-shared", *objects, "-o", library, f"-L{library_paths()[0]}", f"-L{home}/lib64", *libraries])
+        _run(
+            [
+                "c++",
+                "-shared",
+                *rules.LINK,
+                *objects,
+                "-o",
+                library,
+                f"-L{library_paths()[0]}",
+                f"-L{home}/lib64",
+                *libraries,
+            ]
+        )
     return library, log
 
 

@@ -27,6 +27,9 @@ OPTIONAL = {
 """Modules whose absence leaves out a test, or a file of them. That of any other is an error."""
 TOOLS = {"nvcc", "compiler", "compute-sanitizer", "CUPTI", "memory"}
 """What a test may be skipped for with "needs …", and is then left out like those."""
+CUT_SHORT = 124
+TEXT = 4000
+"""Characters that are kept of what a failed test said."""
 
 
 class Launches(collections.Counter):
@@ -48,6 +51,7 @@ class Plugin:
         self.deadline, self.unreached = time.monotonic() + seconds, 0
         self.launches = Launches().install()
         self.outcomes: collections.Counter[str] = collections.Counter()
+        self.failed: dict[str, str] = {}
         self.gpu: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.marked: set[str] = set()
@@ -60,12 +64,14 @@ class Plugin:
         others = [item for item in items if item not in large]
         mine = others[which::of] + (large if which == 0 else [])
         self.marked = {item.nodeid for item in mine if item.get_closest_marker("gpu")}
-        # Whatever only a device can run comes first, should the time not suffice.
-        items[:] = sorted(mine, key=lambda item: item.nodeid not in self.marked)
+        # Whatever only a device can run comes first, should the time not suffice, then what uses one where it can.
+        order = {item: (item.nodeid not in self.marked, "test_triton_" not in item.nodeid) for item in mine}
+        items[:] = sorted(mine, key=order.__getitem__)
         self.unreached = len(items)
 
     def pytest_runtest_logfinish(self) -> None:
         self.unreached -= 1
+        self._write(CUT_SHORT)  # should the process not live to the end
 
     def pytest_runtest_teardown(self, item) -> None:
         if time.monotonic() > self.deadline:
@@ -97,14 +103,20 @@ class Plugin:
             self.left_out[report.nodeid] = needs[1]
         elif report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
+            if report.outcome == "failed":
+                self.failed[report.nodeid] = str(report.longrepr)[-TEXT:]
             if report.nodeid in self.marked:
                 self.gpu[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self, exitstatus) -> None:
+        self._write(int(exitstatus))
+
+    def _write(self, exitstatus: int) -> None:
         found = {
-            "exit": int(exitstatus),
+            "exit": exitstatus,
             "unreached": self.unreached,
             "outcomes": self.outcomes,
+            "failed": self.failed,
             "gpu": self.gpu,
             "left_out": self.left_out,
             "launches": self.launches,

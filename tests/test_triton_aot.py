@@ -23,11 +23,18 @@ GOOD = aot.Facts(
     products=8,
     atomics=0,
     async_copies=40,
+    wide_loads=40,
     warnings=(),
     hazards=0,
 )
 LAUNCH = aot.Launch(
-    "split_kernel", (9, 0), (("x_ptr", "*bf16"),), (), (("PRECISION", "ieee"), ("BLOCK_M", 16)), warps=4, stages=4
+    "split_kernel",
+    (9, 0),
+    (("x_ptr", "*bf16"),),
+    (),
+    (("PRECISION", "ieee"), ("BLOCK_M", 16), ("BLOCK_O", 64), ("BLOCK_I", 128)),
+    warps=4,
+    stages=4,
 )
 
 
@@ -74,7 +81,8 @@ def test_good_code_passes():
         ({"spills": 24}, "24 bytes of registers spill, 0 instructions of it in loops"),
         ({"registers": 255, "shared": 300000}, "shared memory"),
         ({"products": 0}, "tensor-core"),
-        ({"async_copies": 0}, "not pipelined"),
+        ({"async_copies": 10}, "not started ahead"),
+        ({"wide_loads": 0}, "no load of 16 bytes"),
         ({"atomics": 1}, "1 atomic operations"),
         ({"warnings": ("C7515",)}, "C7515"),
         ({"hazards": 1}, "wgmma may still read"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from taps_fast.kernels import _arguments, _configs, conv2d
-from triton_shim import DEVICE, INTERPRETED
+from triton_shim import DEVICE, INTERPRETED, to_tf32
 
 from taps_fast import BackendError, _autograd, _dispatch, _ops, _tuned, delta_conv2d, testing
 from taps_fast._problem import Problem
@@ -251,6 +252,11 @@ def tensors(side: int, dtype: torch.dtype = torch.bfloat16, images: int = 8, tas
     return [t.contiguous(memory_format=torch.channels_last) for t in (x, *weights)]
 
 
+def summed(coeffs: torch.Tensor, base: torch.Tensor, deltas: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One task's weight, in float64."""
+    return base.double() + sum(c * delta.double() for c, delta in zip(coeffs, deltas, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", (1, 4, 7, 14))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,12 +272,16 @@ def test_real_sizes(side, dtype):
             x, base, *deltas = tensors(side, dtype, images)
             y = delta_conv2d(x, base, deltas, coeffs, padding=1, tasks=ids, backend="triton")
             assert y.is_contiguous(memory_format=torch.channels_last)
-            table, bank = torch.cat([coeffs, coeffs.new_zeros(1, 4)]), torch.stack(deltas)
+            table = torch.cat([coeffs, coeffs.new_zeros(1, 4)]).double()
             for task in range(-1, 4):
                 mine = (ids == task).repeat_interleave(images // 8)
-                weight = base.double() + torch.einsum("k,koihw->oihw", table[task].double(), bank.double())
+                weight = summed(table[task], base, deltas)
                 ref = F.conv2d(x[mine].double(), weight, padding=1)
-                low = F.conv2d(x[mine], weight.to(dtype), padding=1)
+                if dtype == torch.float32 and precision == "tf32":
+                    weight = summed(table[task], to_tf32(base), map(to_tf32, deltas))
+                    low = F.conv2d(to_tf32(x[mine]).double(), weight, padding=1).float()
+                else:
+                    low = F.conv2d(x[mine], weight.to(dtype), padding=1)
                 testing.assert_no_worse_than_torch(y[mine], ref, low)
     finally:
         conv.fp32_precision = before

@@ -30,7 +30,7 @@ def test_candidates_fit_and_are_few(kernel, itemsize):
 
     for rows in tune.BUCKETS[kernel]:
         found = list(tune.candidates(kernel, itemsize, rows, fits))
-        assert 4 <= len(found) == len(set(found)) <= 80
+        assert 4 <= len(found) == len(set(found)) <= 90
         assert all(fits(c) for c in found)
         assert kernel == "dw" or rows is None or {c.block_m for c in found} == {rows}
 
@@ -92,13 +92,19 @@ def test_the_whole_search_runs_on_a_fake_gpu(monkeypatch):
         def present(self, kernel, itemsize, rows):
             return _configs.choose(kernel, rows or 4096, itemsize, HOPPER)
 
+        def prepare(self, kernel, dtype, rows, options):
+            prepared.append(len(options))
+
         def config_timer(self, kernel, dtype, rows):
             return lambda config: 1.0 / (config.block_m * config.block_o * config.block_i * config.stages)
 
         def crossover_timers(self, dtype, size):
             return (lambda rows: 2.0 * rows), (lambda rows: rows + 100.0)
 
-    configs, crossovers = tune.tune(Fake(), "sm_90", "fake", list(tune.BUCKETS), list(_tuned.ITEMSIZE))
+    prepared: list[int] = []
+    configs = list(tune.search_configs(Fake(), "sm_90", list(tune.BUCKETS), list(_tuned.ITEMSIZE)))
+    crossovers = list(tune.search_crossovers(Fake(), "sm_90", "fake", list(_tuned.ITEMSIZE)))
+    assert len(prepared) == len(configs) and min(prepared) > 4
     assert len(configs) == 2 * sum(map(len, tune.BUCKETS.values()))
     (first,) = (e for e in configs if (e["kernel"], e["bytes"], e["rows"]) == ("split", 2, 16))
     assert first["blocks"] == [16, 128, 128]

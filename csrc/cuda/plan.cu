@@ -12,18 +12,32 @@ namespace taps_fast::cuda {
 namespace {
 
 constexpr int kMaxWarps = 32;
+constexpr int kAhead = 4;  // loads on their way together: the kernel waits for little else
 constexpr int kMaxSharedBytes = 96 * 1024;
 
 /// counts[warp][group], with one more group for lanes beyond the batch; then a word for each warp.
 constexpr int shared_bytes(int warps, int tasks) { return (warps * (tasks + 2) + kMaxWarps) * 4; }
 static_assert(shared_bytes(1, kMaxTasks) <= kMaxSharedBytes);
 
-__device__ int group_of(const PlanProblem& p, int sample, bool* bad) {
-  if (sample >= p.samples) return p.tasks + 1;
+__device__ int group_of(const PlanProblem& p, int sample, int end, bool* bad) {
+  if (sample >= end) return p.tasks + 1;
   const int64_t id = load(p.ids + sample);
   const bool in_range = -1 <= id && id < p.tasks;
   *bad |= !in_range;
   return in_range ? static_cast<int>(id) + 1 : 0;
+}
+
+/// use(sample, group) for the samples in [begin, end), 32 of them at a time; lanes beyond have the last group.
+template <class Use>
+__device__ __forceinline__ void walk(const PlanProblem& p, int begin, int end, bool* bad, const Use& use) {
+  for (int first = begin; first < end; first += 32 * kAhead) {
+    const int sample = first + threadIdx.x % 32;
+    int groups[kAhead];
+#pragma unroll
+    for (int n = 0; n < kAhead; n++) groups[n] = group_of(p, sample + 32 * n, end, bad);
+#pragma unroll
+    for (int n = 0; n < kAhead; n++) use(sample + 32 * n, groups[n]);
+  }
 }
 
 /// Σ of the values of lower threads of the block.
@@ -52,12 +66,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   for (int n = thread; n < p.warps * columns; n += threads) counts[n] = 0;
   __syncthreads();
   bool bad = false;
-  for (int first = begin; first < end; first += 32) {
-    const int group = group_of(p, first + lane, &bad);
+  walk(p, begin, end, &bad, [&](int, int group) {
     const unsigned same = __match_any_sync(~0u, group);
     if ((same & below) == 0) mine[group] += __popc(same);
     __syncwarp();
-  }
+  });
   bad = __syncthreads_or(bad);
 
   // From counts to places: groups in order, in a group warps in order. A thread has `each` neighbouring groups.
@@ -69,10 +82,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   int place = sum_before(count, counts + p.warps * columns);
   for (int g = first_group; g < last_group; g++) {
     store(p.offsets + g, int64_t{place});
-    for (int w = 0; w < p.warps; w++) {
-      const int next = place + counts[w * columns + g];
-      counts[w * columns + g] = place;
-      place = next;
+    for (int first = 0; first < p.warps; first += kAhead) {
+      int own[kAhead];
+#pragma unroll
+      for (int n = 0; n < kAhead; n++) own[n] = first + n < p.warps ? counts[(first + n) * columns + g] : 0;
+#pragma unroll
+      for (int n = 0; n < kAhead; n++) {
+        if (first + n < p.warps) counts[(first + n) * columns + g] = place;
+        place += own[n];
+      }
     }
   }
   if (thread == 0) {
@@ -81,19 +99,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   }
   __syncthreads();
 
-  for (int first = begin; first < end; first += 32) {
-    const int sample = first + lane;
-    const int group = group_of(p, sample, &bad);
+  walk(p, begin, end, &bad, [&](int sample, int group) {
     const unsigned same = __match_any_sync(~0u, group);
     const int at = mine[group] + __popc(same & below);
     __syncwarp();
     if ((same & below) == 0) mine[group] += __popc(same);
     __syncwarp();
-    if (sample < p.samples) {
+    if (sample < end) {
       store(p.order + at, int64_t{sample});
       store(p.inverse + sample, int64_t{at});
     }
-  }
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ those that have no CPU kernel of their own also run under their real name.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -42,7 +43,8 @@ FLAGS = [
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas",
     "-DTAPS_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY",
     f"-I{ROOT}/csrc -I{ROOT}/tests/emulator",
-    *(f"-isystem {path}" for path in (*include_paths(), pybind11.get_include(), sysconfig.get_path("include"))),
+    # pybind11's own headers before PyTorch's copy of them, which some versions close to users of the stable interface.
+    *(f"-isystem {path}" for path in (pybind11.get_include(), *include_paths(), sysconfig.get_path("include"))),
 ]
 
 
@@ -57,18 +59,21 @@ def build() -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {os.environ.get('CXX', 'c++')} -shared $in -o $out -L{library_paths()[0]} -ltorch_cpu",
+        f"  command = {os.environ.get('CXX', 'c++')} -shared -Wl,--exclude-libs,ALL $in -o $out "
+        f"-L{library_paths()[0]} -ltorch_cpu",
         *(f"build {source.name}.o: compile {source}" for source in SOURCES),
         f"build {module.name}: link {' '.join(f'{source.name}.o' for source in SOURCES)}",
     ]
     plan = BUILD / "build.ninja"
     text = "\n".join(lines) + "\n"
-    if not plan.is_file() or plan.read_text() != text:
-        plan.write_text(text)
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if ninja is None:
         raise ModuleNotFoundError("No module named 'ninja': pip install 'taps-fast[test]'", name="ninja")
-    done = subprocess.run([ninja, "-C", BUILD], capture_output=True, text=True)
+    with (BUILD / "lock").open("w") as lock:  # test processes share it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not plan.is_file() or plan.read_text() != text:
+            plan.write_text(text)
+        done = subprocess.run([ninja, "-C", BUILD], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return module
 
@@ -76,12 +81,13 @@ def build() -> Path:
 @functools.cache
 def load() -> ModuleType:
     """The module `emulated`."""
+    path = build()
     for name in OPERATORS:
         torch.library.define(f"taps_fast_emulated::{name}", _ops.SCHEMAS[name])
         if name in _ops.POINTWISE:
             torch.library.define(f"taps_fast_emulated::{name}.uncompiled", _ops.SCHEMAS[name])
             torch.library.impl(f"taps_fast_emulated::{name}.uncompiled", "CPU", getattr(_pointwise, name))
-    spec = importlib.util.spec_from_file_location("emulated", build())
+    spec = importlib.util.spec_from_file_location("emulated", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
