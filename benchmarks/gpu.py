@@ -41,6 +41,8 @@ NOT_STARTED, CUT_SHORT = -1, 124
 LEGAL = (0, NOT_STARTED, CUT_SHORT)
 MOST_SHARDS, THREADS = 12, "2"
 """Processes that run the tests, and threads of each: most of the time they compile or wait for the device."""
+PATH = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests")])
+"""Where tests find the package, which is not installed, and the plugin; also in processes that they start elsewhere."""
 GRACE = 20.0
 """Seconds that a test may go on when the time of the tests is up."""
 Report = dict[str, Any]
@@ -143,7 +145,7 @@ def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
         command += ["--continue-on-collection-errors"]  # one file's failure is reported, and hides no other's
         command += ["--seconds", str(seconds), "--shard", f"{n}/{shards}", *files]
         with report.with_suffix(".log").open("w") as log:
-            env = {"PYTHONPATH": "tests", "TAPS_FAST_EXT": "auto", "OMP_NUM_THREADS": THREADS}
+            env = {"PYTHONPATH": PATH, "TAPS_FAST_EXT": "auto", "OMP_NUM_THREADS": THREADS}
             running.append(_start(command, log, **env))
     try:
         for process in running:

@@ -116,7 +116,8 @@ def test_every_operand_may_be_far(far_tensor, far_axis):
     one, each = torch.tensor([0.5], device=DEVICE), torch.tensor([[0.5], [2.0]], device=DEVICE)
     for weights in ((one, (None, None, None)), (each, index)):
         for got, expected in zip(run(far, *weights), run(near, *weights), strict=True):
-            assert torch.equal(got, expected)
+            # Where strides differ so may the compiled kernels, and the order in which a tile is summed.
+            torch.testing.assert_close(got, expected)
 
 
 def test_results_may_be_far(far_tensor, monkeypatch):
