@@ -76,7 +76,7 @@ def _table_of_pointers(addresses: tuple[int, ...], device: torch.device) -> Poin
 
 
 def _written(values: tuple[int, ...], device: torch.device) -> Tensor:
-    written = torch.empty(triton.cdiv(len(values), ARGUMENTS) * ARGUMENTS, dtype=torch.int64, device=device)
+    written = torch.empty(cdiv(len(values), ARGUMENTS) * ARGUMENTS, dtype=torch.int64, device=device)
     for first in range(0, len(values), ARGUMENTS):
         some = [_disguise(v) for v in values[first : first + ARGUMENTS]]
         some += [_disguise(0)] * (ARGUMENTS - len(some))
@@ -101,6 +101,16 @@ def grid(programs: int, *sizes: int) -> tuple[int]:
     if programs >= 2**31:
         raise ValueError(f"triton: sizes must make fewer than 2**31 programs, got {programs} (sizes {sizes})")
     return (programs,)
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold so many; Triton's own is for kernels, and takes microseconds on the host."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least that is not below ``size``, which is at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -13,11 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _configs
-from ._arguments import grid, pointers, table, triton_dtype
+from ._arguments import cdiv, grid, pointers, table, triton_dtype
 from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
 from ._problem import Rows, Weight
 
@@ -117,10 +116,10 @@ def _dw_by_task(
     count = weight.count - 1
     device, itemsize = x.device, x.element_size()
     config = _configs.choose("dw", M, itemsize, _configs.capability(device))
-    tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
+    tiles = cdiv(O, config.block_o) * cdiv(I, config.block_i)
     splits = 1
     if not rows.mixed:
-        splits = _configs.splits(tiles, triton.cdiv(M, config.block_m), _configs.processors(device))
+        splits = _configs.splits(tiles, cdiv(M, config.block_m), _configs.processors(device))
     partial = torch.empty((splits, O, I) if splits > 1 else (0,), dtype=torch.float32, device=device)
     wanted = plan.pairs or weight.tasks * count
     dots = dcoeffs.numel() > 0
@@ -204,7 +203,7 @@ def _dw_shared(
     config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
     config = replace(config, block_i=min(config.block_i, 128))  # it holds a sum beside each task's product
     into = pointers(outputs)
-    tiles = triton.cdiv(O, config.block_o) * triton.cdiv(I, config.block_i)
+    tiles = cdiv(O, config.block_o) * cdiv(I, config.block_i)
     dw_shared_kernel[grid(tiles * len(wanted), O, I, len(wanted))](
         into.argument,
         dy,

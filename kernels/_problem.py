@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ._arguments import Pointers, pointers, slots
+from ._arguments import Pointers, next_power_of_2, pointers, slots
 
 
 class Rows(NamedTuple):
@@ -69,4 +68,4 @@ class Weight(NamedTuple):
 
 
 def source_block(sources: int) -> int:
-    return min(32, triton.next_power_of_2(sources))
+    return min(32, next_power_of_2(sources))

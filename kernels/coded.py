@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _configs
-from ._arguments import grid, pointers, table, triton_dtype
+from ._arguments import cdiv, grid, pointers, table, triton_dtype
 from ._problem import Rows
 from ._tiles import locate, pick
 
@@ -80,7 +80,7 @@ def _run(
         raise TypeError(f"triton: x must be float32, bfloat16 or float16 with compressed deltas, got {x.dtype}")
     if out.numel() == 0 or x.shape[1] == 0 or not codes:
         return out
-    programs = triton.cdiv(x.shape[0], BLOCK_M) * triton.cdiv(out.shape[1], BLOCK_N)
+    programs = cdiv(x.shape[0], BLOCK_M) * cdiv(out.shape[1], BLOCK_N)
     with torch.cuda.device_of(x):
         found = pointers(codes)
         coded_kernel[grid(programs, *out.shape)](

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
 from taps_fast._problem import output_size
 
 from . import _configs, linear
-from ._arguments import grid, on_its_device
+from ._arguments import cdiv, grid, on_its_device
 from ._conv import conv2d_kernel
 from ._problem import Weight
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 def not_supported_reasons(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot take a problem; nothing if it can."""
     # A block's rows are pixels of one image.
-    pixels = triton.cdiv(problem.pixels, 16) * 16
+    pixels = cdiv(problem.pixels, 16) * 16
     yield from linear.not_supported_reasons(problem._replace(rows=problem.rows * pixels))
     if problem.groups != 1:
         yield f"has no convolution kernel with groups, got {problem.groups}"
@@ -76,8 +75,8 @@ def _launch(
     taps_h, taps_w = weight.sources[0].shape[2:]
     samples = 1 if ids is None else ids.shape[0]
     config = _configs.choose("conv", pixels, x.element_size(), _configs.capability(x.device))
-    tiles = N * triton.cdiv(pixels, config.block_m) * triton.cdiv(O, config.block_o)
-    splits = _configs.splits(tiles, taps_h * taps_w * triton.cdiv(C, config.block_i), _configs.processors(x.device))
+    tiles = N * cdiv(pixels, config.block_m) * cdiv(O, config.block_o)
+    splits = _configs.splits(tiles, taps_h * taps_w * cdiv(C, config.block_i), _configs.processors(x.device))
     target = y if splits == 1 else torch.empty(splits, M, O, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:

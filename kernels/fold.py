@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import merge
-from ._arguments import grid, pointers
+from ._arguments import cdiv, grid, pointers
 from ._tiles import pick
 
 BLOCK = 1024
@@ -122,7 +122,7 @@ def fold_grad(
     found = []
     for l, dweight in enumerate(dweights):
         own = deltas[l * num_deltas : (l + 1) * num_deltas]
-        programs = triton.cdiv(dweight.numel(), BLOCK * STEPS)
+        programs = cdiv(dweight.numel(), BLOCK * STEPS)
         partials = coeffs.new_empty(programs, num_parts, num_deltas)
         if programs and own:
             with torch.cuda.device_of(dweight):
@@ -145,7 +145,7 @@ def _folded(
     if start.numel():
         with torch.cuda.device_of(start):
             argument, table = pointers(own or [start])
-            fold_kernel[grid(triton.cdiv(start.numel(), BLOCK), *start.shape)](
+            fold_kernel[grid(cdiv(start.numel(), BLOCK), *start.shape)](
                 out, start, argument, coeffs[l], masks[l] if masks else start, parts[l] if parts else start,
                 start.numel(), num_deltas, _dtype(start), _dtype(coeffs), BLOCK, bool(masks), bool(parts), product,
                 table, maxnreg=REGISTERS,

@@ -15,10 +15,12 @@ import triton
 from torch import Tensor
 
 from taps_fast import _tuned
+from taps_fast.tasks import grouped as group_by_task
 
 from . import _configs
-from ._arguments import grid, on_its_device
+from ._arguments import cdiv, grid, next_power_of_2, on_its_device
 from ._gradients import linear_dw
+from ._order import grouped_rows_kernel, joined_ids_kernel
 from ._problem import Rows, Weight
 from ._split import split_kernel, sum_splits_kernel
 from .merge import merged, part_of
@@ -38,8 +40,8 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
         yield f"computes float32, bfloat16 and float16, the tensors are {problem.dtype}"
     if max(problem.rows, *problem.shape) >= 2**31 - 2**16:
         yield f"counts rows and features in 31 bits, got {problem.rows} rows and weight {problem.shape}"
-    out_tiles, in_tiles = (triton.cdiv(size, 64) for size in problem.shape[:2])
-    forward = triton.cdiv(problem.rows, 16) * max(out_tiles, in_tiles)
+    out_tiles, in_tiles = (cdiv(size, 64) for size in problem.shape[:2])
+    forward = cdiv(problem.rows, 16) * max(out_tiles, in_tiles)
     tasks = problem.num_tasks or 1
     if max(forward, out_tiles * in_tiles * tasks, tasks * problem.num_deltas) >= 2**31:
         yield (
@@ -117,8 +119,8 @@ def _split(
     if y.numel() == 0:
         return y
     config = _configs.choose(kernel, M, x.element_size(), _configs.capability(x.device))
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(out_features, config.block_o)
-    splits = _configs.splits(tiles, triton.cdiv(I, config.block_i), _configs.processors(x.device))
+    tiles = cdiv(M, config.block_m) * cdiv(out_features, config.block_o)
+    splits = _configs.splits(tiles, cdiv(I, config.block_i), _configs.processors(x.device))
     target = y if splits == 1 else torch.empty(splits, M, out_features, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:
@@ -169,8 +171,8 @@ def sum_splits(
 ) -> None:
     """y = Σ_s partial[s] + bias; the last axis of y is contiguous, and its others are rows."""
     splits, M, O = partial.shape
-    block_m, block_o = min(16, triton.next_power_of_2(M)), 128
-    sum_splits_kernel[grid(triton.cdiv(M, block_m) * triton.cdiv(O, block_o), M, O)](
+    block_m, block_o = min(16, next_power_of_2(M)), 128
+    sum_splits_kernel[grid(cdiv(M, block_m) * cdiv(O, block_o), M, O)](
         y,
         partial,
         bias,
@@ -203,7 +205,7 @@ def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, 
         return x @ whole if transposed else F.linear(x, whole, bias)
     y = x.new_empty(x.shape[0], features)
     if y.numel() and summed:
-        _mixed_product(y, x, weight, _joined(weight, rows), axis)
+        _mixed_product(y, x, weight, *_joined(weight, rows), axis)
     elif summed == 0:
         y.zero_()
     if bias is not None:
@@ -211,16 +213,14 @@ def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, 
     return y
 
 
-def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, axis: int) -> None:
+def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, slotted: Rows, axis: int) -> None:
+    """``slotted``: the same rows, where each id is that of the weight in the bank."""
     features, summed = y.shape[1], x.shape[1]
     part = part_of(features, summed, weight.tasks + 1, x.element_size())
     grouped = _grouped_mm_fits(x, summed, features, weight.tasks + 1)
     if grouped:
-        place, ends = _rows_in_group_order(rows), (rows.offsets[1:] * rows.per_sample).int()
+        place, ends = _rows_in_group_order(rows, weight.tasks + 1)
         x = x[place]
-    else:
-        # Each row uses one slot of the bank, its own group's.
-        slotted = rows._replace(ids=torch.remainder(rows.ids + 1, weight.tasks + 1))
     for first in range(0, features, part):
         count = min(part, features - first)
         bank = merged(weight, rows, first, count, features=axis)
@@ -233,24 +233,51 @@ def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, axis: int) 
             _split("dx" if axis else "split", own, x, Weight.of_bank(bank, stride), slotted, None, *stride)
 
 
-def _joined(weight: Weight, rows: Rows) -> Rows:
-    """The rows with the samples of tasks whose gates are all closed among the base's: one GEMM serves them."""
-    closed = (weight.coeffs == 0).all(1)
-    if weight.base_coeffs is not None:
-        closed &= weight.base_coeffs == 1
-    closed = F.pad(closed, (0, 1), value=True)  # id -1 finds the last entry
-    ids = torch.where(closed[rows.ids], -1, rows.ids)
-    ascending, order = torch.sort(ids, stable=True)
-    offsets = torch.searchsorted(ascending, torch.arange(-1, weight.tasks + 1, device=ids.device))
-    return rows._replace(ids=ids, order=order, offsets=offsets)
+def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Rows]:
+    """The rows with the samples of tasks whose gates are all closed among the base's: one GEMM serves them.
+
+    And the same with the number of each one's group for its id.
+    """
+    ids, slots = torch.empty_like(rows.ids), torch.empty_like(rows.ids)
+    count, block = weight.count - 1, 128
+    joined_ids_kernel[grid(cdiv(rows.samples, block))](
+        ids,
+        slots,
+        rows.ids,
+        weight.coeffs,
+        weight.base_coeffs,
+        rows.samples,
+        count,
+        BLOCK_B=block,
+        BLOCK_K=min(32, next_power_of_2(max(count, 1))),
+        BAKED=weight.base_coeffs is not None,
+        num_warps=4,
+    )
+    order, offsets, _ = group_by_task(ids, weight.tasks)
+    joined = rows._replace(ids=ids, order=order, offsets=offsets)
+    return joined, joined._replace(ids=slots)
 
 
-def _rows_in_group_order(rows: Rows) -> Tensor:
-    """int64 [M]: the row at each position of the grouped order; see `_tiles.locate`."""
-    device = rows.order.device
-    outer = torch.arange(rows.per_sample // rows.inner, device=device)[:, None]
-    within = torch.arange(rows.inner, device=device)
-    return ((outer * rows.samples + rows.order[:, None, None]) * rows.inner + within).flatten()
+def _rows_in_group_order(rows: Rows, groups: int) -> tuple[Tensor, Tensor]:
+    """int64 [M]: the row at each position of the grouped order. int32 [groups]: positions before each group's end."""
+    place = torch.empty(rows.count, dtype=torch.int64, device=rows.order.device)
+    ends = torch.empty(groups, dtype=torch.int32, device=rows.order.device)
+    block = 512
+    grouped_rows_kernel[grid(max(cdiv(rows.count, block), 1))](
+        place,
+        ends,
+        rows.order,
+        rows.offsets,
+        rows.count,
+        rows.samples,
+        rows.inner,
+        rows.per_sample,
+        groups,
+        BLOCK=block,
+        BLOCK_G=next_power_of_2(groups),
+        num_warps=4,
+    )
+    return place, ends
 
 
 def _task_of_row(rows: Rows) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
-from ._arguments import common_power, grid, on_its_device, table, triton_dtype
+from ._arguments import cdiv, common_power, grid, next_power_of_2, on_its_device, table, triton_dtype
 from ._merge import merge_kernel
 from ._problem import Rows, Weight, source_block
 
@@ -49,9 +48,9 @@ def merged(weight: Weight, rows: Rows, first: int, count: int, *, features: int 
     slots = weight.tasks + 1 if rows.mixed else 1
     bank = weight.sources[0].new_empty(slots, shape[slow], shape[fast])
     block = BYTES // bank.element_size()
-    block_c = min(triton.next_power_of_2(shape[fast]), block)
+    block_c = min(next_power_of_2(shape[fast]), block)
     block_r = block // block_c
-    programs = triton.cdiv(shape[slow], block_r) * triton.cdiv(shape[fast], block_c) * slots
+    programs = cdiv(shape[slow], block_r) * cdiv(shape[fast], block_c) * slots
     merge_kernel[grid(programs, *shape, slots)](
         bank,
         weight.pointers.argument,
@@ -94,7 +93,7 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
     firsts, addresses, block = [0], [], BYTES // bases[0].element_size()
     for l, base in enumerate(bases):
         addresses += map(Tensor.data_ptr, (base, *deltas[l * K : (l + 1) * K]))
-        firsts.append(firsts[-1] + triton.cdiv(base.numel(), block))
+        firsts.append(firsts[-1] + cdiv(base.numel(), block))
     blocks = firsts.pop()
     if blocks == 0:
         return out
@@ -120,7 +119,7 @@ def fold(bases: Sequence[Tensor], deltas: Sequence[Tensor], coeffs: Tensor) -> l
         BLOCK_R=1,
         BLOCK_C=block,
         BLOCK_S=source_block(K + 1),
-        BLOCK_L=triton.next_power_of_2(L),
+        BLOCK_L=next_power_of_2(L),
         WHOLE=common_power(lengths),
         MIXED=False,
         BAKED=False,

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _configs
-from ._arguments import grid, on_its_device
+from ._arguments import cdiv, grid, next_power_of_2, on_its_device
 from ._pointwise import scale_shift_kernel, sum_parts_kernel, task_sums_kernel
 
 Ids = Tensor | None
@@ -73,9 +72,9 @@ def _pass(
         return
     N, C = x.shape[:2]
     outer, width = (N * pixels, C) if last else (N * C, pixels)
-    block_e = min(triton.next_power_of_2(width), 512)
+    block_e = min(next_power_of_2(width), 512)
     block_r = max(TILE // block_e, 1)
-    scale_shift_kernel[grid(triton.cdiv(outer, block_r) * triton.cdiv(width, block_e), *x.shape)](
+    scale_shift_kernel[grid(cdiv(outer, block_r) * cdiv(width, block_e), *x.shape)](
         y,
         x,
         dy,
@@ -138,8 +137,8 @@ def _sums(
     if x.numel() == 0:
         return [out.zero_() for out in results]
     block_c, block_q = (64, 32) if last else (16, 128)
-    programs = triton.cdiv(C, block_c) * slots
-    steps = triton.cdiv(N * pixels, block_q * slots)
+    programs = cdiv(C, block_c) * slots
+    steps = cdiv(N * pixels, block_q * slots)
     parts = _configs.splits(programs, steps, _configs.processors(x.device))
     partial = x.new_empty(len(results), slots, parts, C, dtype=torch.float32)
     samples = 1 if ids is None else max(ids.shape[0], 1)
@@ -177,7 +176,7 @@ def _sums(
         maxnreg=255,
     )
     for out, part in zip(results, partial, strict=True):
-        sum_parts_kernel[grid(triton.cdiv(C, 128) * slots, C, tasks)](
+        sum_parts_kernel[grid(cdiv(C, 128) * slots, C, tasks)](
             out, part, offsets, N, C, pixels, tasks, per_sample,
             BLOCK_C=128, PARTS=parts, MIXED=mixed, AVERAGE=what != "gradients", num_warps=4,
         )  # fmt: skip

@@ -62,10 +62,12 @@ def as_rows(problem: Problem) -> Problem:
     return problem._replace(op="linear", shape=shape, rows=rows, row_taps=0, pixels=1, channels_last=False)
 
 
-STREAM_ROWS = 16
-"""Rows up to which the C++ kernel's launch and loads beat Triton's.
+STREAM_ROWS, STREAM_ROWS_FLOAT32 = 16, 64
+"""Rows up to which the C++ kernel's launch and loads beat Triton's; the second of a mixed batch of float32.
 
-Beyond them each weight would be read again for every further 16 rows. From a model, not from a measurement.
+Beyond 16 each weight is read again for every further 16 rows. In float32, whose products Triton leaves far from the
+chip's rate, that is cheaper still: 64 rows of 1, 2, 8 and 32 tasks, 768 x 3072, took 56, 60, 70 and 115 µs on an H200,
+"split" 140, 143, 225 and 655 (benchmarks/results/gpu-nvidia-h200.json).
 """
 STREAM_DELTAS = 255
 """Deltas whose addresses fit one launch: kMaxSources - 1 of csrc/cuda/stream.h."""
@@ -118,6 +120,11 @@ def _few_rows(problem: Problem) -> bool:
     if problem.op == "conv2d":
         return _small_images(problem)
     return problem.rows < _crossover(problem).rows * max(problem.num_tasks or 1, 1)
+
+
+def _streams(problem: Problem) -> bool:
+    more = problem.dtype == torch.float32 and _mixed(problem)
+    return problem.rows <= (STREAM_ROWS_FLOAT32 if more else STREAM_ROWS)
 
 
 def _small_images(problem: Problem) -> bool:
@@ -221,7 +228,7 @@ _REASONS: dict[str, Callable[[Problem], Iterator[str]]] = {
 TABLE = (
     _Row("cpu", "blend", _weights_differ, "one product; the weight is summed in float32 while it is packed"),
     _Row("cpu", "split", _weights_differ, "the exact one: nothing but the result is rounded"),
-    _Row("cuda", "stream", lambda p: p.rows <= STREAM_ROWS, "weights stream past the rows once, from one C++ call"),
+    _Row("cuda", "stream", _streams, "weights stream past the rows once, from one C++ call"),
     _Row("triton", "split", _few_rows, _split_why),
     _Row("triton", "merge", lambda p: True, _merge_why, _scratch),
     _Row("linear", "rows", _pixels_pay, "pixels or their patches are rows of delta_linear: every task in one product"),

@@ -66,20 +66,17 @@ class TaskBatch:
             raise ValueError(f"TaskBatch: tasks must have 1 dimension, one id a sample, got shape {tuple(ids.shape)}")
         if ids.dtype != torch.int64 or (device is not None and ids.device != device):
             ids = ids.to(device=ids.device if device is None else device, dtype=torch.int64)
-        small = ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS
-        if ids.is_cuda and small and _ext.cuda_refusal() is None:
-            order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
-            torch._assert_async(valid, f"TaskBatch: tasks must be ids in [-1, {num_tasks})")
-            return cls(ids, order, offsets, num_tasks)
-        if ids.device.type == "cpu" and _ext.CPU_ERROR is None and not torch.compiler.is_compiling():
+        if ids.is_cpu and _ext.CPU_ERROR is None and not torch.compiler.is_compiling():
             order, offsets, bad = torch.ops.taps_fast.sort_tasks.default(ids, num_tasks)
             if bad:
                 _check_range(ids, num_tasks)
             return cls(ids, order, offsets, num_tasks)
-        _check_range(ids, num_tasks)
-        ascending, order = torch.sort(ids, stable=True)
-        groups = torch.arange(BASE, num_tasks + 1, device=ids.device)
-        return cls(ids, order, torch.searchsorted(ascending, groups), num_tasks)
+        order, offsets, valid = grouped(ids, num_tasks)
+        if valid is None:
+            _check_range(ids, num_tasks)
+        else:
+            torch._assert_async(valid, f"TaskBatch: tasks must be ids in [-1, {num_tasks})")
+        return cls(ids, order, offsets, num_tasks)
 
     @property
     def size(self) -> int:
@@ -104,6 +101,17 @@ class TaskBatch:
             return self
         ids, order, offsets = (t.to(device, non_blocking=True) for t in self.tensors)
         return TaskBatch(ids, order, offsets, self.num_tasks)
+
+
+def grouped(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(order, offsets) of a `TaskBatch`, on any device, and whether all ids are in range, where that was seen."""
+    small = ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS
+    if ids.is_cuda and small and _ext.cuda_refusal() is None:
+        order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
+        return order, offsets, valid
+    ascending, order = torch.sort(ids, stable=True)
+    groups = torch.arange(BASE, num_tasks + 1, device=ids.device)
+    return order, torch.searchsorted(ascending, groups), None
 
 
 def _check_range(ids: Tensor, num_tasks: int) -> None:

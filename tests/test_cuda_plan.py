@@ -71,9 +71,10 @@ def test_an_id_out_of_range_is_reported_and_harmless(bad):
 
 
 def test_task_batch_uses_it_where_it_is_loaded(monkeypatch, settings):
-    """`is_cuda` is all that this machine lacks."""
+    """Where the ids are is all that this machine lacks."""
     monkeypatch.setattr(_ext, "CUDA_ERROR", None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     ids = torch.tensor([1, -1, 0, 1])
     batch = TaskBatch.from_ids(ids, 2)
     assert len(settings.launches) == 1

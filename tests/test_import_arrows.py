@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "_pointwise": {"tasks"},
     "_ext": set(),
     "_tuned": set(),
-    "kernels": {"_problem", "_tuned"},
+    "kernels": {"_problem", "_tuned", "tasks"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from taps_fast.kernels import linear
 
-from benchmarks import targets
+from benchmarks import results, targets
 from taps_fast import _autograd, _dispatch, _ext
 
 emulator.load()
@@ -77,3 +78,11 @@ def test_the_readme_states_each_prediction():
     text = (targets.Path(targets.__file__).parent / "README.md").read_text()
     written = re.findall(r"^\| (.*?) \| ([≤≥].*?) \| ", text, re.M)
     assert written == [(t.what, t.predicted) for t in targets.TARGETS]
+
+
+def test_the_readme_states_what_was_measured():
+    """The table of the one run there is."""
+    (path,) = results.FOLDER.glob("gpu-*.json")
+    records = json.loads(path.read_text())["targets"]
+    texts = [t.form.format(r["value"]) for t, r in zip(targets.TARGETS, records, strict=True)]
+    assert targets.table(texts) in (results.FOLDER.parent / "README.md").read_text()

@@ -27,6 +27,18 @@ __device__ int group_of(const PlanProblem& p, int sample, int end, bool* bad) {
   return in_range ? static_cast<int>(id) + 1 : 0;
 }
 
+/// The lanes whose group is the same as this one's: one vote for each bit of a group's number, of which there are fewer
+/// than different groups in a warp, through which a warp match would go.
+__device__ __forceinline__ unsigned lanes_of(int group, int last_group) {
+  unsigned same = ~0u;
+  for (int bit = 0; last_group >> bit; bit++) {
+    const bool set = group >> bit & 1;
+    const unsigned voted = __ballot_sync(~0u, set);
+    same &= set ? voted : ~voted;
+  }
+  return same;
+}
+
 /// use(sample, group) for the samples in [begin, end), 32 of them at a time; lanes beyond have the last group.
 template <class Use>
 __device__ __forceinline__ void walk(const PlanProblem& p, int begin, int end, bool* bad, const Use& use) {
@@ -67,7 +79,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   __syncthreads();
   bool bad = false;
   walk(p, begin, end, &bad, [&](int, int group) {
-    const unsigned same = __match_any_sync(~0u, group);
+    const unsigned same = lanes_of(group, groups);
     if ((same & below) == 0) mine[group] += __popc(same);
     __syncwarp();
   });
@@ -100,7 +112,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   __syncthreads();
 
   walk(p, begin, end, &bad, [&](int sample, int group) {
-    const unsigned same = __match_any_sync(~0u, group);
+    const unsigned same = lanes_of(group, groups);
     const int at = mine[group] + __popc(same & below);
     __syncwarp();
     if ((same & below) == 0) mine[group] += __popc(same);

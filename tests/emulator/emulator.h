@@ -160,14 +160,6 @@ inline int __shfl_up_sync(unsigned, int x, int distance) {
   });
 }
 
-inline unsigned __match_any_sync(unsigned, int x) {
-  return emulator::exchange({static_cast<uint32_t>(x)}, [=](auto lanes) {
-    unsigned mask = 0;
-    for (int k = 0; k < 32; k++) mask |= unsigned{lanes(k)[0] == static_cast<uint32_t>(x)} << k;
-    return mask;
-  });
-}
-
 inline int __syncthreads_or(bool vote) {
   emulator::Block& block = emulator::my_block();
   bool& any = block.votes[block.all.generation % 2];

@@ -30,8 +30,8 @@ void probe_mma(Probe p) {
   for (int k = 0; k < 4; k++) store(p.out + threadIdx.x * 4 + k, d[k]);
 }
 
-/// out: in of lane ^ 5; how many lanes below have a positive value; the lane 3 below; how many lanes are in the same
-/// five; whether any value is 1; whether any is 2.
+/// out: in of lane ^ 5; how many lanes below have a positive value; the lane 3 below; whether any value is 1; whether
+/// any is 2.
 inline void probe_warp(Probe p) {
   const int n = threadIdx.x;
   const float x = load(p.in + n);
@@ -39,9 +39,8 @@ inline void probe_warp(Probe p) {
   const unsigned positive = __ballot_sync(~0u, x > 0);
   store(p.out + 32 + n, static_cast<float>(__popc(positive & ((1u << n) - 1))));
   store(p.out + 64 + n, static_cast<float>(__shfl_up_sync(~0u, n, 3)));
-  store(p.out + 96 + n, static_cast<float>(__popc(__match_any_sync(~0u, n / 5))));
-  store(p.out + 128 + n, static_cast<float>(__syncthreads_or(x == 1.f)));
-  store(p.out + 160 + n, static_cast<float>(__syncthreads_or(x == 2.f)));
+  store(p.out + 96 + n, static_cast<float>(__syncthreads_or(x == 1.f)));
+  store(p.out + 128 + n, static_cast<float>(__syncthreads_or(x == 2.f)));
 }
 
 /// Each thread reads what its right neighbour wrote.
