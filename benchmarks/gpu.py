@@ -31,7 +31,7 @@ from typing import IO, Any
 CHECKOUT = Path(__file__).parents[1]
 WORK = CHECKOUT / "build" / "gpu"
 NEEDED = {"torch": (2, 10), "triton": (3, 6), "numpy": (), "pytest": ()}
-SUITES = ("rows", "decode", "mixes", "merging", "linear", "train")
+SUITES = ("decode", "rows", "mixes", "merging", "linear", "train")
 """Of `benchmarks.workloads`, the most telling first: what the time does not allow is named in the results."""
 TARGETS = "targets"
 """`benchmarks.targets`, which comes before them."""

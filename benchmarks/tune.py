@@ -21,10 +21,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from taps_fast import _tuned
 from taps_fast.functional import delta_linear
@@ -37,6 +38,8 @@ BUCKETS = {"split": (16, 32, 64, None), "dx": (16, 32, 64, None), "dw": (None,),
 MANY = 1024
 SIZES = (1024, 4096)
 """Out and in features that a config is judged on, by the geometric mean of its times."""
+COLD_BYTES = 1 << 27
+"""Of weights to go round in, more than a GPU caches."""
 IMAGES = 8
 """Of a batch on which a convolution is judged."""
 TASKS = 4
@@ -50,6 +53,14 @@ Entry = dict[str, Any]
 
 Timer = Callable[[Any], float]
 """Seconds of a candidate; infinite for one that does not compile, does not fit or is wrong."""
+
+
+class Cell(NamedTuple):
+    """What a config is timed on."""
+
+    calls: list[Callable[[], Tensor]]
+    check: Callable[[], None]
+    """Of the first call's result, against float64."""
 
 
 def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any], bool]) -> Iterator[Any]:
@@ -124,7 +135,8 @@ def replaced(data: dict[str, Any], configs: Sequence[Entry], measured: Sequence[
 class Measured:
     """The timers of a GPU: whole operators as graph replays, each candidate checked against float64 first.
 
-    ``compilers``: processes that compile what is to be timed, by running it once, before it is timed alone.
+    ``compilers``: processes that compile what is to be timed, by running it once, before it is timed alone; they time
+    nothing themselves (``seconds`` of 0).
     """
 
     def __init__(self, seconds: float, compilers: int = 0) -> None:
@@ -155,7 +167,12 @@ class Measured:
             chosen = self.configs.choose
             self.configs.choose = lambda *_: config
             try:
-                return statistics.geometric_mean(cell() for cell in cells)
+                if not self.seconds:
+                    for cell in cells:
+                        cell.calls[0]()
+                    return 0.0
+                cells[0].check()  # what a config computes does not depend on the size, and the larger takes long
+                return statistics.geometric_mean(self._time(*cell.calls) for cell in cells)
             except Exception as error:  # of the compiler, the launch or the check: not a candidate
                 if self.seconds:
                     print(f"  {config}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}")
@@ -165,35 +182,33 @@ class Measured:
 
         return timer
 
-    def _cell(self, kernel: str, dtype: torch.dtype, rows: int, size: int) -> Callable[[], float]:
+    def _cell(self, kernel: str, dtype: torch.dtype, rows: int, size: int) -> Cell:
+        """A layer of one delta, in as many sets of weights as leave nothing of the first in a cache."""
         x, dy = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(2))
-        base, delta = (torch.randn(2, size, size, device="cuda", dtype=dtype) * size**-0.5).unbind()
-        none = (None, None, None)
-        one = (base, [delta], torch.ones(1, device="cuda"), None)
-        call, result, ref, low = {
-            "split": (
-                functools.partial(self.linear.linear_fwd, x, *one, None, *none, 1, "split"),
-                lambda y: y,
-                x.double() @ (base.double() + delta.double()).T,
-                x @ (base + delta).T,
-            ),
-            "dx": (
-                functools.partial(self.linear.linear_dx, dy, *one, *none, 1, "split"),
-                lambda y: y,
-                dy.double() @ (base.double() + delta.double()),
-                dy @ (base + delta),
-            ),
-            "dw": (
-                functools.partial(self.linear.linear_dw, dy, x, *one, *none, 1, [], [0], True, False),
-                lambda y: y[1][0],
-                dy.double().T @ x.double(),
-                dy.T @ x,
-            ),
-        }[kernel]
+        sets = max(COLD_BYTES // (2 * size * size * dtype.itemsize), 2)
+        weights = torch.randn(sets, 2, size, size, device="cuda", dtype=dtype) * size**-0.5
+        none, coeffs = (None, None, None), torch.ones(1, device="cuda")
 
-        return self._checked(call, result, ref, low)
+        def call(n: int) -> Tensor:
+            one = (weights[n, 0], [weights[n, 1]], coeffs, None)
+            if kernel == "split":
+                return self.linear.linear_fwd(x, *one, None, *none, 1, "split")
+            if kernel == "dx":
+                return self.linear.linear_dx(dy, *one, *none, 1, "split")
+            return self.linear.linear_dw(dy, x, *one, *none, 1, [], [0], True, False)[1][0]
 
-    def _conv_cell(self, dtype: torch.dtype, pixels: int, size: int) -> Callable[[], float]:
+        def product(wide: torch.dtype, weight: Tensor) -> Tensor:
+            if kernel == "split":
+                return x.to(wide) @ weight.T
+            return dy.to(wide) @ weight if kernel == "dx" else dy.to(wide).T @ x.to(wide)
+
+        def check() -> None:
+            ref = product(torch.float64, weights[0].double().sum(0))
+            assert_no_worse_than_torch(call(0), ref, product(dtype, weights[0].sum(0)))
+
+        return Cell([functools.partial(call, n) for n in range(sets)], check)
+
+    def _conv_cell(self, dtype: torch.dtype, pixels: int, size: int) -> Cell:
         """A 3 x 3 convolution of square images, with as many weights as a linear layer that is 3 / 4 as wide."""
         side, channels = math.isqrt(pixels), size // 4
         layout: Any = {"device": "cuda", "memory_format": torch.channels_last}
@@ -202,18 +217,21 @@ class Measured:
         base, delta = (w.to(dtype=dtype, **layout) for w in weights)
         one = (base, [delta], torch.ones(1, device="cuda"), None, None)
         call = functools.partial(self.conv2d.conv2d_implicit, x, *one, [1, 1], [1, 1], [1, 1], None, 1)
-        ref = F.conv2d(x.double(), base.double() + delta.double(), padding=1)
-        return self._checked(call, lambda y: y, ref, F.conv2d(x, base + delta, padding=1))
 
-    def _checked(self, call: Any, result: Callable[[Any], Any], ref: Any, low: Any) -> Callable[[], float]:
-        def run() -> float:
-            assert_no_worse_than_torch(result(call()), ref, low)
-            return self._time(call)
+        def check() -> None:
+            ref = F.conv2d(x.double(), base.double() + delta.double(), padding=1)
+            assert_no_worse_than_torch(call(), ref, F.conv2d(x, base + delta, padding=1))
 
-        return run
+        return Cell([call], check)
 
-    def _time(self, call: Callable[[], object]) -> float:
-        return timing.measure({"it": [timing.graph(call)]}, self.seconds, "cuda")["it"].median / 1e3
+    def _time(self, *calls: Callable[[], object]) -> float:
+        """Seconds of one of the calls, which a replay runs one after another."""
+
+        def together() -> None:
+            for call in calls:
+                call()
+
+        return timing.measure({"it": [timing.graph(together)]}, self.seconds, "cuda")["it"].median / 1e3 / len(calls)
 
     def crossover_timers(self, dtype: torch.dtype, size: int) -> tuple[Callable[[int], float], Callable[[int], float]]:
         """Seconds of each algorithm by rows a task, `TASKS` tasks to a batch."""
