@@ -295,11 +295,13 @@ def write(report: Report, reasons: list[str]) -> Path:
         total.update(shard.get("launches", {}))
         outcomes.update(shard.get("outcomes", {}))
     left_out = {k: v for shard in report["tests"] for k, v in shard.get("left_out", {}).items()}
+    slowest = sorted((s, name) for shard in report["tests"] for name, s in shard.get("slowest", {}).items())[:-21:-1]
     summary = results.environment("cuda") | {
         "success": not reasons,
         "reasons": reasons,
         "left_out": report["build"]["left_out"] | left_out,
         "outcomes": dict(outcomes),
+        "slowest_tests": {name: seconds for seconds, name in slowest},
         "launches_in_tests": dict(total),
         "launches_in_benchmark": dict(report["bench"]["launches"]),
         "not_run": not_run(report),

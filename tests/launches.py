@@ -30,6 +30,8 @@ TOOLS = {"nvcc", "compiler", "compute-sanitizer", "CUPTI", "memory"}
 CUT_SHORT = 124
 TEXT = 4000
 """Characters that are kept of what a failed test said."""
+SLOWEST = 5
+"""Tests whose seconds are kept: a device is lent by the minute."""
 
 
 class Launches(collections.Counter):
@@ -52,6 +54,7 @@ class Plugin:
         self.launches = Launches().install()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.failed: dict[str, str] = {}
+        self.seconds: collections.Counter[str] = collections.Counter()
         self.gpu: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.marked: set[str] = set()
@@ -98,6 +101,7 @@ class Plugin:
         return report
 
     def pytest_runtest_logreport(self, report) -> None:
+        self.seconds[report.nodeid] += report.duration
         needs = re.search(r"Skipped: needs ([\w-]+)", str(report.longrepr)) if report.outcome == "skipped" else None
         if needs and needs[1] in OPTIONAL | TOOLS:
             self.left_out[report.nodeid] = needs[1]
@@ -117,6 +121,7 @@ class Plugin:
             "unreached": self.unreached,
             "outcomes": self.outcomes,
             "failed": self.failed,
+            "slowest": {name: round(seconds, 1) for name, seconds in self.seconds.most_common(SLOWEST)},
             "gpu": self.gpu,
             "left_out": self.left_out,
             "launches": self.launches,

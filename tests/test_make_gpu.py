@@ -278,3 +278,4 @@ def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path)
     }  # fmt: skip
     assert report["left_out"] == {"test_c.py": "pybind11", "test_d.py::test_a": "peft", "test_d.py::test_b": "CUPTI"}
     assert report["exit"] == 1  # a module that is not optional is an error
+    assert len(report["slowest"]) == 5 and report["failed"].keys() == {"test_d.py::test_d"}
