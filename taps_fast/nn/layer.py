@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import array
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,7 +57,18 @@ class Frozen(NamedTuple):
     """Of all tasks; lacks ``tasks``, which come with each batch."""
 
 
-class Scores(nn.ParameterDict):
+class Owned(nn.ParameterDict):
+    """What each task owns in a layer. Found without attribute access, whose detours each forward would pay a task."""
+
+    def __getitem__(self, task: str) -> Any:
+        found: Any = self._parameters.get(task)
+        if found is None:
+            found = self._modules.get(task)
+        # FSDP and parametrizations may have put something else in its place.
+        return super().__getitem__(task) if found is None else found
+
+
+class Scores(Owned):
     """Scores stay float32 when a model changes dtype: a rounded score could cross the threshold."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scores:
@@ -101,7 +112,7 @@ class TapsLayer(Located, nn.Module):
             raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
         self._locate_in(TaskContext(name) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
-        self.deltas, self.bias_deltas, self.scores = nn.ParameterDict(), nn.ParameterDict(), Scores()
+        self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
         self.baked: set[str] = set()
         """Tasks whose "delta" is, for inference, their whole weight."""
 
@@ -165,8 +176,7 @@ class TapsLayer(Located, nn.Module):
 
     def delta(self, task: str) -> Delta:
         """The task's delta, dense or in its format."""
-        held: Any = self.deltas[task]
-        return held.format if isinstance(held, CompressedDelta) else held
+        return _value(self.deltas[task])
 
     def set_delta(self, task: str, delta: Delta) -> None:
         """Replaces the delta of ``task``, which has one, by values of the same shape, dense or in a format."""
@@ -186,10 +196,15 @@ class TapsLayer(Located, nn.Module):
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
-        if task not in self.deltas:
-            return False
-        # float32 against float32, as in `gates.coefficients`
-        return self.gate == "raw" or self.scores[task].item() >= ctypes.c_float(self.threshold).value
+        return bool(self._places([task]))
+
+    def _places(self, tasks: Sequence[str]) -> list[int]:
+        """Which of ``tasks`` have an open gate; reads the scores."""
+        deltas, scores = self.deltas, self.scores
+        if self.gate == "raw":
+            return [t for t, task in enumerate(tasks) if task in deltas]
+        least = ctypes.c_float(self.threshold).value  # float32 against float32, as in `gates.coefficients`
+        return [t for t, task in enumerate(tasks) if task in deltas and scores[task].item() >= least]
 
     @property
     def fan_in(self) -> int:
@@ -290,19 +305,18 @@ class TapsLayer(Located, nn.Module):
                 return self._single(None if task is None or task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated(self.base, [self.delta(task)], _table(dtype, 1, [0]), bias)
-        places = [t for t, task in enumerate(mix.tasks) if self.is_open(task)]
+            return Gated(self.base, [self.delta(task)], _table(dtype, 1, (0,)).view(1), bias)
+        places = self._places(mix.tasks)
         if not places:
             return self._single(None)
         if bias is not None:
-            rows = [bias] * (len(mix.tasks) + 1)
+            rows, more = [bias] * (len(mix.tasks) + 1), self.bias_deltas
             for t in places:
-                rows[t] = bias + self.bias_deltas[mix.tasks[t]]
+                rows[t] = bias + more[mix.tasks[t]]
             bias = torch.stack(rows)
-        count = len(places)
-        table = _table(dtype, len(mix.tasks) * count, [t * count + k for k, t in enumerate(places)])
-        deltas = [self.delta(mix.tasks[t]) for t in places]
-        return Gated(self.base, deltas, table.view(-1, count), bias, mix.batch)
+        held = self.deltas
+        deltas = [_value(held[mix.tasks[t]]) for t in places]
+        return Gated(self.base, deltas, _table(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -373,13 +387,23 @@ class TapsLayer(Located, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _table(dtype: torch.dtype, size: int, ones: Iterable[int]) -> Tensor:
-    """Coefficients [size], 1 at ``ones`` and 0 elsewhere, in what `delta_linear` uses with ``dtype``."""
-    wide = dtype == torch.float64
-    values = array.array("d" if wide else "f", bytes(size * (8 if wide else 4)))
-    for place in ones:
-        values[place] = 1.0
-    return torch.frombuffer(values, dtype=torch.float64 if wide else torch.float32)
+def _value(held: Any) -> Delta:
+    """A delta, dense or in its format."""
+    return held.format if isinstance(held, CompressedDelta) else held
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(dtype: torch.dtype, tasks: int, places: tuple[int, ...]) -> Tensor:
+    """Coefficients [tasks, open ones], 1 where an open one is its own, in what `delta_linear` uses with ``dtype``.
+
+    Kept, and never written: layers whose gates are alike share it.
+    """
+    with torch.inference_mode(False):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        table = torch.zeros(tasks, len(places), dtype=wide, device="cpu")
+        for k, t in enumerate(places):
+            table[t, k] = 1.0
+    return table
 
 
 def _rows(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
