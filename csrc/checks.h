@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "common/check.h"
 #include "cpu/problem.h"
@@ -24,13 +25,15 @@ inline cpu::DType dtype_of(const char* op, torch::headeronly::ScalarType type, c
   return {};
 }
 
-/// Items go to whichever thread is free; each item's result is its own, so the order changes nothing.
+/// Every item of a problem, in as many threads as PyTorch has; see `Share`.
 template <class Problem>
-void run_items(const Problem& problem, void (*kernel)(const Problem&, int64_t*)) {
-  int64_t next_item = 0;
-  const auto worker = [&](int64_t, int64_t) { kernel(problem, &next_item); };
-  const int64_t threads = std::min<int64_t>(num_items(problem), torch::stable::get_num_threads());
-  if (threads <= 1) return worker(0, 1);
+void run_items(const Problem& problem, void (*kernel)(const Problem&, const cpu::Share&)) {
+  const int64_t items = num_items(problem), threads = std::min<int64_t>(items, torch::stable::get_num_threads());
+  std::vector<int64_t> taken(std::max<int64_t>(threads, 0) * cpu::Share::kStride, 0);
+  const auto worker = [&](int64_t begin, int64_t end) {
+    for (int64_t mine = begin; mine < end; mine++) kernel(problem, {taken.data(), threads, mine, items});
+  };
+  if (threads <= 1) return worker(0, threads);
   torch::stable::parallel_for(0, threads, 1, worker);
 }
 

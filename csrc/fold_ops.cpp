@@ -77,7 +77,7 @@ class Plan {
     problem_.num_items = items_.size();
   }
 
-  void run(void (*kernel)(const Fold&, int64_t*)) { run_items(problem_, kernel); }
+  void run(void (*kernel)(const Fold&, const Share&)) { run_items(problem_, kernel); }
 
   void keep_partials() {
     partials_.assign(problem_.num_items * problem_.num_parts * problem_.num_deltas, 0);

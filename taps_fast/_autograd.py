@@ -45,7 +45,6 @@ def forward(
         *how, _ = call.conv  # which has no groups
         y: Tensor = ops.conv2d_implicit(x, base, deltas, coeffs, base_coeffs, bias, *how, call.batch[0], call.inner)
         return y
-    # The overload itself: finding it from the name takes microseconds.
     op = ops.conv2d_fwd if call.conv else ops.linear_fwd
     y = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
     return y

@@ -102,17 +102,17 @@ class DepthwiseRow {
 };
 
 template <class S>
-void run_depthwise(const Depthwise& p, int64_t* next_item) {
+void run_depthwise(const Depthwise& p, const Share& share) {
   const int64_t items = num_items(p);
-  for (int64_t item = claim(next_item); item < items; item = claim(next_item)) DepthwiseRow<S>(p, item).run();
+  for (int64_t item = claim(share); item < items; item = claim(share)) DepthwiseRow<S>(p, item).run();
 }
 
-void depthwise(const Depthwise& p, int64_t* next_item) {
+void depthwise(const Depthwise& p, const Share& share) {
   switch (p.dtype) {
-    case DType::kFloat32: return run_depthwise<float>(p, next_item);
-    case DType::kBFloat16: return run_depthwise<BFloat16>(p, next_item);
-    case DType::kFloat16: return run_depthwise<Float16>(p, next_item);
-    case DType::kFloat64: return run_depthwise<double>(p, next_item);
+    case DType::kFloat32: return run_depthwise<float>(p, share);
+    case DType::kBFloat16: return run_depthwise<BFloat16>(p, share);
+    case DType::kFloat16: return run_depthwise<Float16>(p, share);
+    case DType::kFloat64: return run_depthwise<double>(p, share);
   }
 }
 

@@ -168,25 +168,25 @@ class FoldItemRun {
 };
 
 template <class S>
-void run_items(const Fold& problem, int64_t* next_item, bool gradient) {
-  for (int64_t i = claim(next_item); i < num_items(problem); i = claim(next_item)) {
+void run_items(const Fold& problem, const Share& share, bool gradient) {
+  for (int64_t i = claim(share); i < num_items(problem); i = claim(share)) {
     FoldItemRun<S> item(problem, i);
     if (gradient) item.gradient();
     else item.fold();
   }
 }
 
-void run_fold(const Fold& problem, int64_t* next_item, bool gradient) {
+void run_fold(const Fold& problem, const Share& share, bool gradient) {
   switch (problem.dtype) {
-    case DType::kFloat32: return run_items<float>(problem, next_item, gradient);
-    case DType::kBFloat16: return run_items<BFloat16>(problem, next_item, gradient);
-    case DType::kFloat16: return run_items<Float16>(problem, next_item, gradient);
-    case DType::kFloat64: return run_items<double>(problem, next_item, gradient);
+    case DType::kFloat32: return run_items<float>(problem, share, gradient);
+    case DType::kBFloat16: return run_items<BFloat16>(problem, share, gradient);
+    case DType::kFloat16: return run_items<Float16>(problem, share, gradient);
+    case DType::kFloat64: return run_items<double>(problem, share, gradient);
   }
 }
 
-void fold(const Fold& problem, int64_t* next_item) { run_fold(problem, next_item, false); }
-void fold_gradient(const Fold& problem, int64_t* next_item) { run_fold(problem, next_item, true); }
+void fold(const Fold& problem, const Share& share) { run_fold(problem, share, false); }
+void fold_gradient(const Fold& problem, const Share& share) { run_fold(problem, share, true); }
 
 constexpr FoldKernels make_fold_table(const char* name) { return {name, fold, fold_gradient}; }
 

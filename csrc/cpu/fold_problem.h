@@ -42,8 +42,8 @@ static inline int64_t num_items(const Fold& p) { return p.num_items; }
 
 struct FoldKernels {
   const char* name;
-  void (*fold)(const Fold&, int64_t* next_item);
-  void (*fold_gradient)(const Fold&, int64_t* next_item);
+  void (*fold)(const Fold&, const Share& share);
+  void (*fold_gradient)(const Fold&, const Share& share);
 };
 
 // One definition in each fold_<isa>.cpp.

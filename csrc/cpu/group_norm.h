@@ -54,8 +54,8 @@ struct TableRow {
 };
 
 template <class C>
-void run_norm_tables(const NormTables& p, int64_t* next_item) {
-  for (int64_t item = claim(next_item), items = num_items(p); item < items; item = claim(next_item)) {
+void run_norm_tables(const NormTables& p, const Share& share) {
+  for (int64_t item = claim(share), items = num_items(p); item < items; item = claim(share)) {
     const int64_t end = min(p.tables, (item + 1) * p.tables_per_item);
     for (int64_t t = item * p.tables_per_item; t < end; t++) {
       if (!p.mean[t]) continue;
@@ -112,11 +112,11 @@ struct Normalised {
 };
 
 template <class S>
-void run_group_norm(const GroupNorm& p, int64_t* next_item) {
+void run_group_norm(const GroupNorm& p, const Share& share) {
   using C = Compute<S>;
   using V = Vec<C>;
   const int64_t channels = p.in.channels / p.groups, pixels = p.in.pixels, length = channels * pixels;
-  for (int64_t item = claim(next_item), items = num_items(p); item < items; item = claim(next_item)) {
+  for (int64_t item = claim(share), items = num_items(p); item < items; item = claim(share)) {
     const int64_t end = min(p.in.rows * p.groups, (item + 1) * p.runs_per_item);
     for (int64_t run = item * p.runs_per_item; run < end; run++) {
       const int64_t table = table_row(p.in.member, run / p.groups), channel = run % p.groups * channels;
@@ -143,16 +143,16 @@ void run_group_norm(const GroupNorm& p, int64_t* next_item) {
   }
 }
 
-void norm_tables(const NormTables& p, int64_t* next_item) {
-  p.wide ? run_norm_tables<double>(p, next_item) : run_norm_tables<float>(p, next_item);
+void norm_tables(const NormTables& p, const Share& share) {
+  p.wide ? run_norm_tables<double>(p, share) : run_norm_tables<float>(p, share);
 }
 
-void group_norm(const GroupNorm& p, int64_t* next_item) {
+void group_norm(const GroupNorm& p, const Share& share) {
   switch (p.in.dtype) {
-    case DType::kFloat32: return run_group_norm<float>(p, next_item);
-    case DType::kBFloat16: return run_group_norm<BFloat16>(p, next_item);
-    case DType::kFloat16: return run_group_norm<Float16>(p, next_item);
-    case DType::kFloat64: return run_group_norm<double>(p, next_item);
+    case DType::kFloat32: return run_group_norm<float>(p, share);
+    case DType::kBFloat16: return run_group_norm<BFloat16>(p, share);
+    case DType::kFloat16: return run_group_norm<Float16>(p, share);
+    case DType::kFloat64: return run_group_norm<double>(p, share);
   }
 }
 

@@ -138,11 +138,11 @@ static inline int64_t num_items(const Depthwise& p) { return p.images * p.out_h;
 
 struct NormKernels {
   const char* name;
-  void (*pointwise)(const Pointwise&, int64_t* next_item);
-  void (*group_sums)(const GroupSums&, int64_t* next_item);
-  void (*norm_tables)(const NormTables&, int64_t* next_item);
-  void (*group_norm)(const GroupNorm&, int64_t* next_item);
-  void (*depthwise)(const Depthwise&, int64_t* next_item);
+  void (*pointwise)(const Pointwise&, const Share& share);
+  void (*group_sums)(const GroupSums&, const Share& share);
+  void (*norm_tables)(const NormTables&, const Share& share);
+  void (*group_norm)(const GroupNorm&, const Share& share);
+  void (*depthwise)(const Depthwise&, const Share& share);
 };
 
 // One definition in each norm_<isa>.cpp.

@@ -73,12 +73,12 @@ struct Line {
 };
 
 template <class S, Activation kActivation, bool kBackward, bool kPlane>
-void run_pointwise(const Pointwise& p, int64_t* next_item) {
+void run_pointwise(const Pointwise& p, const Share& share) {
   using C = Compute<S>;
   const int64_t items = num_items(p), lines = kPlane ? p.in.rows * p.in.channels : p.in.rows;
   const int64_t length = kPlane ? p.in.pixels : p.in.channels;
   const int64_t rows_of_a_run = p.in.member.offsets ? p.in.member.inner : p.in.rows;
-  for (int64_t item = claim(next_item); item < items; item = claim(next_item)) {
+  for (int64_t item = claim(share); item < items; item = claim(share)) {
     const int64_t end = min(lines, (item + 1) * p.rows_per_item);
     for (int64_t i = item * p.rows_per_item; i < end;) {
       // Lines that share their entries: the rows of a sample, or one plane.
@@ -212,11 +212,11 @@ void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Comput
 }
 
 template <class S, Activation kActivation, bool kMoments>
-void run_group_sums(const GroupSums& p, int64_t* next_item) {
+void run_group_sums(const GroupSums& p, const Share& share) {
   using C = Compute<S>;
   const int64_t channels = p.in.channels, length = channels * p.in.pixels;
   const int64_t blocks = ceil_div(channels, p.channels_per_item), items = num_items(p);
-  for (int64_t item = claim(next_item); item < items; item = claim(next_item)) {
+  for (int64_t item = claim(share); item < items; item = claim(share)) {
     const Span& span = p.spans[item / blocks];
     const int64_t channel = item % blocks * p.channels_per_item, end = min(channels, channel + p.channels_per_item);
     const int64_t table = task_row(p.in.member, span.group);
@@ -270,24 +270,21 @@ TAPS_INLINE void with_types(DType dtype, Activation activation, const F& f) {
   }
 }
 
-void pointwise(const Pointwise& p, int64_t* next_item) {
+void pointwise(const Pointwise& p, const Share& share) {
   with_types(p.in.dtype, p.activation, [&](auto type, auto activation) {
     using S = decltype(type);
     constexpr Activation a = decltype(activation)::value;
-    if (p.dy)
-      p.in.pixels > 1 ? run_pointwise<S, a, true, true>(p, next_item) : run_pointwise<S, a, true, false>(p, next_item);
-    else
-      p.in.pixels > 1 ? run_pointwise<S, a, false, true>(p, next_item)
-                      : run_pointwise<S, a, false, false>(p, next_item);
+    if (p.dy) p.in.pixels > 1 ? run_pointwise<S, a, true, true>(p, share) : run_pointwise<S, a, true, false>(p, share);
+    else p.in.pixels > 1 ? run_pointwise<S, a, false, true>(p, share) : run_pointwise<S, a, false, false>(p, share);
   });
 }
 
-void group_sums(const GroupSums& p, int64_t* next_item) {
+void group_sums(const GroupSums& p, const Share& share) {
   with_types(p.in.dtype, p.activation, [&](auto type, auto activation) {
     using S = decltype(type);
     constexpr Activation a = decltype(activation)::value;
-    if (p.dy) run_group_sums<S, a, false>(p, next_item);
-    else if constexpr (a == Activation::kNone) run_group_sums<S, a, true>(p, next_item);
+    if (p.dy) run_group_sums<S, a, false>(p, share);
+    else if constexpr (a == Activation::kNone) run_group_sums<S, a, true>(p, share);
   });
 }
 

@@ -110,6 +110,15 @@ struct WeightGradient {
   Blocking blocking;  // tiles of P; depth_block counts rows of dy and x
 };
 
+/// How items that lie one after another in memory reach threads: each has a range of them, the same for every layer
+/// of a size, so that what it wrote is in its own cache when it reads it in the next layer. Whoever is done takes what
+/// others have left. Which thread runs an item changes no result.
+struct Share {
+  static constexpr int64_t kStride = 8;  // counters of different threads lie in different cache lines
+  int64_t* taken;  // [threads · kStride]: items taken of each range
+  int64_t threads, mine, items;
+};
+
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 /// Splits n > 0 into the fewest parts of at most `most`, as even as they come: n = 8, most = 6 gives 4 + 4.

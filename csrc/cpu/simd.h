@@ -367,6 +367,19 @@ TAPS_INLINE void with_constant(int64_t n, const F& f) {
 /// Takes one item of the grid; threads share the counter. Which thread runs an item changes no result.
 TAPS_INLINE int64_t claim(int64_t* next_item) { return __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED); }
 
+/// Takes an item of this thread's own range, in order, and where none is left one of the next thread that has some.
+TAPS_INLINE int64_t claim(const Share& share) {
+  for (int64_t k = 0; k < share.threads; k++) {
+    const int64_t t = (share.mine + k) % share.threads;
+    const int64_t begin = share.items * t / share.threads, end = share.items * (t + 1) / share.threads;
+    int64_t* const taken = share.taken + t * Share::kStride;
+    if (begin + __atomic_load_n(taken, __ATOMIC_RELAXED) >= end) continue;
+    const int64_t item = begin + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+    if (item < end) return item;
+  }
+  return share.items;
+}
+
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
