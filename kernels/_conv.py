@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._split import bias_tile
-from ._tiles import at_address, coefficient, inside, pick, rounds
+from ._tiles import coefficient, inside, places, rounds, source_at
 
 # What no address' alignment depends on: a network's layers share one compiled kernel.
 _SHAPES = ("N", "H", "W", "pixels", "columns", "taps", "taps_w", "B", "inner")
@@ -105,18 +105,11 @@ def conv2d_kernel(
         candidates = first + tl.arange(0, BLOCK_S)
         wanted = coefficient(candidates, task, coeffs_ptr, base_coeffs_ptr, K, BAKED)
         used = ((wanted != 0.0) & (candidates <= K)).to(tl.int32)  # [BLOCK_S]
-        place = tl.where(used > 0, tl.cumsum(used, axis=0) - 1, -1)
-        if TABLE:
-            addresses = tl.load(sources + candidates, mask=candidates <= K, other=0)
+        place = places(used)
         product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
         # One loop over all sources, as in `_split`.
         for n in tl.range(0, tl.sum(used, axis=0) * own):
-            mine = place == n // own
-            source = tl.max(tl.where(mine, candidates, 0), axis=0)
-            if TABLE:
-                w_ptr = at_address(tl.max(tl.where(mine, addresses, 0), axis=0), x_ptr.dtype.element_ty, TABLE)
-            else:
-                w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
+            source, w_ptr = source_at(place, n // own, candidates, sources, K, x_ptr.dtype.element_ty, TABLE)
             step = start + n % own
             tap = step // steps_tap
             tap_h, tap_w = tap // taps_w, tap % taps_w

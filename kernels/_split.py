@@ -7,7 +7,7 @@ the weight's strides exchanged, so that there I is the layer's out features and 
 import triton
 import triton.language as tl
 
-from ._tiles import at_address, coefficient, inside, locate, pick, rounds, weighted
+from ._tiles import coefficient, inside, locate, places, rounds, source_at, weighted
 
 
 @triton.jit
@@ -76,19 +76,12 @@ def split_kernel(
         table = coefficient(candidates[None, :], task[:, None], coeffs_ptr, base_coeffs_ptr, K, BAKED)
         table = tl.where(real[:, None] & (candidates <= K)[None, :], table, 0.0)  # [BLOCK_M, BLOCK_S]
         used = tl.max((table != 0.0).to(tl.int32), axis=0)  # [BLOCK_S]
-        place = tl.where(used > 0, tl.cumsum(used, axis=0) - 1, -1)
-        if TABLE:
-            addresses = tl.load(sources + candidates, mask=candidates <= K, other=0)
+        place = places(used)
         product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
         # One loop over all sources, not one in another: loads of the next source start while this one's are summed.
         # Where a step reads follows from its number alone, without which no load could start ahead.
         for step in tl.range(0, tl.sum(used, axis=0) * steps):
-            mine = place == step // steps
-            source = tl.max(tl.where(mine, candidates, 0), axis=0)
-            if TABLE:
-                w_ptr = at_address(tl.max(tl.where(mine, addresses, 0), axis=0), x_ptr.dtype.element_ty, TABLE)
-            else:
-                w_ptr = pick(sources, source, x_ptr.dtype.element_ty, TABLE)
+            source, w_ptr = source_at(place, step // steps, candidates, sources, K, x_ptr.dtype.element_ty, TABLE)
             i = start + (step % steps) * BLOCK_I
             real_i = (ri < I - i)[None, :]
             far = tl.cast(i, tl.int64)

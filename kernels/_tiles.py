@@ -83,6 +83,28 @@ def next_source(wanted, sources, after):
 
 
 @triton.jit
+def places(used):
+    """[N]: how many are ``used`` (1 or 0) before each that is; -1 for the others."""
+    return tl.where(used > 0, tl.cumsum(used, axis=0) - 1, -1)
+
+
+@triton.jit
+def source_at(place, n, candidates, sources, K, dtype: tl.constexpr, TABLE: tl.constexpr):
+    """(source, its pointer): the one of ``candidates`` [N] whose ``place`` is n, by arithmetic on n alone.
+
+    The table's addresses do not depend on n, and are read before the loop that this is called in.
+    """
+    mine = place == n
+    source = tl.max(tl.where(mine, candidates, 0), axis=0)
+    if TABLE:
+        addresses = tl.load(sources + candidates, mask=candidates <= K, other=0)
+        found = at_address(tl.max(tl.where(mine, addresses, 0), axis=0), dtype, TABLE)
+    else:
+        found = pick(sources, source, dtype, TABLE)
+    return source, found
+
+
+@triton.jit
 def inside(index, size):
     """``index`` with positions past the end moved to 0: read twice, stored never, and no mask in the inner loop.
 
