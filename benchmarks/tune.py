@@ -1,6 +1,6 @@
 """Searches tile sizes and crossovers on this machine's GPU, and writes them into `taps_fast/tuned.json` as it goes.
 
-    python -m benchmarks.tune                          everything, a few minutes
+    python -m benchmarks.tune                          everything
     python -m benchmarks.tune --kernels split          tile sizes of one kernel
     python -m benchmarks.tune --kernels --dtypes bfloat16      no tile sizes, crossovers of one dtype
 

@@ -63,12 +63,12 @@ def delta_linear(
         batch_dim: the axis of x that carries the batch.
         scale, shift, activation: what follows the product, as in `scale_shift`: act(scale[t]·y + shift[t]), with
             tables of the shapes of bias. In inference it is applied to y where it lies.
-        backend: "cpu", "triton" or "reference"; default: the best that can run. An explicit one never falls
+        backend: "cpu", "cuda", "triton" or "reference"; default: the best that can run. An explicit one never falls
             back.
         algorithm: "blend" (weight summed, rounded at most once to x's dtype, one product), "split" (two products
-            into one accumulator: exact in low precision), "merge" (weight in scratch, vendor GEMM) or "auto". Of a
-            format, "split" never makes a dense delta; "blend" and "merge" do, "blend" on a CPU without gradients a
-            panel at a time.
+            into one accumulator: exact in low precision), "stream" (the same for few rows on CUDA), "merge" (weight
+            in scratch, vendor GEMM) or "auto". Of a format, "split" never makes a dense delta; "blend" and "merge"
+            do, "blend" on a CPU without gradients a panel at a time.
 
     Returns:
         y [..., O] in x's dtype.
