@@ -5,6 +5,7 @@ The continuous integration also runs the built wheel on emulated older processor
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import cuda_build
 import pytest
 import torch
 
@@ -67,6 +69,18 @@ def test_wide_registers_only_in_kernels_chosen_at_run_time() -> None:
     assert wide and not outside, f"AVX registers in {outside[:5]}"
     planning = [n for n in wide if re.search(r"Plan::|choose|workspace\(|linear_(fwd|dx|dw)|read_weight|Inputs::", n)]
     assert not planning, f"AVX registers in ordinary code: {planning[:5]}"
+
+
+def test_a_libstdcxx_linked_in_whole_stays_our_own(tmp_path: Path) -> None:
+    """As some compilers link it: beside PyTorch's, and with its symbols shared, a stream could print no number."""
+    (tmp_path / "print.cpp").write_text(
+        '#include <sstream>\nextern "C" bool prints() { std::ostringstream s; s << 42; return s.str() == "42"; }\n'
+    )
+    command = ["c++", "-shared", "-fPIC", "-static-libstdc++", *cuda_build.setup().LINK, "print.cpp", "-o", "print.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    prints = ctypes.CDLL(str(tmp_path / "print.so")).prints
+    prints.restype = ctypes.c_bool
+    assert prints()
 
 
 def test_chosen_instruction_set_is_reported() -> None:

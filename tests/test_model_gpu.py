@@ -79,6 +79,32 @@ def test_compressed(format):
         close(there(x.to(DEVICE), tasks=ROWS), here(x, tasks=ROWS))
 
 
+@pytest.mark.parametrize("prepared", (False, True))
+@pytest.mark.parametrize("name", NETS)
+def test_captured_by_hand(name, prepared):
+    """A graph of the whole model, replayed with other ids of as many samples."""
+    torch.use_deterministic_algorithms(False)
+    here, there = pair(name)
+    if prepared:
+        there.prepare_inference()
+    x = images(len(ROWS), dtype=torch.float32)
+    on_device, ids = x.to(DEVICE), torch.zeros(len(ROWS), dtype=torch.int64, device=DEVICE)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                there(on_device, tasks=ids)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = there(on_device, tasks=ids)
+        for mix in ([0, 1, -1, 2, 0, 1], [2, 2, 1, 0, -1, 0]):
+            ids.copy_(torch.tensor(mix))
+            graph.replay()
+            close(y, here(x, tasks=torch.tensor(mix)))
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_compiled_into_cuda_graphs(name):
     """The compiler's own graphs, replayed with other mixes of the same size."""
