@@ -17,6 +17,7 @@ from . import gates
 from .compressed import CompressedDelta
 from .context import Layout, Located, Mix, Selection, TaskContext
 from .mixed_weight import MixedWeight
+from .owned import Owned, Scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,29 +56,6 @@ class Frozen(NamedTuple):
     single: dict[str | None, Gated]
     mixed: Gated
     """Of all tasks; lacks ``tasks``, which come with each batch."""
-
-
-class Owned(nn.ParameterDict):
-    """What each task owns in a layer. Found without attribute access, whose detours each forward would pay a task."""
-
-    def __getitem__(self, task: str) -> Any:
-        found: Any = self._parameters.get(task)
-        if found is None:
-            found = self._modules.get(task)
-        # FSDP and parametrizations may have put something else in its place.
-        return super().__getitem__(task) if found is None else found
-
-
-class Scores(Owned):
-    """Scores stay float32 when a model changes dtype: a rounded score could cross the threshold."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scores:
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 class TapsLayer(Located, nn.Module):

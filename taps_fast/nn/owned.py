@@ -1,0 +1,31 @@
+"""Where a layer keeps what each of its tasks owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Owned(nn.ParameterDict):
+    """What each task owns in a layer. Found without attribute access, whose detours each forward would pay a task."""
+
+    def __getitem__(self, task: str) -> Any:
+        found: Any = self._parameters.get(task)
+        if found is None:
+            found = self._modules.get(task)
+        # FSDP and parametrizations may have put something else in its place.
+        return super().__getitem__(task) if found is None else found
+
+
+class Scores(Owned):
+    """Scores stay float32 when a model changes dtype: a rounded score could cross the threshold."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scores:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
