@@ -133,6 +133,62 @@ def check_masks(shape, dtype, inner):
     assert_no_worse_than_torch(found, plain(torch.float64), plain(dtype), scale=size, name="y")
 
 
+# Rows of each task, with the tile that its mask is of (2: none but a dense delta) and what multiplies it.
+MASKED = (
+    (1, 0, 1.0), (3, 0, 1.0), (0, 0, 1.0), (40, 0, 1.0), (7, 0, 0.25), (1, 0, -2.0), (2, 1, 1.0), (130, 0, 1.0),
+    (6, 1, 1.0), (5, 2, 1.0), (1, 1, 1.0), (4, 0, 0.0), (13, 1, 0.25), (140, 1, 1.0), (9, 0, 1.0), (3, 3, 0.0),
+    (8, 3, 1.0),
+)  # fmt: skip
+
+
+def check_shared_tiles(shape, dtype):
+    """Many tasks whose masks are of two tiles, in groups of all sizes, beside others and rows of the base."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    base, dense, tasks = draw(*shape), draw(*shape), len(MASKED)
+    tiles = [draw(*shape) for _ in range(4)]
+    bits = [torch.rand(shape, generator=g) < 0.5 for _ in MASKED]
+    ids = [t for t, (rows, *_) in enumerate(MASKED) for _ in range(rows)] + [-1] * 5
+    ids = torch.tensor(ids)[torch.randperm(len(ids), generator=g)]
+    codes = [dense if tile == 2 else pack_bits(b) for b, (_, tile, _) in zip(bits, MASKED, strict=True)]
+    tile_of = [-1 if tile == 2 else tile for _, tile, _ in MASKED]
+    scales = [torch.tensor(scale).to(wide) for _, _, scale in MASKED]
+    scales[8] = draw(shape[0]).to(wide)
+    coeffs = torch.eye(tasks).to(wide)
+    coeffs[3, 3] = 0.5
+    index = TaskBatch.from_ids(ids, tasks).tensors
+    x, bias = draw(len(ids), shape[1]), draw(tasks + 1, shape[0])
+    rest = (base, codes, coeffs, None, bias, *index, 1, "auto", scales, tiles, tile_of)
+    found = OPS.linear_coded(x, *rest)
+    assert torch.equal(found, OPS.linear_coded(x, *rest)), "differs from run to run"
+
+    def plain(dtype, sizes=False):
+        y = torch.empty(len(ids), shape[0], dtype=dtype)
+        for t in range(-1, tasks):
+            delta = torch.zeros(shape, dtype=dtype)
+            if t >= 0:
+                weight = dense if tile_of[t] < 0 else tiles[tile_of[t]] * bits[t]
+                scale = torch.ones(()) if tile_of[t] < 0 else scales[t]
+                delta = coeffs[t, t].to(dtype) * scale.to(dtype).view(-1, 1) * weight.to(dtype)
+            of = [x[ids == t].to(dtype), base.to(dtype), delta, bias[t].to(dtype)]
+            rows, weight, delta, b = [p.abs() for p in of] if sizes else of
+            y[ids == t] = rows @ (weight + delta).T + b
+        return y
+
+    size = float(plain(torch.float64, sizes=True).max())
+    assert_no_worse_than_torch(found, plain(torch.float64), plain(dtype), scale=size, name="y")
+
+
+def check_shared_tiles_all(dtypes=DTYPES, shapes=((70, 130), (9, 5), (33, 257), (150, 1100), (64, 64), (1, 1))):
+    for dtype in dtypes:
+        for shape in shapes:
+            check_shared_tiles(shape, dtype)
+
+
 def check_linear_all(dtypes=DTYPES, shapes=((70, 130), (9, 5), (33, 257), (40, 1100)), inners=(1, 4, 9)):
     """Groups of 1 to 27 rows: on both sides of where codes are decoded into a panel."""
     for dtype in dtypes:
@@ -162,13 +218,18 @@ def test_codes_among_the_deltas(dtype):
     check_linear_all((dtype,))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_shared_tiles(dtype):
+    check_shared_tiles_all((dtype,))
+
+
 @pytest.mark.parametrize(("isa", "flag"), [("generic", ""), ("avx2", "avx2"), ("avx512", "avx512dq")])
 def test_other_instruction_sets(isa, flag):
     """In a process of its own, since the choice is made once."""
     if flag not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {isa}")
     code = f"import torch, test_cpu_coded as t\nassert t.OPS.cpu_isa() == {isa!r}\nt.check_all(inners=(3,))"
-    code += "\nt.check_linear_all(inners=(4,))"
+    code += "\nt.check_linear_all(inners=(4,))\nt.check_shared_tiles_all()"
     env = {**os.environ, "TAPS_FAST_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -43,6 +43,17 @@ TAPS_INLINE Vec<Compute<S>> masked_elements(const uint8_t* row, int64_t p, Vec<C
   return select_lanes<Compute<S>>(lane_bits<kLanes<Compute<S>>>(row, p), v, Vec<Compute<S>>{});
 }
 
+/// sum + x · v of the elements whose bits are set.
+template <class S>
+TAPS_INLINE Vec<Compute<S>> masked_multiply_add(Vec<Compute<S>> sum, Vec<Compute<S>> x, const uint8_t* row, int64_t p,
+                                                Vec<Compute<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (kDepths<Element<S>> == 1 && sizeof(Compute<S>) == 4)
+    return (FloatVec)_mm512_mask3_fmadd_ps((__m512)x, (__m512)v, (__m512)sum, lane_bits<16>(row, p));
+#endif
+  return multiply_add<Element<S>>(sum, x, masked_elements<S>(row, p, v));
+}
+
 /// kLanes<C> int8 as numbers. GCC converts the generic vector one element at a time.
 template <class C>
 TAPS_INLINE Vec<C> widen(const int8_t* bytes) {

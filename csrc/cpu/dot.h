@@ -85,6 +85,73 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
       }
 }
 
+/// The same of one masked tile, with a mask for each input row.
+template <class S, int kRows>
+TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, int64_t row, int64_t num_columns,
+                                 int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
+  using C = Compute<S>;
+  using E = Element<S>;
+  constexpr int lanes = kLanes<C>, span = lanes * kDepths<E>, columns = dot_columns(kRows);
+  const S* w[columns];
+  const uint8_t* codes[kRows];
+  int64_t code_row[columns];
+  Vec<C> sum[kRows][columns];
+  const Matrix& tile = masks[0]->matrix;
+  const int64_t code_stride = masks[0]->code_stride;
+#pragma GCC unroll 16
+  for (int n = 0; n < columns; n++) {
+    const int64_t weight_row = row + min(n, num_columns - 1);
+    w[n] = static_cast<const S*>(tile.data) + weight_row * tile.stride + column;
+    code_row[n] = weight_row * code_stride;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; m++) {
+    codes[m] = masks[m]->codes;
+#pragma GCC unroll 16
+    for (int n = 0; n < columns; n++) {
+      sum[m][n] = Vec<C>{};
+      prefetch(codes[m] + code_row[n] + columns * code_stride + column / 8, depth / 8);
+    }
+  }
+  const auto step = [&](int64_t p, auto read) __attribute__((always_inline)) {
+    Vec<C> weight[columns];
+#pragma GCC unroll 16
+    for (int n = 0; n < columns; n++) {
+      __builtin_prefetch(w[n] + p + columns * tile.stride, 0, 3);
+      weight[n] = read(w[n] + p);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; m++) {
+      const Vec<C> x = load(a + p / kDepths<E> * kRows + m * lanes);
+#pragma GCC unroll 16
+      for (int n = 0; n < columns; n++)
+        sum[m][n] = masked_multiply_add<S>(sum[m][n], x, codes[m] + code_row[n], column + p, weight[n]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
+  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
+  for (int m = 0; m < kRows; m++)
+    for (int n = 0; n < columns; n++)
+      if (n < num_columns) {
+        C* y = out + m * out_stride + n;
+        *y = row_factor<C>(*masks[m], row + n) * sum_lanes(sum[m][n]) + (accumulate ? *y : C(0));
+      }
+}
+
+/// num_rows <= kDotTile interleaved inputs, each with its own mask of one tile, times weight rows
+/// [row, row + num_columns).
+template <class S>
+void masked_dot_rows(const Element<S>* a, int64_t num_rows, const Term* const* masks, int64_t row, int64_t num_columns,
+                     int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
+  with_constant<kDotTile>(num_rows, [&](auto rows) {
+    constexpr int64_t columns = dot_columns(rows.value);
+    for (int64_t n = 0; n < num_columns; n += columns)
+      masked_dot_tile<S, rows.value>(a, masks, row + n, min(columns, num_columns - n), column, depth, out + n,
+                                     out_stride, accumulate);
+  });
+}
+
 /// Interleaves row m < num_rows of a group as dot_rows reads it; `in` holds depth elements.
 template <class S>
 void interleave(Element<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {

@@ -13,6 +13,9 @@ struct Kernels {
   int64_t strip_vectors;  // vectors in one packed strip of columns
   int64_t tile_rows;      // rows of one register tile
   int64_t row_buffers;    // rows of the left operand that are held converted at a time
+  int64_t choice_panels;  // depth of the panels that passes of a choice (problem.h) need
+  int64_t choice_rows;    // most rows of a task that gain from one, in float32 and float16
+  int64_t bfloat16_choice_rows;
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);

@@ -53,6 +53,7 @@ struct Pass {
   int64_t row_begin, row_end;
   int64_t term_begin, term_end;
   bool first, last;
+  int64_t choice_end = 0;  // passes [this one, choice_end) mask one tile, and are run together (choose.h)
 };
 
 /// Grid of independent items and the block sizes inside one item.

@@ -22,6 +22,7 @@ constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: wor
 constexpr int64_t kManyItems = 8;  // a thread
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
 constexpr int64_t kSignRows = 12, kByteRows = 6;  // most_rows_apart
+constexpr int64_t kMaskRows = 1;  // find_choices
 
 /// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
 /// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time. Masks of few
@@ -39,7 +40,29 @@ struct Member {
   double base_coeff;
   int64_t rows;
   std::vector<Term> deltas, apart;
+  int64_t choice = -1;  // the first member that masks the same tile; -1: none other does
 };
+
+bool mask_one_tile(const std::vector<Term>& a, const std::vector<Term>& b) {
+  const auto masks = [](const std::vector<Term>& t) { return t.size() == 1 && t[0].coding == Coding::kMask; };
+  return masks(a) && masks(b) && a[0].matrix.data == b[0].matrix.data && a[0].matrix.stride == b[0].matrix.stride;
+}
+
+/// Marks the members whose weights are the base and a mask, of one size for all outputs, on a tile that others mask as
+/// well. With up to min_rows rows products of base and tile apart cost less, with more than max_rows a panel of its
+/// own.
+void find_choices(std::vector<Member>& members, int64_t min_rows, int64_t max_rows) {
+  const auto can_choose = [&](const Member& m) {
+    return m.rows > min_rows && m.rows <= max_rows && m.base_coeff == 1 && mask_one_tile(m.deltas, m.deltas) &&
+           m.deltas[0].scale_step == 0;
+  };
+  for (size_t i = 0; i < members.size(); i++) {
+    if (members[i].choice >= 0 || !can_choose(members[i])) continue;
+    for (size_t j = i + 1; j < members.size(); j++)
+      if (can_choose(members[j]) && mask_one_tile(members[i].deltas, members[j].deltas))
+        members[i].choice = members[j].choice = i;
+  }
+}
 
 Member member(const Weight& weight, int64_t task, double base_coeff, int64_t rows, Algorithm algorithm) {
   Member found{task, base_coeff, rows, {}, {}};
@@ -73,25 +96,34 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     members.push_back(member(weight, 0, weight.base_coeff(0), problem.rows, algorithm));
   }
 
+  if (problem.transposed && problem.dtype != DType::kFloat64 && algorithm != Algorithm::kSplit)
+    find_choices(members, kMaskRows,
+                 problem.dtype == DType::kBFloat16 ? table.bfloat16_choice_rows : table.choice_rows);
+
   const auto open = [](const Member& m) { return !m.deltas.empty(); };
-  const auto cheap_to_share = [&](const Member& m) { return !open(m) || m.rows <= kSmallGroup; };
+  const auto cheap_to_share = [&](const Member& m) { return !open(m) || (m.rows <= kSmallGroup && m.choice < 0); };
   const bool share = std::count_if(members.begin(), members.end(), cheap_to_share) > 1;
   const auto shares_base = [&](const Member& m) {
     return !open(m) || algorithm == Algorithm::kSplit || (share && cheap_to_share(m));
   };
-  // Sharers first, by base coefficient; among equals closed before open, so that a run's closed rows lie together.
+  // Sharers first, by base coefficient; among equals closed before open, so that a run's closed rows lie together. Then
+  // choices, each as a run.
   std::stable_sort(members.begin(), members.end(), [&](const Member& a, const Member& b) {
     if (shares_base(a) != shares_base(b)) return shares_base(a);
-    if (!shares_base(a)) return false;
+    if (!shares_base(a)) return a.choice > b.choice;
     return a.base_coeff != b.base_coeff ? a.base_coeff < b.base_coeff : open(a) < open(b);
   });
 
   int64_t row = 0;
+  size_t begins = 0;  // the first pass of a choice
   for (size_t i = 0; i < members.size();) {
     if (!shares_base(members[i])) {
       std::vector<Term> terms = members[i].deltas;
       if (members[i].base_coeff != 0) terms.insert(terms.begin(), {weight.base, members[i].base_coeff});
       add_group(row, row + members[i].rows, terms, true, true);
+      const int64_t choice = members[i].choice;
+      if (choice >= 0 && i > 0 && members[i - 1].choice == choice) passes_[begins].choice_end = passes_.size();
+      else begins = passes_.size() - 1;
       row += members[i++].rows;
       continue;
     }
@@ -111,10 +143,13 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
       if (has_base) add_group(row, row + rows, base, true, false);
       if (closed) add_group(row, row + closed, {}, !has_base, true);
     }
-    for (; i < end; row += members[i++].rows) {
+    for (const size_t start = i; i < end; row += members[i++].rows) {
       const std::vector<Term>& deltas = members[i].deltas;
       for (size_t d = 0; d < deltas.size(); d++)
         add_group(row, row + members[i].rows, {deltas[d]}, !has_base && d == 0, d + 1 == deltas.size());
+      const bool goes_on = problem.transposed && i > start && mask_one_tile(members[i - 1].deltas, deltas);
+      if (goes_on) passes_[begins].choice_end = passes_.size();
+      else begins = passes_.size() - 1;
     }
   }
 
@@ -147,7 +182,9 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
 void RowPlan::choose_blocks(int threads, const Kernels& table) {
   Blocking& b = problem.blocking;
   const int64_t lanes = table.vector_bytes / compute_size(problem.dtype);
-  const int64_t most_cols = (problem.transposed ? kForwardColBytes : kBackwardColBytes) / element_size(problem.dtype);
+  const bool choice = std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return p.choice_end > 0; });
+  const int64_t bytes = problem.transposed ? kForwardColBytes : kBackwardColBytes;
+  const int64_t most_cols = choice ? lanes * table.strip_vectors : bytes / element_size(problem.dtype);
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
   // Equal parts of whole strips, then of vectors: an item of half the size would leave its thread waiting.
   const int64_t fewest_parts = ceil_div(problem.cols, most_cols), strip = lanes * table.strip_vectors;
@@ -168,8 +205,9 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
-  keeps_sums_ = problem.depth > b.depth_block ||
-                std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return !p.first || !p.last; });
+  keeps_sums_ = problem.depth > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) {
+                  return !p.first || !p.last || p.choice_end;
+                });
   if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
 }
 
@@ -177,7 +215,7 @@ int64_t RowPlan::workspace_bytes(const Kernels& table) const {
   const int64_t size = compute_size(problem.dtype), lanes = table.vector_bytes / size;
   const Blocking& b = problem.blocking;
   const int64_t buffer_rows = table.row_buffers, stride = round_up(b.col_block, lanes);
-  return size * (stride * b.depth_block + buffer_rows * round_up(b.depth_block, lanes) +
+  return size * (stride * std::max(b.depth_block, table.choice_panels) + buffer_rows * round_up(b.depth_block, lanes) +
                  (buffer_rows + (keeps_sums_ ? b.row_block : 0)) * stride);
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "axpy.h"
+#include "choose.h"
 #include "dot.h"
 #include "pack.h"
 #include "tile.h"
@@ -27,9 +28,9 @@ class RowWorker {
   using E = Element<S>;
   static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
 
-  /// One pass in one depth block of one item.
+  /// One pass, or those of one choice, in one depth block of one item.
   struct Step {
-    int64_t item, depth_begin, pass;
+    int64_t item, depth_begin, pass, pass_end;
     int64_t row_begin, row_end, col_begin, cols, depth;  // what it covers
   };
 
@@ -41,11 +42,11 @@ class RowWorker {
         panels_(ceil_div(p_.cols, p_.blocking.col_block)),
         tile_stride_(round_up(p_.blocking.col_block, kLanes<C>)),
         panel_(static_cast<E*>(workspace)),
-        inputs_(panel_ + tile_stride_ * p_.blocking.depth_block),
+        inputs_(panel_ + tile_stride_ * max(p_.blocking.depth_block, kChoicePanels)),
         tile_(reinterpret_cast<C*>(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>))) {}
 
   void run() {
-    Step step{claim(next_item_), 0, -1, 0, 0, 0, 0, 0};
+    Step step{claim(next_item_), 0, 0, 0, 0, 0, 0, 0, 0};
     for (advance(step); step.item < items_;) {
       Step next = step;
       advance(next);
@@ -60,17 +61,18 @@ class RowWorker {
     while (step.item < items_) {
       const int64_t first_row = step.item / panels_ * p_.blocking.row_block;
       const int64_t last_row = min(p_.rows, first_row + p_.blocking.row_block);
-      while (++step.pass < p_.num_passes) {
-        const Pass& pass = p_.passes[step.pass];
-        step.row_begin = max(pass.row_begin, first_row);
-        step.row_end = min(pass.row_end, last_row);
+      while (step.pass_end < p_.num_passes) {
+        step.pass = step.pass_end;
+        step.pass_end = max(p_.passes[step.pass].choice_end, step.pass + 1);
+        step.row_begin = max(p_.passes[step.pass].row_begin, first_row);
+        step.row_end = min(p_.passes[step.pass_end - 1].row_end, last_row);
         if (step.row_begin >= step.row_end) continue;
         step.col_begin = step.item % panels_ * p_.blocking.col_block;
         step.cols = min(p_.blocking.col_block, p_.cols - step.col_begin);
         step.depth = min(p_.blocking.depth_block, p_.depth - step.depth_begin);
         return;
       }
-      step.pass = -1;
+      step.pass_end = 0;
       step.depth_begin += p_.blocking.depth_block;
       if (step.depth_begin >= p_.depth) {
         step.depth_begin = 0;
@@ -81,6 +83,12 @@ class RowWorker {
 
   void run_step(const Step& s, const Step& next) {
     const Pass& pass = p_.passes[s.pass];
+    if (pass.choice_end) {
+      if (pass.term_end - pass.term_begin == 1) return run_masks(s);
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+      if constexpr (sizeof(C) == 4) return run_choice(s, next);
+#endif
+    }
     const Term* terms = p_.terms + pass.term_begin;
     const int64_t num_terms = pass.term_end - pass.term_begin, num_rows = s.row_end - s.row_begin;
     const bool accumulate = !(pass.first && s.depth_begin == 0);
@@ -104,10 +112,9 @@ class RowWorker {
       else pack_straight<S>(panel_, kWidth, packed, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
       if (next.item < items_) fetch = look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
-    const int64_t first_row = s.item / panels_ * p_.blocking.row_block;
     for (int64_t r = s.row_begin; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
-      C* out = tile_ + (whole ? 0 : kRowBuffers + r - first_row) * tile_stride_;
+      C* out = whole ? tile_ : sums_of(s, r);
       if (num_terms == 0) {
         for (int64_t i = 0; i < n && !accumulate; i++)
           for (int64_t j = 0; j < tile_stride_; j++) out[i * tile_stride_ + j] = 0;
@@ -131,6 +138,112 @@ class RowWorker {
         for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
     }
   }
+
+  /// Where row r of a step's item is summed, if more than one register tile does it.
+  C* sums_of(const Step& s, int64_t r) const {
+    return tile_ + (kRowBuffers + r - s.item / panels_ * p_.blocking.row_block) * tile_stride_;
+  }
+
+  /// Passes of a masked tile alone: dot products, each row with its own mask.
+  void run_masks(const Step& s) {
+    const Pass& first = p_.passes[s.pass];
+    const bool accumulate = !(first.first && s.depth_begin == 0), finished = s.depth_begin + s.depth >= p_.depth;
+    const int64_t part = even_part(s.row_end - s.row_begin, kDotTile);
+    for (int64_t r = s.row_begin, i = s.pass; r < s.row_end; r += part) {
+      const int64_t n = min(part, s.row_end - r);
+      const Term* masks[kDotTile];
+      for (int64_t m = 0; m < n; m++) {
+        while (p_.passes[i].row_end <= r + m) i++;
+        masks[m] = p_.terms + p_.passes[i].term_begin;
+        interleave<S>(inputs_, n, m, input(r + m) + s.depth_begin, s.depth);
+      }
+      C* out = sums_of(s, r);
+      masked_dot_rows<S>(inputs_, n, masks, s.col_begin, s.cols, s.depth_begin, s.depth, out, tile_stride_, accumulate);
+      for (int64_t m = 0; m < n && finished; m++) finish(r + m, s.col_begin, s.cols, out + m * tile_stride_);
+    }
+  }
+
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+  /// A piece of a choice's depth, and what is fetched meanwhile: `lines` cache lines of weights at each test of bits,
+  /// and the codes that lie code_rows rows further.
+  struct Piece {
+    int64_t begin, depth;
+    Ahead ahead;
+    int64_t lines, code_rows;
+  };
+
+  /// Passes of the base and a masked tile: both are packed once, a piece of the depth at a time (choose.h).
+  void run_choice(const Step& s, const Step& next) {
+    const bool more = next.item < items_;
+    int64_t tiles = 0;
+    for (int64_t i = s.pass; i < s.pass_end; i++) tiles += ceil_div(pass_end(s, i) - pass_begin(s, i), kTileRows);
+    const int64_t tests = max(tiles * ceil_div(s.cols, kWidth) * ChoiceBits<E>::kTests, 1);
+    const int64_t end = s.depth_begin + s.depth;
+    int64_t p = s.depth_begin;
+    do {  // no depth at all is a piece as well, whose sums are 0
+      Piece piece{p, min(kPieceDepth<E>, end - p), {}, 0, more ? next.col_begin - s.col_begin : 0};
+      if (p + kPieceDepth<E> < end) look_at_piece(piece.ahead, s, p + kPieceDepth<E>);
+      else if (more) look_at_piece(piece.ahead, next, next.depth_begin);
+      piece.lines = ceil_div(piece.ahead.rows * piece.ahead.lines * piece.ahead.num_terms, tests);
+      choose_piece(s, piece);
+      p += kPieceDepth<E>;
+    } while (p < end);
+    for (int64_t r = s.row_begin; r < s.row_end && end == p_.depth; r++) finish(r, s.col_begin, s.cols, sums_of(s, r));
+  }
+
+  void choose_piece(const Step& s, Piece& piece) {
+    E* const other = panel_ + tile_stride_ * kPieceSteps;
+    const int64_t length = ceil_div(piece.depth, kDepths<E>);
+    const auto pack = [&](E* panel, const Term* terms, int64_t num_terms) {
+      pack_transposed<S>(panel, terms, num_terms, s.col_begin, s.cols, piece.begin, piece.depth);
+    };
+    const Term* own = p_.terms + p_.passes[s.pass].term_begin;
+    Term terms[2] = {own[0], {own[1].matrix, 1.0}};
+    pack(panel_, terms, 1);
+    if (kDepths<E> == 1) pack(other, terms + 1, 1);
+    C packed = __builtin_nan("");  // the factor of pairs; none yet
+    for (int64_t i = s.pass; i < s.pass_end; i++) {
+      const int64_t row_begin = pass_begin(s, i), row_end = pass_end(s, i);
+      if (row_begin >= row_end) continue;
+      const Term& mask = p_.terms[p_.passes[i].term_begin + 1];
+      const C factor = row_factor<C>(mask, 0);
+      if (kDepths<E> == 2 && factor != packed) {
+        terms[1].coeff = packed = factor;
+        pack(other, terms, 2);
+      }
+      const int64_t part = even_part(row_end - row_begin, kTileRows);
+      for (int64_t j = 0; j < s.cols; j += kWidth) {
+        const int64_t cols = min(kWidth, s.cols - j);
+        ChoiceBits<E> bits;
+        bits.read(mask, s.col_begin + j, cols, piece.begin, piece.depth, piece.code_rows * mask.code_stride);
+        for (int64_t r = row_begin; r < row_end; r += part) {
+          const int64_t n = min(part, row_end - r);
+          const E* a[kTileRows];
+          for (int64_t k = 0; k < n; k++) a[k] = as_elements(input(r + k) + piece.begin, piece.depth, k);
+          with_constant<kTileRows>(n, [&](auto rows) {
+            with_constant<kStripVectors>(ceil_div(cols, kLanes<C>), [&](auto vectors) {
+              choose_tile<E, rows.value, vectors.value>(a, panel_ + j * length, other + j * length, factor, bits,
+                                                        sums_of(s, r) + j, tile_stride_, length, piece.begin > 0,
+                                                        piece.ahead, piece.lines);
+            });
+          });
+        }
+      }
+    }
+  }
+
+  int64_t pass_begin(const Step& s, int64_t i) const { return max(p_.passes[i].row_begin, s.row_begin); }
+  int64_t pass_end(const Step& s, int64_t i) const { return min(p_.passes[i].row_end, s.row_end); }
+
+  /// The weights of a step's first pass, at depths from `begin` on, as many as a piece has.
+  void look_at_piece(Ahead& ahead, const Step& s, int64_t begin) const {
+    const Pass& pass = p_.passes[s.pass];
+    ahead.rows = s.cols;
+    ahead.lines = min(kPieceDepth<E>, s.depth_begin + s.depth - begin) * int64_t(sizeof(S)) / Ahead::kLine;
+    for (int64_t t = pass.term_begin; t < pass.term_end; t++)
+      ahead.add(p_.terms[t].matrix, s.col_begin, begin, sizeof(S));
+  }
+#endif
 
   void few_rows(const Step& s, const Term* terms, int64_t num_terms, C* out, bool accumulate) {
     const int64_t num_rows = s.row_end - s.row_begin;
@@ -165,16 +278,14 @@ class RowWorker {
     ahead.lines = (p_.transposed ? next.depth : next.cols) * int64_t(sizeof(S)) / Ahead::kLine;
     const bool same_place = s.item == next.item && s.depth_begin == next.depth_begin;
     const Pass& current = p_.passes[s.pass];
-    for (int64_t t = pass.term_begin; t < pass.term_end && ahead.num_terms < Ahead::kMaxTerms; t++) {
+    for (int64_t t = pass.term_begin; t < pass.term_end; t++) {
       const Matrix& m = p_.terms[t].matrix;
-      if (!m.data) continue;  // codes are few bytes
       // In the same place a term that both passes have, the base, is in L2 already.
       bool here = false;
       for (int64_t u = current.term_begin; same_place && u < current.term_end; u++)
         here = here || p_.terms[u].matrix.data == m.data;
       if (here) continue;
-      ahead.data[ahead.num_terms] = static_cast<const char*>(m.data) + (row * m.stride + column) * int64_t(sizeof(S));
-      ahead.stride[ahead.num_terms++] = m.stride * int64_t(sizeof(S));
+      ahead.add(m, row, column, sizeof(S));
     }
     if (ahead.num_terms == 0 || ahead.lines == 0) return 0;
     const int64_t tiles = row_tiles * (s.cols / kWidth);

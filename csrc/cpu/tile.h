@@ -26,6 +26,12 @@ struct Ahead {
   const char* segment = nullptr;  // the one that `fetch` has begun
   int64_t line = 0;
 
+  /// Adds a matrix, from a place on; not one that has codes alone, which are few bytes.
+  void add(const Matrix& m, int64_t row, int64_t column, int64_t element_size) {
+    if (!m.data || num_terms == kMaxTerms) return;
+    data[num_terms] = static_cast<const char*>(m.data) + (row * m.stride + column) * element_size;
+    stride[num_terms++] = m.stride * element_size;
+  }
   bool done() const { return taken >= rows * num_terms; }
   /// The next segment; the last one again when none is left.
   const char* take() {
