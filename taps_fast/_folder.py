@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import peft, store
 from ._prepare import original
 from .formats import FORMATS, Format
-from .nn import TaskHead, WrappedLayer
+from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.head import new_head
 from .nn.layer import TapsLayer
@@ -227,7 +227,8 @@ def load_lora(
 ) -> Loaded:
     """What `TapsModel.load_lora` does."""
     layers = model.conversion.layers
-    deltas = peft.match(peft.read_lora(folder), {path: tuple(layer.base.shape) for path, layer in layers.items()})
+    transposed = [path for path, layer in layers.items() if isinstance(layer, TransposedLinear)]
+    deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
     model.add_task(name, classes, head=head)
     for path, layer in layers.items():
         if path in deltas:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from .store import did_you_mean
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"}
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "modules_to_save", "eva_config", "ensure_weight_tying", "runtime_config", "init_lora_weights",
-    "qalora_group_size", "megatron_core",
+    "qalora_group_size", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
-"""Keys of the configuration that say where and how an adapter was trained; its tensors say the rest."""
+"""Keys of the configuration that say where and how an adapter was trained; its tensors say the rest, and the layers
+which of them store their weight as [I, O]."""
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -74,28 +75,35 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
     return {path: _delta(folder, path, pair, config) for path, pair in pairs.items()}
 
 
-def match(deltas: Mapping[str, LowRank], shapes: Mapping[str, Iterable[int]]) -> dict[str, LowRank]:
-    """The same deltas, each with the shape of its layer; every one must have a layer.
+def match(
+    deltas: Mapping[str, LowRank], shapes: Mapping[str, Iterable[int]], transposed: Container[str] = ()
+) -> dict[str, LowRank]:
+    """The same deltas, each stored as its layer's weight is; every one must have a layer.
 
     Args:
         deltas: from `read_lora`.
         shapes: of the layers' weights, by path.
+        transposed: the paths of the layers that store their weight as [I, O].
 
     Raises:
         AdapterError: a path that is no layer's, or a delta of another shape.
     """
+    matched: dict[str, LowRank] = {}
     for path, delta in deltas.items():
         if path not in shapes:
             raise AdapterError(
                 f"read_lora: every adapted module must be an adapted layer of the model, got {path!r}"
                 f"{did_you_mean(path, shapes)} ({len(set(deltas) - set(shapes))} of {len(deltas)} are none)"
             )
-        if tuple(delta.shape) != tuple(shapes[path]):
+        if path in transposed:
+            delta = LowRank(delta.shape[::-1], delta.a.t().contiguous(), delta.b.t().contiguous(), delta.scale)
+        if delta.shape != tuple(shapes[path]):
             raise AdapterError(
                 f"read_lora: the delta of {path!r} must be {tuple(shapes[path])} like the layer's weight, "
-                f"got {tuple(delta.shape)}"
+                f"got {delta.shape}"
             )
-    return dict(deltas)
+        matched[path] = delta
+    return matched
 
 
 def _config(folder: Path) -> dict[str, Any]:

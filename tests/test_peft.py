@@ -139,3 +139,19 @@ def test_what_peft_saves(tmp_path):
     model.load_lora(tmp_path, "cubs")
     x = images(3, dtype=torch.float32)
     torch.testing.assert_close(model(x, tasks="cubs"), wrapped.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["attn.c_proj", "c_attn"])  # square, and not
+def test_what_peft_saves_of_gpt2(tmp_path, module):
+    """Its layers store their weight as [I, O]."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = transformers.GPT2Model(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40)).eval()
+    config = peft.LoraConfig(r=4, target_modules=[module], fan_in_fan_out=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    wrapped.save_pretrained(tmp_path)
+    model = TapsModel(net)
+    model.load_lora(tmp_path, "cubs")
+    tokens = torch.arange(10)[None]
+    expected = wrapped(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(model(input_ids=tokens, tasks="cubs").last_hidden_state, expected, atol=1e-4, rtol=1e-4)
