@@ -152,7 +152,7 @@ def test_the_batch_may_lie_on_any_axis(choice: tuple[str, str]) -> None:
     n = linear_inputs(bias="base")
     x = torch.randn(5, 2, 3, 3, dtype=torch.float64)
     expected = delta_linear(x, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, backend="reference")
-    for axis in (1, 2):
+    for axis in (1, 2, -2, -3, -4):
         moved = x.movedim(0, axis)
         y = delta_linear(
             moved, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, batch_dim=axis, backend=choice[0], algorithm=choice[1]
@@ -295,7 +295,8 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(tasks=["cubs"] * 3), TypeError, r"tasks must be integer ids, got \['cubs'"),
         (dict(tasks=TaskBatch.from_ids([0, 1, 2], 3)), ValueError, r"tasks must be a TaskBatch of 2 tasks"),
         (dict(pairs=[(0, 1)]), ValueError, r"pairs must be \(task, delta\) in \[0, 2\) x \[0, 1\), got \(0, 1\)"),
-        (dict(batch_dim=1), ValueError, r"batch_dim must be in \[-1, 1\), got 1"),
+        (dict(batch_dim=1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got 1 \(x"),
+        (dict(batch_dim=-1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got -1 \(x"),
         (dict(backend="cudnn"), ValueError, r"backend must be one of .*reference, got 'cudnn'"),
         (dict(algorithm="fast"), ValueError, r"algorithm must be auto, .*split.*, got 'fast'"),
     ],
