@@ -341,7 +341,8 @@ class TapsModel(PreparedModel):
     def compress(self, task: str, format: str, *, rank: int | None = None, inputs: Tensor | None = None) -> Compression:
         """Replaces the open deltas of ``task`` by ones that take less memory.
 
-        Scores, bias deltas, norms and head stay as they are. What a format trains can be trained on: `task_parameters`.
+        Scores, bias deltas, norms and head stay as they are. What a format trains can be trained on, from a delta of 0
+        too: `task_parameters`. Signs and bytes do not change, only their scales do.
 
         Args:
             format: "bits" (BitDelta: signs and one scale, 1 bit a weight), "int8" (a byte a weight, a scale for each

@@ -85,6 +85,20 @@ def test_a_zero_delta_stays_zero():
         assert not small.dense().any() and small.error(torch.zeros(4, 6)) == 0
 
 
+@pytest.mark.parametrize("rows", [0, 1])  # that are not 0
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+def test_what_is_zero_can_be_trained(kind, rows):
+    """Each scale, and each column of b, gets a gradient."""
+    delta = torch.zeros(4, 6)
+    delta[:rows] = 1
+    small = compress(delta, kind, rank=3 if kind == "lowrank" else None)
+    trained = getattr(small, small.trained[0]).requires_grad_()
+    (small.dense() * torch.randn(4, 6)).sum().backward()
+    assert (trained.grad.norm(dim=0) if kind == "lowrank" else trained.grad).all()
+    if kind != "bits":
+        torch.testing.assert_close(small.dense(), delta)
+
+
 IDS = [2, 0, -1, 2, 3, 0, 0]
 MIXED = (*KINDS, "dense", "lowrank")
 CASES = [
