@@ -144,7 +144,7 @@ class Products(NamedTuple):
 
     def added_to(self, y: Tensor) -> Tensor:
         """y + Σ_k coeffs[t, k]·deltas[k] x over the deltas that stay apart."""
-        low = {k: d for k in self.apart if isinstance(d := self.deltas[k], LowRank)}
+        low = {k: d for k, d in enumerate(self.deltas) if k in self.apart and isinstance(d, LowRank)}
         if any(k in low for _, k in self.pairs):
             y = y + self._low_rank(low).to(y.dtype)
         for kind, tile, places in self._coded_groups():
@@ -174,7 +174,7 @@ class Products(NamedTuple):
     def _coded(self, y: Tensor, kind: str, tile: Tensor | None, which: list[int]) -> Tensor:
         """y + coeffs[t, k]·scale_k∘(D_k x) with k = which[t]."""
         used = sorted({k for k in which if k >= 0})
-        deltas = [d for k in used if isinstance(d := self.deltas[k], CODED)]
+        deltas = [d for k, d in enumerate(self.deltas) if k in used and isinstance(d, CODED)]
         table = self.coeffs if self.batch is not None else self.coeffs[None]
         scales = [d.scale.to(table.dtype) for d in deltas]
         if any(scale.dim() for scale in scales):

@@ -224,7 +224,8 @@ def _compressed_linear(
     apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
     apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
     rest = [k for k in range(len(deltas)) if k not in apart]
-    kept = [d.dense(x.dtype) if isinstance(d := deltas[k], Format) and k not in coded else d for k in rest]
+    left = [(k, deltas[k]) for k in rest]
+    kept = [d.dense(x.dtype) if isinstance(d, Format) and k not in coded else d for k, d in left]
     coefficients = coeffs[..., rest] if apart else coeffs
     follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
     if coded:
