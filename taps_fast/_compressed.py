@@ -210,7 +210,7 @@ class Products(NamedTuple):
                 return self._grouped(deltas, [places.index(k) if k >= 0 else -1 for k in each[0]], coeffs)
         weights = torch.cat([coeffs[..., n, None].expand(*coeffs.shape[:-1], d.rank) for n, d in enumerate(deltas)], -1)
         if self.batch is not None:
-            weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], -1)
+            weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], weights.shape[-1])
         thin = F.linear(self.x, torch.cat([d.a for d in deltas]))
         return F.linear((thin * weights).to(thin.dtype), torch.cat([d.b for d in deltas], 1))
 

@@ -126,9 +126,9 @@ class TapsModel(PreparedModel):
             self._apart(selection)
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
-        if not self.probed:
+        if count and not self.probed:
             probe(self, args, kwargs, batch_of(args, kwargs, count))
-        elif selection.uniform:
+        elif selection.uniform or not count:
             self.input_axes(args, kwargs, count)  # no layer will look at the ids
         self._apart(selection)
         most = None if first is None or self.training else self.slice_of(first, count, selection.mix.batch)

@@ -235,3 +235,13 @@ def test_everything_beside_codes_without_gradients():
         dense = [d.dense(torch.float64) for d in (d.to(dtype=torch.float64) for d in deltas)]
         given = (x.double(), base.double(), dense, coeffs.double(), bias.double())
         assert_no_worse_than_torch(y, delta_linear(*given, backend="reference", **wide), low, name="y")
+
+
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+@pytest.mark.parametrize("num_deltas", [1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_samples(kind, num_deltas, grad):
+    deltas = [compress(torch.randn(8, 36), kind, rank=2 if kind == "lowrank" else None) for _ in range(num_deltas)]
+    x, base = torch.randn(0, 5, 36, requires_grad=grad), torch.randn(8, 36)
+    y = delta_linear(x, base, deltas, torch.rand(2, num_deltas), tasks=[])
+    assert y.shape == (0, 5, 8) and y.requires_grad == grad

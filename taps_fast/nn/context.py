@@ -221,6 +221,8 @@ class Located:
             return found
         if self.images_first and x.dim() == 4 and x.shape[0] == batch.size:
             return Layout()
+        if batch.size == 0 and 0 in x.shape:
+            return Layout(x.shape.index(0))
         raise ValueError(
             f"{self.path}: the batch axis of its input must be known in a mixed batch, got an input "
             f"{tuple(x.shape)} and {batch.size} ids "
