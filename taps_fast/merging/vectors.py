@@ -177,11 +177,15 @@ class TaskVectors:
 
     def to(self, device: torch.device | str) -> TaskVectors:
         """The same on another device."""
+        return self.moved(lambda t: t.to(device))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TaskVectors:
+        """The same with ``move(tensor)``, in another place or dtype, for every tensor."""
         return TaskVectors(
-            {n: t.to(device) for n, t in self.base.items()},
-            {n: [t.to(device) for t in each] for n, each in self.deltas.items()},
+            {n: move(t) for n, t in self.base.items()},
+            {n: [move(t) for t in each] for n, each in self.deltas.items()},
             self.tasks,
-            {task: {n: t.to(device) for n, t in mine.items()} for task, mine in self.own.items()},
+            {task: {n: move(t) for n, t in mine.items()} for task, mine in self.own.items()},
         )
 
 
