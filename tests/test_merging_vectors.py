@@ -113,6 +113,12 @@ def test_what_a_training_loop_saves_is_unwrapped():
     assert wrapped.names == TaskVectors.from_checkpoints(base, tuned, own="head.*").names
 
 
+def test_infinity_where_the_base_has_it_is_no_difference():
+    base = {"mask": torch.tensor([0, -torch.inf]), "w": torch.tensor([1, torch.inf])}
+    vectors = TaskVectors.from_checkpoints(base, [{**base, "w": torch.tensor([3, torch.inf])}])
+    assert vectors.names == ["w"] and vectors.fold(0.5)["w"].tolist() == [2, torch.inf]
+
+
 def test_no_deltas():
     base, _ = states()
     vectors = TaskVectors.from_checkpoints(base, [], own="head.*")

@@ -220,12 +220,15 @@ def _delta(name: str, start: Tensor, other: Checkpoint) -> Tensor:
             )
     if not start.is_floating_point():
         return start
-    delta = tensor.to(start.device) - start
+    tensor = tensor.to(start.device)
+    delta = tensor - start
     if not bool(delta.isfinite().all()):
-        raise ValueError(
-            f"TaskVectors.from_checkpoints: {name!r} must differ from the base by finite numbers, got "
-            f"{int((~delta.isfinite()).sum())} that are not ({other.label})"
-        )
+        delta[tensor == start] = 0  # such as the -inf of an attention mask
+        if wrong := int((~delta.isfinite()).sum()):
+            raise ValueError(
+                f"TaskVectors.from_checkpoints: {name!r} must differ from the base by finite numbers, got {wrong} that "
+                f"are not ({other.label})"
+            )
     return delta.contiguous()
 
 
