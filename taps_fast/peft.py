@@ -153,9 +153,9 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
         missing = "B" if "A" in pair else "A"
         raise AdapterError(f"read_lora: {path!r} must have lora_A and lora_B, got no lora_{missing} ({folder})")
     a, b = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank:
+    rank = _number(config, "r", "rank_pattern", path)
+    alpha = _number(config, "lora_alpha", "alpha_pattern", path)
+    if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank >= 1:
         raise AdapterError(
             f"read_lora: lora_A and lora_B of {path!r} must be [{rank}, I] and [O, {rank}], as the configuration "
             f"says, got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -170,12 +170,26 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
     return LowRank.of(b.flatten(1), a.flatten(1), scale, (b.shape[0], *a.shape[1:]))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the module's path, or the end of it after a dot, as a regular expression."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _number(config: Mapping[str, Any], key: str, pattern: str, path: str) -> float:
+    """The number for one module. PEFT's rule: that of the first key in ``pattern`` that is the module's path, or the
+    end of it after a dot, as a regular expression; else the one for all modules."""
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"read_lora: {pattern} must be numbers by module, got {patterns!r}")
+    number = config.get(key)
+    for expression, own in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({expression})$", path)
+        except re.error as error:
+            raise AdapterError(
+                f"read_lora: {pattern} must have regular expressions for keys, got {expression!r} ({error})"
+            ) from None
+        if found is not None:
+            number = own
+            break
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise AdapterError(f"read_lora: {key} of {path!r} must be a finite number, got {number!r}")
+    return number
 
 
 def _what(name: str) -> str:

@@ -93,6 +93,13 @@ def test_model(tmp_path):
         ({}, dict([*pair("fc1", 4, 6).items()][:1]), "'fc1' must have lora_A and lora_B, got no lora_B"),
         ({"r": 3}, pair("fc1", 4, 6), r"'fc1' must be \[3, I\] and \[O, 3\].* got \(2, 6\) and \(4, 2\)"),
         ({}, {}, "must hold lora_A and lora_B weights, got none"),
+        ({"lora_alpha": None}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be a finite number, got None"),
+        ({"lora_alpha": "8"}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be a finite number, got '8'"),
+        ({"alpha_pattern": {"fc1": math.nan}}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be .* got nan"),
+        ({"r": True}, pair("fc1", 4, 6, rank=1), "r of 'fc1' must be a finite number, got True"),
+        ({"r": 0}, pair("fc1", 4, 6, rank=0), r"'fc1' must be \[0, I\]"),
+        ({"rank_pattern": [2]}, pair("fc1", 4, 6), r"rank_pattern must be numbers by module, got \[2\]"),
+        ({"rank_pattern": {"(": 2}}, pair("fc1", 4, 6), r"rank_pattern must have regular expressions .* got '\('"),
     ],
 )
 def test_refusals(tmp_path, config, tensors, text):
