@@ -286,6 +286,8 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(tasks=[0, -2, 1]), ValueError, r"tasks must be ids in \[-1, 2\), -1 being the base, got -2"),
         (dict(tasks=[0, 1, 1, 0]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 4 ids \(x \(6, 3\)"),
         (dict(tasks=[]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 0 ids"),
+        (dict(tasks=0), TypeError, "tasks must be integers, one a sample, got 0"),
+        (dict(tasks=[[0], [0, 1]]), TypeError, r"tasks must be integers, one a sample, got \[\[0\], \[0, 1\]\]"),
         (dict(tasks=torch.zeros(3)), TypeError, r"tasks must be integers, got torch.float32"),
         (
             dict(tasks=torch.zeros(3, 1).long()),

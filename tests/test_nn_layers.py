@@ -168,6 +168,20 @@ def test_wrong_tasks(tasks, text):
         linear()(torch.randn(3, 5, dtype=torch.float64), tasks=tasks)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "text"),
+    [
+        (0, "tasks must be a name, or a name or id for each sample, got 0"),
+        ([0.9, 1.7, 0.0], "tasks must be a name or id for each sample, got 0.9 for a sample"),
+        ([1, True, 0], "got True for a sample"),
+        ([[0], [1], [0]], r"got \[0\] for a sample"),
+    ],
+)
+def test_tasks_of_another_type(tasks, text):
+    with pytest.raises(TypeError, match=text):
+        linear()(torch.randn(3, 5, dtype=torch.float64), tasks=tasks)
+
+
 @pytest.mark.parametrize("name", ["", "a.b", "base", "keys", "train", "forward", "values", "training"])
 def test_names_that_cannot_be_parameters(name):
     with pytest.raises(ValueError, match="task must be a name"):
