@@ -50,7 +50,9 @@ def decoded_by_kernel(
     backend: str | None,
     algorithm: str,
 ) -> set[int]:
-    """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient."""
+    """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient and there is a weight."""
+    if base.numel() == 0:
+        return set()
     if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu") or algorithm == "merge":
         return set()
     if torch.is_grad_enabled():

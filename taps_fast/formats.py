@@ -118,7 +118,8 @@ class SignBits(Format):
     def from_dense(cls, delta: Tensor) -> SignBits:
         """The nearest one to a delta."""
         wide = _checked("SignBits", delta)
-        return cls(tuple(delta.shape), pack_bits(wide >= 0), wide.abs().mean())
+        scale = wide.abs().mean() if wide.numel() else wide.new_zeros(())
+        return cls(tuple(delta.shape), pack_bits(wide >= 0), scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wide = self.scale.dtype if dtype is None else dtype
@@ -322,7 +323,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     flat = mask.flatten(1) if mask.dim() > 1 else mask[:, None]
     padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % _WORD))
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(flat.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(flat.shape[0], padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(codes: Tensor, shape: Sequence[int], values: Tensor | None = None) -> Tensor:

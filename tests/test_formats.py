@@ -245,3 +245,14 @@ def test_no_samples(kind, num_deltas, grad):
     x, base = torch.randn(0, 5, 36, requires_grad=grad), torch.randn(8, 36)
     y = delta_linear(x, base, deltas, torch.rand(2, num_deltas), tasks=[])
     assert y.shape == (0, 5, 8) and y.requires_grad == grad
+
+
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_weights(kind, shape, grad):
+    delta = compress(torch.zeros(shape), kind, rank=2 if kind == "lowrank" else None)
+    assert torch.equal(delta.dense(), torch.zeros(shape)) and not delta.scale.isnan().any()
+    x = torch.randn(3, shape[1], requires_grad=grad)
+    y = delta_linear(x, torch.zeros(shape), [delta], torch.ones(2, 1), tasks=[0, 1, -1])
+    assert torch.equal(y, torch.zeros(3, shape[0]))
