@@ -50,7 +50,9 @@ def decoded_by_kernel(
     backend: str | None,
     algorithm: str,
 ) -> set[int]:
-    """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient."""
+    """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient and there is a weight."""
+    if base.numel() == 0:
+        return set()
     if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu") or algorithm == "merge":
         return set()
     if torch.is_grad_enabled():
@@ -144,7 +146,7 @@ class Products(NamedTuple):
 
     def added_to(self, y: Tensor) -> Tensor:
         """y + Σ_k coeffs[t, k]·deltas[k] x over the deltas that stay apart."""
-        low = {k: d for k in self.apart if isinstance(d := self.deltas[k], LowRank)}
+        low = {k: d for k, d in enumerate(self.deltas) if k in self.apart and isinstance(d, LowRank)}
         if any(k in low for _, k in self.pairs):
             y = y + self._low_rank(low).to(y.dtype)
         for kind, tile, places in self._coded_groups():
@@ -174,7 +176,7 @@ class Products(NamedTuple):
     def _coded(self, y: Tensor, kind: str, tile: Tensor | None, which: list[int]) -> Tensor:
         """y + coeffs[t, k]·scale_k∘(D_k x) with k = which[t]."""
         used = sorted({k for k in which if k >= 0})
-        deltas = [d for k in used if isinstance(d := self.deltas[k], CODED)]
+        deltas = [d for k, d in enumerate(self.deltas) if k in used and isinstance(d, CODED)]
         table = self.coeffs if self.batch is not None else self.coeffs[None]
         scales = [d.scale.to(table.dtype) for d in deltas]
         if any(scale.dim() for scale in scales):
@@ -210,7 +212,7 @@ class Products(NamedTuple):
                 return self._grouped(deltas, [places.index(k) if k >= 0 else -1 for k in each[0]], coeffs)
         weights = torch.cat([coeffs[..., n, None].expand(*coeffs.shape[:-1], d.rank) for n, d in enumerate(deltas)], -1)
         if self.batch is not None:
-            weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], -1)
+            weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], weights.shape[-1])
         thin = F.linear(self.x, torch.cat([d.a for d in deltas]))
         return F.linear((thin * weights).to(thin.dtype), torch.cat([d.b for d in deltas], 1))
 

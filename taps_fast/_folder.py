@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import peft, store
 from ._prepare import original
 from .formats import FORMATS, Format
-from .nn import TaskHead, WrappedLayer
+from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.head import new_head
 from .nn.layer import TapsLayer
@@ -170,14 +170,17 @@ def read_formats(model: TapsModel, tensors: dict[str, Tensor], meta: dict[str, A
 
 
 def expected(
-    model: TapsModel, tensors: dict[str, Tensor], modules: dict[str, nn.Module], formats: dict[str, Format]
+    model: TapsModel, meta: dict[str, Any], modules: dict[str, nn.Module], formats: dict[str, Format]
 ) -> dict[str, Tensor]:
-    """What a folder must hold: a delta where its score is open, and nothing behind closed gates."""
+    """What a folder must hold: a delta where its table says open, and none elsewhere.
+
+    The score does not tell: that of a task without storage may be above the threshold.
+    """
+    opened = {layer.name for layer in Sharing.from_dict(meta["sharing"]).layers if any(layer.open.values())}
     wanted: dict[str, Tensor] = {}
     for path, layer in model.conversion.layers.items():
-        score = tensors.get(f"{path}.score")
         wanted[f"{path}.score"] = layer.base.new_empty((), dtype=torch.float32)
-        if score is not None and score.numel() == 1 and (layer.gate == "raw" or score.item() >= layer.threshold):
+        if path in opened:
             if path in formats:
                 own = formats[path].to(dtype=layer.base.dtype).tensors
                 wanted |= {f"{path}.delta.{name}": value for name, value in own.items()}
@@ -200,7 +203,7 @@ def load(model: TapsModel, folder: str | os.PathLike[str], name: str | None, hea
             )
     modules = build_modules(model, meta, head)
     formats = read_formats(model, tensors, meta)
-    store.check_against(meta, tensors, expected(model, tensors, modules, formats), model.fingerprint())
+    store.check_against(meta, tensors, expected(model, meta, modules, formats), model.fingerprint())
     for path, module in modules.items():
         names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
         module.load_state_dict(names)
@@ -227,7 +230,8 @@ def load_lora(
 ) -> Loaded:
     """What `TapsModel.load_lora` does."""
     layers = model.conversion.layers
-    deltas = peft.match(peft.read_lora(folder), {path: tuple(layer.base.shape) for path, layer in layers.items()})
+    transposed = [path for path, layer in layers.items() if isinstance(layer, TransposedLinear)]
+    deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
     model.add_task(name, classes, head=head)
     for path, layer in layers.items():
         if path in deltas:

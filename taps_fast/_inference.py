@@ -135,6 +135,8 @@ class PreparedModel(nn.Module):
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if first is None:
             raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
+        if first.numel() == 0:
+            raise ValueError(f"TapsModel.probe: the input must hold a sample, got {tuple(first.shape)}")
         probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
 
     def _apart(self, selection: Selection) -> None:

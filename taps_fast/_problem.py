@@ -208,21 +208,25 @@ def group(function: str, tasks: TaskBatch | Tensor | Sequence[int], num_tasks: i
 def rows_per_sample(function: str, x: Tensor, batch: int, batch_dim: int, axes: int) -> int:
     """``inner``: consecutive flattened rows that belong to one sample (see `taps_fast._ops`).
 
-    ``axes`` is the number of leading axes of x that are flattened into rows.
+    ``axes`` is the number of leading axes of x that are flattened into rows. A negative ``batch_dim`` counts from x's
+    last axis.
     """
-    if not -axes <= batch_dim < axes:
-        raise ValueError(f"{function}: batch_dim must be in [{-axes}, {axes}), got {batch_dim} (x {tuple(x.shape)})")
-    batch_dim %= axes
-    size = x.shape[batch_dim]
+    along = batch_dim + x.dim() if batch_dim < 0 else batch_dim
+    if not 0 <= along < axes:
+        raise ValueError(
+            f"{function}: batch_dim must be one of the {axes} axes of x before its features, got {batch_dim} "
+            f"(x {tuple(x.shape)})"
+        )
+    size = x.shape[along]
     if batch == 0 or size % batch:
         if size == 0 and batch == 0:
             return 1
         raise ValueError(
             f"{function}: tasks must divide the batch: rows % ids == 0, "
-            f"got {batch} ids (x {tuple(x.shape)} has {size} rows along axis {batch_dim})"
+            f"got {batch} ids (x {tuple(x.shape)} has {size} rows along axis {along})"
         )
     inner = size // batch
-    for axis in range(batch_dim + 1, axes):
+    for axis in range(along + 1, axes):
         inner = inner * x.shape[axis]
     return inner
 

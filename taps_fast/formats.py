@@ -118,7 +118,8 @@ class SignBits(Format):
     def from_dense(cls, delta: Tensor) -> SignBits:
         """The nearest one to a delta."""
         wide = _checked("SignBits", delta)
-        return cls(tuple(delta.shape), pack_bits(wide >= 0), wide.abs().mean())
+        scale = wide.abs().mean() if wide.numel() else wide.new_zeros(())
+        return cls(tuple(delta.shape), pack_bits(wide >= 0), scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wide = self.scale.dtype if dtype is None else dtype
@@ -184,7 +185,7 @@ class Int8(Format):
 
     >>> delta = torch.tensor([[1.27, -0.5], [0.0, 0.0]])
     >>> Int8.from_dense(delta).codes.tolist()
-    [[127, -50], [0, 0]]
+    [[127, -50], [127, 127]]
     """
 
     name: ClassVar[str] = "int8"
@@ -202,10 +203,14 @@ class Int8(Format):
 
     @classmethod
     def from_dense(cls, delta: Tensor) -> Int8:
-        """Rounded to nearest, the largest of each output being ±127."""
+        """Rounded to nearest, the largest of each output being ±127.
+
+        An output of 0 has a scale of 0 and codes of 127: codes of 0 would have a scale that never trains.
+        """
         wide = _checked("Int8", delta).flatten(1)
         scale = wide.abs().amax(1) / 127 if wide.shape[1] else wide.new_zeros(wide.shape[0])
-        codes = (wide / torch.where(scale == 0, 1, scale)[:, None]).round().clamp(-127, 127).to(torch.int8)
+        column = scale[:, None]
+        codes = torch.where(column == 0, 127, wide / column).round().clamp(-127, 127).to(torch.int8)
         return cls(tuple(delta.shape), codes, scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -258,13 +263,20 @@ class LowRank(Format):
 
     @classmethod
     def from_dense(cls, delta: Tensor, rank: int) -> LowRank:
-        """The nearest one of this rank: the truncated singular value decomposition, its root in each factor."""
+        """The nearest one of this rank: the truncated singular value decomposition, its root in each factor.
+
+        What of the rank the delta does not need, all of it where the delta is 0, starts as in LoRA: 0 in b, random in a
+        (the same numbers each time). With 0 in both it would never train.
+        """
         wide = _checked("LowRank", delta).flatten(1)
         if not 1 <= rank:
             raise ValueError(f"LowRank: rank must be at least 1, got {rank}")
         u, s, v = torch.linalg.svd(wide, full_matrices=False)
         root = s[:rank].sqrt()
-        b, a = u[:, :rank] * root, root[:, None] * v[:rank]
+        needed = s[:rank] > s[:1] * max(wide.shape) * torch.finfo(wide.dtype).eps
+        start = torch.randn(v[:rank].shape, generator=torch.Generator().manual_seed(0), device="cpu").to(wide)
+        b = torch.where(needed, u[:, :rank] * root, 0)
+        a = torch.where(needed[:, None], root[:, None] * v[:rank], start / max(wide.shape[1], 1) ** 0.5)
         return cls.of(b.to(delta.dtype), a.to(delta.dtype).contiguous(), shape=delta.shape)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -311,7 +323,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     flat = mask.flatten(1) if mask.dim() > 1 else mask[:, None]
     padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % _WORD))
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(flat.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(flat.shape[0], padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(codes: Tensor, shape: Sequence[int], values: Tensor | None = None) -> Tensor:

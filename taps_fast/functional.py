@@ -60,7 +60,7 @@ def delta_linear(
             weight. Default 1. Data: it has no gradient.
         pairs: the (task, delta) pairs whose coefficient can be non-zero or needs a gradient; default all. With
             one delta a task, naming them keeps the backward from computing T·K dot products where T are wanted.
-        batch_dim: the axis of x that carries the batch.
+        batch_dim: the axis of x that carries the batch, any but the last; negative ones count from the last.
         scale, shift, activation: what follows the product, as in `scale_shift`: act(scale[t]·y + shift[t]), with
             tables of the shapes of bias. In inference it is applied to y where it lies.
         backend: "cpu", "cuda", "triton" or "reference"; default: the best that can run. An explicit one never falls
@@ -224,7 +224,8 @@ def _compressed_linear(
     apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
     apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
     rest = [k for k in range(len(deltas)) if k not in apart]
-    kept = [d.dense(x.dtype) if isinstance(d := deltas[k], Format) and k not in coded else d for k in rest]
+    left = [(k, deltas[k]) for k in rest]
+    kept = [d.dense(x.dtype) if isinstance(d, Format) and k not in coded else d for k, d in left]
     coefficients = coeffs[..., rest] if apart else coeffs
     follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
     if coded:

@@ -126,9 +126,9 @@ class TapsModel(PreparedModel):
             self._apart(selection)
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
-        if not self.probed:
+        if count and not self.probed:
             probe(self, args, kwargs, batch_of(args, kwargs, count))
-        elif selection.uniform:
+        elif selection.uniform or not count:
             self.input_axes(args, kwargs, count)  # no layer will look at the ids
         self._apart(selection)
         most = None if first is None or self.training else self.slice_of(first, count, selection.mix.batch)
@@ -341,7 +341,8 @@ class TapsModel(PreparedModel):
     def compress(self, task: str, format: str, *, rank: int | None = None, inputs: Tensor | None = None) -> Compression:
         """Replaces the open deltas of ``task`` by ones that take less memory.
 
-        Scores, bias deltas, norms and head stay as they are. What a format trains can be trained on: `task_parameters`.
+        Scores, bias deltas, norms and head stay as they are. What a format trains can be trained on, from a delta of 0
+        too: `task_parameters`. Signs and bytes do not change, only their scales do.
 
         Args:
             format: "bits" (BitDelta: signs and one scale, 1 bit a weight), "int8" (a byte a weight, a scale for each

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from .store import did_you_mean
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"}
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "modules_to_save", "eva_config", "ensure_weight_tying", "runtime_config", "init_lora_weights",
-    "qalora_group_size", "megatron_core",
+    "qalora_group_size", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
-"""Keys of the configuration that say where and how an adapter was trained; its tensors say the rest."""
+"""Keys of the configuration that say where and how an adapter was trained; its tensors say the rest, and the layers
+which of them store their weight as [I, O]."""
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -74,28 +75,35 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
     return {path: _delta(folder, path, pair, config) for path, pair in pairs.items()}
 
 
-def match(deltas: Mapping[str, LowRank], shapes: Mapping[str, Iterable[int]]) -> dict[str, LowRank]:
-    """The same deltas, each with the shape of its layer; every one must have a layer.
+def match(
+    deltas: Mapping[str, LowRank], shapes: Mapping[str, Iterable[int]], transposed: Container[str] = ()
+) -> dict[str, LowRank]:
+    """The same deltas, each stored as its layer's weight is; every one must have a layer.
 
     Args:
         deltas: from `read_lora`.
         shapes: of the layers' weights, by path.
+        transposed: the paths of the layers that store their weight as [I, O].
 
     Raises:
         AdapterError: a path that is no layer's, or a delta of another shape.
     """
+    matched: dict[str, LowRank] = {}
     for path, delta in deltas.items():
         if path not in shapes:
             raise AdapterError(
                 f"read_lora: every adapted module must be an adapted layer of the model, got {path!r}"
                 f"{did_you_mean(path, shapes)} ({len(set(deltas) - set(shapes))} of {len(deltas)} are none)"
             )
-        if tuple(delta.shape) != tuple(shapes[path]):
+        if path in transposed:
+            delta = LowRank(delta.shape[::-1], delta.a.t().contiguous(), delta.b.t().contiguous(), delta.scale)
+        if delta.shape != tuple(shapes[path]):
             raise AdapterError(
                 f"read_lora: the delta of {path!r} must be {tuple(shapes[path])} like the layer's weight, "
-                f"got {tuple(delta.shape)}"
+                f"got {delta.shape}"
             )
-    return dict(deltas)
+        matched[path] = delta
+    return matched
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -145,9 +153,9 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
         missing = "B" if "A" in pair else "A"
         raise AdapterError(f"read_lora: {path!r} must have lora_A and lora_B, got no lora_{missing} ({folder})")
     a, b = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank:
+    rank = _number(config, "r", "rank_pattern", path)
+    alpha = _number(config, "lora_alpha", "alpha_pattern", path)
+    if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank >= 1:
         raise AdapterError(
             f"read_lora: lora_A and lora_B of {path!r} must be [{rank}, I] and [O, {rank}], as the configuration "
             f"says, got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -162,12 +170,26 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
     return LowRank.of(b.flatten(1), a.flatten(1), scale, (b.shape[0], *a.shape[1:]))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the module's path, or the end of it after a dot, as a regular expression."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _number(config: Mapping[str, Any], key: str, pattern: str, path: str) -> float:
+    """The number for one module. PEFT's rule: that of the first key in ``pattern`` that is the module's path, or the
+    end of it after a dot, as a regular expression; else the one for all modules."""
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"read_lora: {pattern} must be numbers by module, got {patterns!r}")
+    number = config.get(key)
+    for expression, own in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({expression})$", path)
+        except re.error as error:
+            raise AdapterError(
+                f"read_lora: {pattern} must have regular expressions for keys, got {expression!r} ({error})"
+            ) from None
+        if found is not None:
+            number = own
+            break
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise AdapterError(f"read_lora: {key} of {path!r} must be a finite number, got {number!r}")
+    return number
 
 
 def _what(name: str) -> str:

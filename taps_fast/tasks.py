@@ -59,7 +59,10 @@ class TaskBatch:
         device one launch and the check.
         """
         if not isinstance(ids, Tensor):
-            ids = torch.as_tensor(ids, dtype=torch.int64 if len(ids) == 0 else None)
+            try:
+                ids = torch.as_tensor(ids, dtype=torch.int64 if len(ids) == 0 else None)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"TaskBatch: tasks must be integers, one a sample, got {ids!r}") from None
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"TaskBatch: tasks must be integers, got {ids.dtype}")
         if ids.dim() != 1:

@@ -85,6 +85,20 @@ def test_a_zero_delta_stays_zero():
         assert not small.dense().any() and small.error(torch.zeros(4, 6)) == 0
 
 
+@pytest.mark.parametrize("rows", [0, 1])  # that are not 0
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+def test_what_is_zero_can_be_trained(kind, rows):
+    """Each scale, and each column of b, gets a gradient."""
+    delta = torch.zeros(4, 6)
+    delta[:rows] = 1
+    small = compress(delta, kind, rank=3 if kind == "lowrank" else None)
+    trained = getattr(small, small.trained[0]).requires_grad_()
+    (small.dense() * torch.randn(4, 6)).sum().backward()
+    assert (trained.grad.norm(dim=0) if kind == "lowrank" else trained.grad).all()
+    if kind != "bits":
+        torch.testing.assert_close(small.dense(), delta)
+
+
 IDS = [2, 0, -1, 2, 3, 0, 0]
 MIXED = (*KINDS, "dense", "lowrank")
 CASES = [
@@ -221,3 +235,24 @@ def test_everything_beside_codes_without_gradients():
         dense = [d.dense(torch.float64) for d in (d.to(dtype=torch.float64) for d in deltas)]
         given = (x.double(), base.double(), dense, coeffs.double(), bias.double())
         assert_no_worse_than_torch(y, delta_linear(*given, backend="reference", **wide), low, name="y")
+
+
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+@pytest.mark.parametrize("num_deltas", [1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_samples(kind, num_deltas, grad):
+    deltas = [compress(torch.randn(8, 36), kind, rank=2 if kind == "lowrank" else None) for _ in range(num_deltas)]
+    x, base = torch.randn(0, 5, 36, requires_grad=grad), torch.randn(8, 36)
+    y = delta_linear(x, base, deltas, torch.rand(2, num_deltas), tasks=[])
+    assert y.shape == (0, 5, 8) and y.requires_grad == grad
+
+
+@pytest.mark.parametrize("kind", ["bits", "int8", "lowrank"])
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_weights(kind, shape, grad):
+    delta = compress(torch.zeros(shape), kind, rank=2 if kind == "lowrank" else None)
+    assert torch.equal(delta.dense(), torch.zeros(shape)) and not delta.scale.isnan().any()
+    x = torch.randn(3, shape[1], requires_grad=grad)
+    y = delta_linear(x, torch.zeros(shape), [delta], torch.ones(2, 1), tasks=[0, 1, -1])
+    assert torch.equal(y, torch.zeros(3, shape[0]))

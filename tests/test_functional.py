@@ -152,7 +152,7 @@ def test_the_batch_may_lie_on_any_axis(choice: tuple[str, str]) -> None:
     n = linear_inputs(bias="base")
     x = torch.randn(5, 2, 3, 3, dtype=torch.float64)
     expected = delta_linear(x, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, backend="reference")
-    for axis in (1, 2):
+    for axis in (1, 2, -2, -3, -4):
         moved = x.movedim(0, axis)
         y = delta_linear(
             moved, n.base, n.deltas, n.coeffs, n.bias, tasks=IDS, batch_dim=axis, backend=choice[0], algorithm=choice[1]
@@ -286,6 +286,8 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(tasks=[0, -2, 1]), ValueError, r"tasks must be ids in \[-1, 2\), -1 being the base, got -2"),
         (dict(tasks=[0, 1, 1, 0]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 4 ids \(x \(6, 3\)"),
         (dict(tasks=[]), ValueError, r"tasks must divide the batch: rows % ids == 0, got 0 ids"),
+        (dict(tasks=0), TypeError, "tasks must be integers, one a sample, got 0"),
+        (dict(tasks=[[0], [0, 1]]), TypeError, r"tasks must be integers, one a sample, got \[\[0\], \[0, 1\]\]"),
         (dict(tasks=torch.zeros(3)), TypeError, r"tasks must be integers, got torch.float32"),
         (
             dict(tasks=torch.zeros(3, 1).long()),
@@ -295,7 +297,8 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(tasks=["cubs"] * 3), TypeError, r"tasks must be integer ids, got \['cubs'"),
         (dict(tasks=TaskBatch.from_ids([0, 1, 2], 3)), ValueError, r"tasks must be a TaskBatch of 2 tasks"),
         (dict(pairs=[(0, 1)]), ValueError, r"pairs must be \(task, delta\) in \[0, 2\) x \[0, 1\), got \(0, 1\)"),
-        (dict(batch_dim=1), ValueError, r"batch_dim must be in \[-1, 1\), got 1"),
+        (dict(batch_dim=1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got 1 \(x"),
+        (dict(batch_dim=-1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got -1 \(x"),
         (dict(backend="cudnn"), ValueError, r"backend must be one of .*reference, got 'cudnn'"),
         (dict(algorithm="fast"), ValueError, r"algorithm must be auto, .*split.*, got 'fast'"),
     ],

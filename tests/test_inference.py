@@ -127,8 +127,10 @@ def test_a_wrong_trace_is_found():
     model = three_tasks(Asks())
     x = images(5)
     want = model(x, tasks=MIX)
-    with pytest.warns(UserWarning, match="the model is left as it is: its trace gives another result"):
-        model.prepare_inference(x)
+    for first in (x, x[:0]):  # the second shows nothing: the next forward does
+        with pytest.warns(UserWarning, match="the model is left as it is: its trace gives another result"):
+            model.prepare_inference(first)
+            model(x, tasks=MIX)
     assert {row.reason for row in model.prepared.of("left")} == {"its trace gives another result than its forward"}
     torch.testing.assert_close(model(x, tasks=MIX), want)
 

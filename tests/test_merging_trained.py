@@ -105,6 +105,36 @@ def test_nothing_is_copied_and_the_layer_route_stores_no_weight():
     assert {"conv.bias", "bn.weight", "encoder.self_attn.in_proj_weight"} <= merged.weights().keys()
 
 
+@pytest.mark.parametrize("how", ["whole", "layer", "part"])
+def test_moves_as_a_whole(how):
+    """Another dtype here; coefficients are not rounded."""
+    base, vectors = tuned()
+    parts = {"parts": merging.random_parts(vectors, 2), "num_parts": 2, "coeffs": "part"} if how == "part" else {}
+    merged = MergedModel(base, vectors, head="head", route="layer" if how == "layer" else "whole", **parts)
+    with torch.no_grad():
+        merged.coeffs.uniform_()
+    x, before = batch()["a"], merged.coeffs.detach().clone()
+    want = merged(x, tasks="a").float()
+    merged.float()
+    torch.testing.assert_close(merged(x.float(), tasks="a"), want, atol=1e-4, rtol=1e-4)
+    assert vectors.base["fc.weight"].dtype == torch.float64
+    inside = {p.data_ptr() for p in merged.network.parameters()}
+    assert {t.data_ptr() for n, t in merged.vectors.base.items() if n.endswith("weight")} <= inside
+    merged.bfloat16()
+    assert merged(x.bfloat16(), tasks="a").dtype == torch.bfloat16 and torch.equal(merged.coeffs, before)
+    assert {t.dtype for t in merged.state("a").values() if t.is_floating_point()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_experts_move_as_a_whole(token):
+    base, vectors = tuned(token)
+    experts = Experts(base, vectors, "head")
+    inputs = batch()
+    want = experts(inputs)
+    for task, y in experts.float()({task: x.float() for task, x in inputs.items()}).items():
+        torch.testing.assert_close(y, want[task].float(), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("own", [None, "fc", "encoder.self_attn"])
 def test_state_is_a_plain_model(own):
     base, vectors = tuned()

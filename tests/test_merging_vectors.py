@@ -107,6 +107,18 @@ def test_tensors_of_two_dtypes():
     assert c.grad.tolist() == [[2.0]] * 3
 
 
+def test_what_a_training_loop_saves_is_unwrapped():
+    base, tuned = states(1)
+    wrapped = TaskVectors.from_checkpoints({"state_dict": base, "epoch": 1}, [{"state_dict": tuned[0]}], own="head.*")
+    assert wrapped.names == TaskVectors.from_checkpoints(base, tuned, own="head.*").names
+
+
+def test_infinity_where_the_base_has_it_is_no_difference():
+    base = {"mask": torch.tensor([0, -torch.inf]), "w": torch.tensor([1, torch.inf])}
+    vectors = TaskVectors.from_checkpoints(base, [{**base, "w": torch.tensor([3, torch.inf])}])
+    assert vectors.names == ["w"] and vectors.fold(0.5)["w"].tolist() == [2, torch.inf]
+
+
 def test_no_deltas():
     base, _ = states()
     vectors = TaskVectors.from_checkpoints(base, [], own="head.*")
@@ -224,6 +236,10 @@ def test_what_is_not_a_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt must hold a state dict, got list"):
         TaskVectors.from_checkpoints(tmp_path / "list.pt", [])
+    torch.save({"epoch": 1}, tmp_path / "epoch.pt")
+    for source, named in ((tmp_path / "epoch.pt", "epoch.pt"), ({"epoch": 1}, "source")):
+        with pytest.raises(ValueError, match=f"{named} must hold a state dict, got one with int for 'epoch'"):
+            TaskVectors.from_checkpoints(source, [])
     with pytest.raises(FileNotFoundError, match="a folder must hold model.safetensors or its index, got"):
         TaskVectors.from_checkpoints(tmp_path, [])
 

@@ -343,3 +343,13 @@ def test_raw_gates():
         model(x), F.linear(x, model.model.base + 0.5 * model.model.deltas["cubs"], model.model.base_bias)
     )
     torch.testing.assert_close(model.merge("cubs")(x), model(x))
+
+
+@pytest.mark.parametrize("net", [ConvNet, Transformer])
+@pytest.mark.parametrize("ids", [[], TaskBatch.from_ids([], 3)])
+def test_a_first_batch_without_samples(net, ids):
+    model, x = three_tasks(net()), images(4)
+    y = model(x[:0], tasks=ids)
+    with pytest.raises(ValueError, match="tasks must have one id a sample, got 0 ids"):
+        model(x, tasks=ids)
+    assert y.shape == model(x, tasks=[0, 1, 2, -1])[:0].shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from nets import ConvNet, StdConv2d, Transformer, images, three_tasks
@@ -81,6 +83,23 @@ def test_a_layer_alone():
     for ids in ([0, 1, -1, 0, 0], [1, 1, 1, 0, -1]):
         torch.testing.assert_close(fast(x, tasks=torch.tensor(ids)), layer(x, tasks=ids))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("way", ["bits", "int8", "lowrank"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_compressed_deltas(way, grad):
+    torch.manual_seed(0)
+    model = TapsModel(nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3)), ["cubs", "cars"])
+    for task, layer in product(model.tasks, model.conversion.layers.values()):
+        torch.nn.init.normal_(layer.deltas[task])
+    model.compress("cubs", way, rank=1 if way == "lowrank" else None)
+    x, ids = torch.randn(6, 36), torch.tensor([0, 1, -1, 0, 0, 1])
+    model.probe(x)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(model)[0](x, tasks=ids), model(x, tasks=ids))
+        torch.testing.assert_close(compiled(model)[0](x, tasks="cubs"), model(x, tasks="cubs"))
+        layer = model.conversion.layers["0"]
+        torch.testing.assert_close(compiled(layer)[0](x, tasks=ids), layer(x, tasks=ids))
 
 
 def test_without_a_probe_the_error_says_what_to_do():

@@ -63,6 +63,18 @@ def test_only_open_deltas_are_on_disk(saved):
     assert len(meta["sharing"]["layers"]) == len(layers)
 
 
+@pytest.mark.parametrize("gate", ["ste", "raw"])
+def test_an_open_score_without_a_delta(gate, tmp_path):
+    net = ConvNet().eval()
+    model = TapsModel(net, ["cubs"], head="fc", gate=gate)
+    model.conversion.layers["conv1"].close("cubs")
+    model.save_task("cubs", tmp_path)
+    other = TapsModel(net, head="fc", gate=gate)
+    other.load_task(tmp_path)
+    assert other.state_dict().keys() == model.state_dict().keys()
+    assert other.conversion.layers["conv1"].scores["cubs"] == 0.15 and other.sharing() == model.sharing()
+
+
 def test_a_loaded_task_trains_on_and_saves_again(saved, tmp_path):
     net, model, root = saved
     other = fresh(net)
@@ -136,9 +148,9 @@ def test_nothing_is_half_loaded(saved, tmp_path):
     ):
         folder = rewrite(root / "cars", tmp_path / str(i), change)
         unchanged(model, lambda folder=folder: model.load_task(folder), text)
-    closed = next(name for name in store.read_task(root / "cars")[0] if name.endswith(".score"))
-    folder = rewrite(root / "cars", tmp_path / "open", lambda t, m: t.update({closed: torch.tensor(0.5)}))
-    unchanged(model, lambda: model.load_task(folder), r"missing")
+    opened = next(name for name in store.read_task(root / "cars")[0] if name.endswith(".delta"))
+    folder = rewrite(root / "cars", tmp_path / "open", lambda t, m: t.pop(opened))
+    unchanged(model, lambda: model.load_task(folder), rf"1 \('{opened}'\) missing")
     damaged = rewrite(root / "cars", tmp_path / "damaged", lambda t, m: None)
     (file,) = damaged.glob("*.safetensors")
     tensors = load_file(file)

@@ -256,6 +256,8 @@ def test_inputs_whose_batch_axis_cannot_be_told():
     with pytest.raises(ValueError, match="the input must hold a tensor, got none"):
         model.probe(3)
     x = torch.randn(4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the input must hold a sample, got \(0, 4\)"):
+        model.probe(x[:0])
     model.probe(x)
     assert_rows_as_separate(model, x, ROWS)
 

@@ -135,7 +135,11 @@ def test_ways_to_say_tasks_agree():
         assert torch.equal(layer(x, tasks=tasks), want)
     rows = x.repeat_interleave(3, 0)
     torch.testing.assert_close(layer(rows, tasks=IDS)[::3], want)  # ids follow rows; more of them sum in another order
-    torch.testing.assert_close(layer(x[None].expand(2, -1, -1), tasks=IDS, batch_dim=1)[1], want)
+    square = x[None].expand(5, -1, -1)
+    for axis in (1, -2):
+        torch.testing.assert_close(layer(square, tasks=IDS, batch_dim=axis)[1], want)
+    with pytest.raises(ValueError, match=r"batch_dim must be one of the 2 axes of x before its features, got -1 \(x"):
+        layer(square, tasks=IDS, batch_dim=-1)
 
 
 def test_default_task():
@@ -155,12 +159,26 @@ def test_default_task():
         ("cub", r"task must be one of its tasks, got 'cub' \(did you mean 'cubs'\? known: cubs, cars\)"),
         (["cubs", "birds", "cubs"], r"got 'birds' \(known: cubs, cars\)"),
         ([0, 1, 2], r"tasks must be ids in \[-1, 2\), -1 being the base, got 2"),
-        ([0, 1], r"rows % ids == 0, got 2 ids and 3 rows along axis 0"),
+        ([0, 1], r"rows % ids == 0, got 2 ids \(x \(3, 5\) has 3 rows along axis 0"),
         (TaskBatch.from_ids([0, 0, 0], 1), r"TaskBatch of 2 tasks, got one of 1"),
     ],
 )
 def test_wrong_tasks(tasks, text):
     with pytest.raises(ValueError, match=text):
+        linear()(torch.randn(3, 5, dtype=torch.float64), tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "text"),
+    [
+        (0, "tasks must be a name, or a name or id for each sample, got 0"),
+        ([0.9, 1.7, 0.0], "tasks must be a name or id for each sample, got 0.9 for a sample"),
+        ([1, True, 0], "got True for a sample"),
+        ([[0], [1], [0]], r"got \[0\] for a sample"),
+    ],
+)
+def test_tasks_of_another_type(tasks, text):
+    with pytest.raises(TypeError, match=text):
         linear()(torch.randn(3, 5, dtype=torch.float64), tasks=tasks)
 
 

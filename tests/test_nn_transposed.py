@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from nets import perturb
+from safetensors.torch import save_file
 from torch import nn
 
 from taps_fast import TapsModel
@@ -97,6 +99,20 @@ def test_merge_gives_the_original_type_and_the_model_can_be_copied(tmp_path):
     model.save_task("cubs", tmp_path / "cubs")
     model.load_task(tmp_path / "cubs", name="birds")
     assert torch.equal(model(x, tasks="birds"), model(x, tasks="cubs"))
+
+
+@pytest.mark.parametrize("into", [6, 7])
+def test_an_adapter_of_peft_is_turned_round(tmp_path, into):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, into, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    tensors = {"base_model.model.0.lora_A.weight": a, "base_model.model.0.lora_B.weight": b}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    net = nn.Sequential(Conv1D(6, into))
+    model = TapsModel(net)
+    model.load_lora(tmp_path, "cubs")
+    x = torch.randn(3, into, dtype=torch.float64)
+    torch.testing.assert_close(model(x, tasks="cubs"), net(x) + 2 * x @ a.t() @ b.t())
 
 
 def test_multiply_adds_are_counted_by_inputs():

@@ -93,6 +93,13 @@ def test_model(tmp_path):
         ({}, dict([*pair("fc1", 4, 6).items()][:1]), "'fc1' must have lora_A and lora_B, got no lora_B"),
         ({"r": 3}, pair("fc1", 4, 6), r"'fc1' must be \[3, I\] and \[O, 3\].* got \(2, 6\) and \(4, 2\)"),
         ({}, {}, "must hold lora_A and lora_B weights, got none"),
+        ({"lora_alpha": None}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be a finite number, got None"),
+        ({"lora_alpha": "8"}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be a finite number, got '8'"),
+        ({"alpha_pattern": {"fc1": math.nan}}, pair("fc1", 4, 6), "lora_alpha of 'fc1' must be .* got nan"),
+        ({"r": True}, pair("fc1", 4, 6, rank=1), "r of 'fc1' must be a finite number, got True"),
+        ({"r": 0}, pair("fc1", 4, 6, rank=0), r"'fc1' must be \[0, I\]"),
+        ({"rank_pattern": [2]}, pair("fc1", 4, 6), r"rank_pattern must be numbers by module, got \[2\]"),
+        ({"rank_pattern": {"(": 2}}, pair("fc1", 4, 6), r"rank_pattern must have regular expressions .* got '\('"),
     ],
 )
 def test_refusals(tmp_path, config, tensors, text):
@@ -139,3 +146,19 @@ def test_what_peft_saves(tmp_path):
     model.load_lora(tmp_path, "cubs")
     x = images(3, dtype=torch.float32)
     torch.testing.assert_close(model(x, tasks="cubs"), wrapped.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["attn.c_proj", "c_attn"])  # square, and not
+def test_what_peft_saves_of_gpt2(tmp_path, module):
+    """Its layers store their weight as [I, O]."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = transformers.GPT2Model(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40)).eval()
+    config = peft.LoraConfig(r=4, target_modules=[module], fan_in_fan_out=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    wrapped.save_pretrained(tmp_path)
+    model = TapsModel(net)
+    model.load_lora(tmp_path, "cubs")
+    tokens = torch.arange(10)[None]
+    expected = wrapped(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(model(input_ids=tokens, tasks="cubs").last_hidden_state, expected, atol=1e-4, rtol=1e-4)

@@ -165,9 +165,10 @@ def test_inference_writes_over_its_own_result_alone(operator: bool) -> None:
 
 def test_channels_on_the_last_axis_and_the_batch_on_any() -> None:
     x, scale, shift = torch.randn(3, 6, 2, 7), torch.randn(5, 7), torch.randn(7)
-    y = scale_shift(x, scale, shift, tasks=IDS, batch_dim=1, channel_dim=-1)
     want = torch.cat([scale, torch.ones(1, 7)])[list(IDS)][:, None] * x + shift
-    torch.testing.assert_close(y, want)
+    for axis in (1, -3):
+        y = scale_shift(x, scale, shift, tasks=IDS, batch_dim=axis, channel_dim=-1)
+        torch.testing.assert_close(y, want)
 
 
 def test_autocast_leaves_the_dtype_and_the_tables() -> None:

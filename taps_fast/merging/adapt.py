@@ -96,6 +96,14 @@ class Experts(nn.Module):
             self._places = adopt(self.network, vectors)
         self.requires_grad_(False).eval()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Vectors that are still to be folded move too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.mixed:
+            self.vectors = self.vectors.moved(fn)
+            adopt(self.network, self.vectors)
+        return self
+
     @torch.no_grad()
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Each task's logits for its own rows."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,7 +26,7 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
-        ValueError: a PyTorch file that is not a state dict (or holds one under "state_dict").
+        ValueError: a PyTorch file or a mapping that neither is a state dict nor holds one under "state_dict".
     """
 
     def __init__(self, source: Source) -> None:
@@ -33,7 +34,7 @@ class Checkpoint:
         self._get: dict[str, Callable[[], Tensor]] = {}
         if isinstance(source, Mapping):
             self.label = "a state dict"
-            self._hold(source)
+            self._hold(_state_dict(source, "source"))
             return
         path = Path(source)
         self.label = str(path)
@@ -43,7 +44,7 @@ class Checkpoint:
         elif path.suffix == ".safetensors":
             self._open(path)
         else:
-            self._hold(_state_dict(path))
+            self._hold(_state_dict(_unpickled(path), self.label))
 
     @property
     def names(self) -> list[str]:
@@ -82,17 +83,26 @@ def _weights_of(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
-def _state_dict(path: Path) -> Mapping[str, Tensor]:
+def _unpickled(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"Checkpoint: source must be a file or folder that exists, got {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # written before PyTorch 1.6, in a format that cannot be mapped
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _state_dict(found: Any, label: str) -> Mapping[str, Tensor]:
+    """``found`` itself, or what it holds under "state_dict"."""
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
-    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"Checkpoint: {path} must hold a state dict, got {type(found).__name__}")
+    if not isinstance(found, Mapping):
+        raise ValueError(f"Checkpoint: {label} must hold a state dict, got {type(found).__name__}")
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"Checkpoint: {label} must hold a state dict, got one with {type(value).__name__} for {name!r}"
+            )
     return found
 
 

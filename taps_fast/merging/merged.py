@@ -78,14 +78,34 @@ class MergedModel(nn.Module):
             raise ValueError(f"MergedModel: route must be 'whole', or 'layer' without parts, got {route!r}")
         if clamp is not None and not clamp[0] <= init <= clamp[1]:
             raise ValueError(f"MergedModel: init must be in the clamp {clamp}, got {init}: it could never move")
-        self.vectors, self.clamp, self.parts, self.own = vectors, clamp, parts, own
+        self.clamp, self.parts, self.own = clamp, parts, own
         self.network = shared_network(model, vectors, head, own)
         self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init))
-        self._running = Running()
+        self._running = Running(vectors)
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
         self._folded = vectors.names if route == "whole" else self._in_layers()
         self.eval()
+
+    @property
+    def vectors(self) -> TaskVectors:
+        """Base and deltas, where the network is and in its dtype."""
+        return self._running.vectors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        """Vectors and parts move too. Coefficients stay in float32 at least: rounded, they could not be trained."""
+        exact = (self.coeffs, self.coeffs.grad)
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            dtype = torch.promote_types(moved.dtype, torch.float32)
+            return t.to(moved.device, dtype) if moved.dtype != dtype and any(t is c for c in exact) else moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self._running.vectors = self.vectors.moved(fn)
+        self.parts = None if self.parts is None else {name: fn(part) for name, part in self.parts.items()}
+        adopt(self.network, self.vectors)
+        return self
 
     def train(self, mode: bool = True) -> MergedModel:
         """Stays in eval mode, as the published methods do: norms keep the merged statistics."""
@@ -155,9 +175,8 @@ class MergedModel(nn.Module):
             place = self._places.get(name, "")
             path, _, last = place.rpartition(".")
             module = self.network.get_submodule(path) if last == "weight" else None
-            deltas = self.vectors.deltas[name]
             tied = sum(p is getattr(module, "weight", None) for p in _all_parameters(self.network)) > 1
-            layer = None if module is None or tied else merged_layer(module, deltas, Row(self._running, l))
+            layer = None if module is None or tied else merged_layer(module, Row(self._running, l, name))
             if layer is None:
                 folded.append(name)
             else:

@@ -177,11 +177,15 @@ class TaskVectors:
 
     def to(self, device: torch.device | str) -> TaskVectors:
         """The same on another device."""
+        return self.moved(lambda t: t.to(device))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TaskVectors:
+        """The same with ``move(tensor)``, in another place or dtype, for every tensor."""
         return TaskVectors(
-            {n: t.to(device) for n, t in self.base.items()},
-            {n: [t.to(device) for t in each] for n, each in self.deltas.items()},
+            {n: move(t) for n, t in self.base.items()},
+            {n: [move(t) for t in each] for n, each in self.deltas.items()},
             self.tasks,
-            {task: {n: t.to(device) for n, t in mine.items()} for task, mine in self.own.items()},
+            {task: {n: move(t) for n, t in mine.items()} for task, mine in self.own.items()},
         )
 
 
@@ -216,12 +220,15 @@ def _delta(name: str, start: Tensor, other: Checkpoint) -> Tensor:
             )
     if not start.is_floating_point():
         return start
-    delta = tensor.to(start.device) - start
+    tensor = tensor.to(start.device)
+    delta = tensor - start
     if not bool(delta.isfinite().all()):
-        raise ValueError(
-            f"TaskVectors.from_checkpoints: {name!r} must differ from the base by finite numbers, got "
-            f"{int((~delta.isfinite()).sum())} that are not ({other.label})"
-        )
+        delta[tensor == start] = 0  # such as the -inf of an attention mask
+        if wrong := int((~delta.isfinite()).sum()):
+            raise ValueError(
+                f"TaskVectors.from_checkpoints: {name!r} must differ from the base by finite numbers, got {wrong} that "
+                f"are not ({other.label})"
+            )
     return delta.contiguous()
 
 

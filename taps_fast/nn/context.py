@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -96,6 +97,8 @@ class TaskContext:
                 )
             return Selection(mix=Mix(tasks if device is None else tasks.to(device), tuple(self.tasks)))
         if not isinstance(tasks, Tensor):
+            if not isinstance(tasks, Iterable):
+                raise TypeError(f"{self.owner}: tasks must be a name, or a name or id for each sample, got {tasks!r}")
             tasks = torch.tensor([self._id(task) for task in tasks], dtype=torch.int64)
         if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._on_host(TaskBatch.from_ids(tasks, len(self.tasks)), self.tasks, device)
@@ -122,11 +125,16 @@ class TaskContext:
         return Selection(names[found[0]] if uniform and found[0] != BASE else None, mix, uniform)
 
     def _id(self, task: str | int | None) -> int:
-        if task is None or task == BASE_NAME:
+        if task is None:
             return BASE
         if isinstance(task, str):
-            return self.tasks.index(self.check(task))
-        return int(task)
+            return BASE if task == BASE_NAME else self.tasks.index(self.check(task))
+        try:
+            if not isinstance(task, bool):
+                return operator.index(task)
+        except TypeError:
+            pass
+        raise TypeError(f"{self.owner}: tasks must be a name or id for each sample, got {task!r} for a sample")
 
     def _default(self) -> str | None:
         if self.default is not None:
@@ -221,6 +229,8 @@ class Located:
             return found
         if self.images_first and x.dim() == 4 and x.shape[0] == batch.size:
             return Layout()
+        if batch.size == 0 and 0 in x.shape:
+            return Layout(x.shape.index(0))
         raise ValueError(
             f"{self.path}: the batch axis of its input must be known in a mixed batch, got an input "
             f"{tuple(x.shape)} and {batch.size} ids "

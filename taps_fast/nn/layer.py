@@ -15,7 +15,7 @@ from ..formats import Delta, Format
 from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta
-from .context import Layout, Located, Mix, Selection, TaskContext
+from .context import Located, Mix, Selection, TaskContext
 from .mixed_weight import MixedWeight
 from .owned import Owned, Scores
 
@@ -338,9 +338,9 @@ class TapsLayer(Located, nn.Module):
 
     def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
         """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""
-        if gated.tasks is None:
-            return None, 0
-        layout = self.layout(x, gated.tasks) if batch_dim is None else Layout(batch_dim)
+        if gated.tasks is None or batch_dim is not None:
+            return gated.tasks, batch_dim or 0
+        layout = self.layout(x, gated.tasks)
         return layout.spread(gated.tasks, x.shape[layout.axis], self.path), layout.axis
 
     def run(self, operation: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

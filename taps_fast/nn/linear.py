@@ -85,7 +85,7 @@ class FastTapsLinear(TapsLayer):
             input: [..., I].
             tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
-            batch_dim: the axis of input that ``tasks`` given here goes along.
+            batch_dim: the axis of input that ``tasks`` given here goes along, as in `delta_linear`.
             after: what `TapsModel.prepare_inference` folds into this layer.
 
         Raises:
