@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from . import peft, store
-from ._prepare import original
 from .formats import FORMATS, Format
 from .nn import TaskHead, WrappedLayer
 from .nn.attention import TaskAttention
@@ -87,7 +86,7 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
         if layer.is_open(task):
-            delta = original(model, path, layer, task)
+            delta = layer.original(task)
             if isinstance(delta, Format):
                 tensors |= {f"{path}.delta.{name}": value for name, value in delta.tensors.items()}
             else:

@@ -102,15 +102,6 @@ class PreparedModel(nn.Module):
         self._unprepared("to")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.state_dict``; of a prepared model too it holds the deltas."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for path, layer in self.conversion.layers.items():
-            for task in layer.baked:
-                state[f"{prefix}model.{path}.deltas.{task}"] = _prepare.original(self, path, layer, task)
-        return state
-
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unprepared("load_state_dict")
         super()._load_from_state_dict(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ._regions import Region, regions
 from .convert import Row
-from .formats import Delta, Format
+from .formats import Format
 from .nn.context import Selection
 from .nn.layer import TapsLayer
 from .sharing import readable_bytes
@@ -97,7 +98,6 @@ class Preparation:
     found: list[Row] = field(default_factory=list)
     baked_bytes: int = 0
     regions: list[Region] = field(default_factory=list)
-    kept: Originals | None = None
     types: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -180,26 +180,17 @@ def unprepare(model: PreparedModel) -> None:
     report = model.prepared
     if report is None:
         return
-    baked = [(path, layer, task) for path, layer in model.conversion.layers.items() for task in sorted(layer.baked)]
-    if baked and report.kept is not None:
-        report.kept.read(_name(*baked[0][::2]))  # raises before anything changes
+    baked = [(layer, task) for layer in model.conversion.layers.values() for task in layer.baked]
+    for layer, task in baked[:1]:
+        layer.original(task)  # raises before anything changes
     with torch.inference_mode(False):
-        for path, layer, task in baked:
-            layer.unbake(task, report.kept.read(_name(path, task)))  # type: ignore[union-attr]
+        for layer, task in baked:
+            layer.unbake(task)
     for layer in model.conversion.layers.values():
         layer.thaw()
     detach_regions(model.model)
     model.context.frozen = False
     model.prepared = None
-
-
-def original(model: PreparedModel, path: str, layer: TapsLayer, task: str) -> Delta:
-    """The delta of ``task``, also while its place holds a whole weight."""
-    if task not in layer.baked:
-        return layer.delta(task)
-    assert model.prepared is not None and model.prepared.kept is not None
-    found: Tensor = model.prepared.kept.read(_name(path, task))
-    return found
 
 
 @contextlib.contextmanager
@@ -245,12 +236,7 @@ def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
         else:
             chosen += [(path, layer, task) for task in opened]
             report.found.append(Row(path, kind, "baked", f"for {', '.join(opened)}"))
-    tensors = {_name(path, task): layer.deltas[task] for path, layer, task in chosen}
-    report.kept = Originals(report.originals, tensors)
-    report.baked_bytes = report.kept.bytes
-    for _, layer, task in chosen:
-        layer.bake(task)
-
-
-def _name(path: str, task: str) -> str:
-    return f"{path}.{task}"
+    kept = Originals(report.originals, {f"{path}.{task}": layer.deltas[task] for path, layer, task in chosen})
+    report.baked_bytes = kept.bytes
+    for path, layer, task in chosen:
+        layer.bake(task, functools.partial(kept.read, f"{path}.{task}"))

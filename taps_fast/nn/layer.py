@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,46 +16,12 @@ from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta
 from .context import Layout, Located, Mix, Selection, TaskContext
+from .gated import Frozen, Gated
 from .mixed_weight import MixedWeight
 from .owned import Owned, Scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Gated(NamedTuple):
-    """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
-
-    base: Tensor
-    deltas: list[Delta]
-    coeffs: Tensor
-    bias: Tensor | None
-    tasks: TaskBatch | None = None
-    pairs: list[tuple[int, int]] | None = None
-    base_coeffs: Tensor | None = None
-
-    @property
-    def weight(self) -> tuple[Tensor, list[Delta], Tensor, Tensor | None]:
-        """base, deltas, coeffs and bias."""
-        return self[:4]
-
-    def options(self, batch: TaskBatch | None) -> dict[str, Any]:
-        """The arguments by name, for the ids along the input's batch axis."""
-        return {"tasks": batch, "pairs": self.pairs, "base_coeffs": self.base_coeffs}
-
-    def detached(self) -> Gated:
-        """The same values, of which nothing is recorded."""
-        bias = None if self.bias is None else self.bias.detach()
-        deltas = [delta.detach() for delta in self.deltas]
-        return self._replace(base=self.base.detach(), deltas=deltas, coeffs=self.coeffs.detach(), bias=bias)
-
-
-class Frozen(NamedTuple):
-    """What `Gated` is for every selection, made once for inference."""
-
-    single: dict[str | None, Gated]
-    mixed: Gated
-    """Of all tasks; lacks ``tasks``, which come with each batch."""
 
 
 class TapsLayer(Located, nn.Module):
@@ -91,8 +57,8 @@ class TapsLayer(Located, nn.Module):
         self._locate_in(TaskContext(name) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
-        self.baked: set[str] = set()
-        """Tasks whose "delta" is, for inference, their whole weight."""
+        self.baked: dict[str, Callable[[], Tensor]] = {}
+        """Tasks whose "delta" is, for inference, their whole weight; and what reads the delta that was there."""
 
     @classmethod
     def _adapting(cls, module: nn.Module, tasks: Iterable[str], context: TaskContext | None, *settings: Any) -> Self:
@@ -263,16 +229,28 @@ class TapsLayer(Located, nn.Module):
         self.frozen = None
 
     @torch.no_grad()
-    def bake(self, task: str) -> None:
-        """Puts the whole weight of ``task`` where its dense delta was. Whoever calls this keeps the delta."""
+    def bake(self, task: str, original: Callable[[], Tensor]) -> None:
+        """Puts the whole weight of ``task`` where its dense delta was, which ``original`` reads from then on."""
         self.deltas[task].copy_(self.effective(task)[0])
-        self.baked.add(task)
+        self.baked[task] = original
 
     @torch.no_grad()
-    def unbake(self, task: str, delta: Tensor) -> None:
-        """Puts ``delta`` back."""
-        self.deltas[task].copy_(delta)
-        self.baked.remove(task)
+    def unbake(self, task: str) -> None:
+        """Puts the delta of ``task`` back."""
+        self.deltas[task].copy_(self.baked[task]())
+        del self.baked[task]
+
+    def original(self, task: str) -> Delta:
+        """The delta of ``task``, also while its place holds a whole weight."""
+        return self.baked[task]() if task in self.baked else self.delta(task)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.state_dict``; while the model is prepared too it holds the deltas."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for task, original in self.baked.items():
+            state[f"{prefix}deltas.{task}"] = original()
+        return state
 
     def _open(self, selection: Selection) -> Gated:
         """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
