@@ -64,6 +64,8 @@ class PreparedModel(nn.Module):
 
         Raises:
             ValueError: a model in training mode, or an unknown ``originals``.
+            Whatever the model raises for the input. After any exception the model is as it was, unless its deltas are
+            discarded: then load it again.
 
         Cost: one pass over the deltas, which are written to disk or copied once; tables of [tasks + 1, channels].
 

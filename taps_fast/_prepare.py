@@ -151,28 +151,37 @@ def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, 
         raise ValueError("TapsModel.prepare_inference: the model must be in eval mode, got one in training mode")
     unprepare(model)
     report = Preparation(originals, types={row.path: row.type for row in model.conversion.rows})
-    tasks = model.context.tasks
-    with torch.inference_mode(False), torch.no_grad():
-        _bake(model, report, bake)
-        for layer in model.conversion.layers.values():
-            layer.freeze(tasks)
-        for found in regions(model.model, tasks):
-            if isinstance(found, Region):
-                found.module.__dict__["forward"] = found
-                report.regions.append(found)
-            else:
-                path, why = found
-                report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
-    model.context.frozen = True
     model.prepared = report
-    if args or kwargs:
-        previous = model.context.enter(Selection())
-        try:
-            with torch.no_grad():
-                model.model(*args, **kwargs)
-        finally:
-            model.context.enter(previous)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _change(model, report, bake)
+        if args or kwargs:
+            previous = model.context.enter(Selection())
+            try:
+                with torch.no_grad():
+                    model.model(*args, **kwargs)
+            finally:
+                model.context.enter(previous)
+    except BaseException:
+        if not any(originals == "discard" and layer.baked for layer in model.conversion.layers.values()):
+            unprepare(model)
+        raise
     return report
+
+
+def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
+    _bake(model, report, bake)
+    tasks = model.context.tasks
+    for layer in model.conversion.layers.values():
+        layer.freeze(tasks)
+    for found in regions(model.model, tasks):
+        if isinstance(found, Region):
+            found.module.__dict__["forward"] = found
+            report.regions.append(found)
+        else:
+            path, why = found
+            report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
+    model.context.frozen = True
 
 
 def unprepare(model: PreparedModel) -> None:
@@ -226,7 +235,11 @@ def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
         small = [task for task in opened if isinstance(layer.delta(task), Format)]
         if small:
             report.found.append(Row(path, kind, "left", f"not baked for {', '.join(small)}: compressed"))
-        opened = [task for task in opened if task not in small]
+        fixed = [task for task in opened if task not in small and layer.deltas[task].is_inference()]
+        if fixed:
+            why = "made under torch.inference_mode, so it cannot be changed"
+            report.found.append(Row(path, kind, "left", f"not baked for {', '.join(fixed)}: {why}"))
+        opened = [task for task in opened if task not in (*small, *fixed)]
         if not opened:
             continue
         if bake is False:

@@ -140,6 +140,7 @@ class TapsModel(PreparedModel):
         """The task of forwards that name none; None: none, so that they must name one."""
         self.context.default = None if task is None else self.context.check(task)
 
+    @torch.inference_mode(False)
     def add_task(
         self, task: str, classes: int | None = None, *, head: nn.Module | None = None, deltas: bool = True
     ) -> None:
@@ -315,6 +316,7 @@ class TapsModel(PreparedModel):
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)
 
+    @torch.inference_mode(False)
     def load_task(
         self, folder: str | os.PathLike[str], *, name: str | None = None, head: nn.Module | None = None
     ) -> Loaded:
@@ -338,6 +340,7 @@ class TapsModel(PreparedModel):
         _folder.refuse_sharded(self, "load_task")
         return _folder.load(self, folder, name, head)
 
+    @torch.inference_mode(False)
     def compress(self, task: str, format: str, *, rank: int | None = None, inputs: Tensor | None = None) -> Compression:
         """Replaces the open deltas of ``task`` by ones that take less memory.
 
@@ -362,6 +365,7 @@ class TapsModel(PreparedModel):
         self._unprepared("compress")
         return _compress.compress_task(self, self.context.check(task), format, rank, inputs)
 
+    @torch.inference_mode(False)
     def load_lora(
         self, folder: str | os.PathLike[str], name: str, classes: int | None = None, *, head: nn.Module | None = None
     ) -> Loaded:

@@ -85,6 +85,7 @@ class TapsLayer(Located, nn.Module):
             self.context.add(task)
             self.add_task(task)
 
+    @torch.inference_mode(False)
     def add_task(self, task: str, *, score: float | None = None, delta: bool = True) -> None:
         """Gives ``task`` a score and, with ``delta``, a zero delta, where it has none yet."""
         if task not in self.scores:
@@ -231,8 +232,9 @@ class TapsLayer(Located, nn.Module):
     @torch.no_grad()
     def bake(self, task: str, original: Callable[[], Tensor]) -> None:
         """Puts the whole weight of ``task`` where its dense delta was, which ``original`` reads from then on."""
-        self.deltas[task].copy_(self.effective(task)[0])
-        self.baked[task] = original
+        whole = self.effective(task)[0]
+        self.baked[task] = original  # first, so that an interrupt finds what to put back
+        self.deltas[task].copy_(whole)
 
     @torch.no_grad()
     def unbake(self, task: str) -> None:
