@@ -36,15 +36,20 @@ def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
     )
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def last_layer(module: nn.Module) -> Any:
+    """The Linear or convolution that a head ends in: itself, or the last one inside; None where there is none."""
+    layers = [child for child in module.modules() if isinstance(child, (nn.Linear, *CONVOLUTIONS))]
+    return layers[-1] if layers else None
+
+
 def width_of(module: nn.Module) -> int | None:
-    """How many outputs a head has: its own, or those of the last layer inside; None where that is unknown."""
-    last = None
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            last = child.out_features
-        elif isinstance(child, nn.Conv2d):
-            last = child.out_channels
-    return last
+    """How many outputs a head has; None where that is unknown."""
+    last = last_layer(module)
+    width: int | None = getattr(last, "out_channels" if isinstance(last, CONVOLUTIONS) else "out_features", None)
+    return width
 
 
 class TaskHead(PerTask):
@@ -84,7 +89,7 @@ class TaskHead(PerTask):
         return super().mixed(x, mix, layout, *args, **kwargs)
 
     def finish(self, y: Tensor) -> Tensor:
-        axis = 1 if isinstance(self.base, nn.Conv2d) else y.dim() - 1
+        axis = 1 if isinstance(last_layer(self.base), CONVOLUTIONS) else y.dim() - 1
         missing = max(self.widest - y.shape[axis], 0)
         return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing), value=-torch.inf)
 
