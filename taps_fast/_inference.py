@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from . import _prepare
 from ._prepare import Preparation
 from ._probe import batch_of, probe
-from ._slices import Slicing, images_a_slice, in_slices
+from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .nn import TaskContext
 from .nn.context import Mix, Selection
 from .tasks import TaskBatch
@@ -149,23 +149,32 @@ class PreparedModel(nn.Module):
         """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""
         return images_a_slice(self.slice, self.slicing, x, count, batch)
 
-    def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None]:
-        """The batch axis of each part of an input of ``count`` samples, as the probe saw it.
+    def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None] | None:
+        """The batch axis of each part of an input of ``count`` samples; None: it is unlike the one that was probed.
 
         Raises:
             ValueError: an input of another number of samples.
         """
-        leaves, known = tree_leaves((args, kwargs)), [] if self.slicing is None else self.slicing.input_axes
-        fits = (a is None or leaf.shape[a : a + 1] == (count,) for leaf, a in zip(leaves, known, strict=False))
-        return known if len(known) == len(leaves) and all(fits) else batch_of(args, kwargs, count)
+        leaves = tree_leaves((args, kwargs))
+        axes, dims = ([], None) if self.slicing is None else self.slicing[:2]
+        pairs = [(leaf, a) for leaf, a in zip(leaves, axes, strict=False) if a is not None and isinstance(leaf, Tensor)]
+        sizes = {leaf.shape[a] for leaf, a in pairs if a < leaf.dim()}
+        alike = dims_of(leaves) == dims
+        if count not in sizes:
+            if alike:
+                found = " and ".join(map(str, sorted(sizes)))
+                raise ValueError(
+                    f"TapsModel: tasks must have one id a sample, got {count} ids and an input of {found} samples"
+                )
+            batch_of(args, kwargs, count)
+        return axes if alike and sizes == {count} else None
 
-    def _in_slices(self, mix: Mix, args: Any, kwargs: Any, most: int) -> Any:
+    def _in_slices(self, mix: Mix, args: Any, kwargs: Any, axes: list[int | None], most: int) -> Any:
         assert self.slicing is not None and self.slicing.output_axes is not None
 
         def run(samples: slice | Tensor, own_args: Any, own_kwargs: Any) -> Any:
             return self._run(self.context.part(mix, samples), own_args, own_kwargs)
 
-        axes = self.input_axes(args, kwargs, mix.batch.size)
         return in_slices(run, mix.batch, args, kwargs, axes, self.slicing.output_axes, most)
 
     def checkpoint_context(self) -> tuple[Any, Any]:

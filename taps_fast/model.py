@@ -128,13 +128,13 @@ class TapsModel(PreparedModel):
         count = selection.mix.batch.size
         if not self.probed:
             probe(self, args, kwargs, batch_of(args, kwargs, count))
-        elif selection.uniform:
-            self.input_axes(args, kwargs, count)  # no layer will look at the ids
+        axes = self.input_axes(args, kwargs, count)
         self._apart(selection)
-        most = None if first is None or self.training else self.slice_of(first, count, selection.mix.batch)
-        if most is None:
-            return self._run(selection, args, kwargs)
-        return self._in_slices(selection.mix, args, kwargs, most)
+        if first is not None and axes is not None and not self.training:
+            most = self.slice_of(first, count, selection.mix.batch)
+            if most is not None:
+                return self._in_slices(selection.mix, args, kwargs, axes, most)
+        return self._run(selection, args, kwargs)
 
     def set_task(self, task: str | None) -> None:
         """The task of forwards that name none; None: none, so that they must name one."""
