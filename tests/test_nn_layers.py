@@ -326,3 +326,18 @@ def test_without_gradients_gates_are_read_to_the_same_result(dtype, ids):
     assert ("a" in ([ids] if isinstance(ids, str) else ids)) == (
         not torch.equal(trained, layer(x, tasks="base").detach())
     )
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("score", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "layer", [FastTapsLinear(4, 2, tasks=["cubs", "cars"]), FastTapsConv2d(4, 2, 1, tasks=["cubs", "cars"])]
+)
+def test_ids_are_counted_whatever_they_are(layer, score, grad):
+    x = torch.randn(2, 4) if isinstance(layer, FastTapsLinear) else torch.randn(2, 4, 1, 1)
+    for own in layer.scores.values():
+        own.data.fill_(score)
+    for ids in ([], [0, 0, 0], [-1, -1, -1], [0, 1, 0]):
+        for tasks in (ids, TaskBatch.from_ids(ids, 2)):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"got {len(ids)} ids and 2 rows"):
+                layer(x, tasks=tasks)

@@ -118,8 +118,8 @@ class TaskContext:
         elif len(present) < batch.num_tasks:
             batch = batch.only(present)
         mix = Mix(batch if device is None else batch.to(device), tuple(names[t] for t in present))
-        uniform = len(found) == 1
-        return Selection(names[found[0]] if uniform and found[0] != BASE else None, mix, uniform)
+        task = names[found[0]] if len(found) == 1 and found[0] != BASE else None
+        return Selection(task, mix, uniform=len(found) <= 1)
 
     def _id(self, task: str | int | None) -> int:
         if task is None or task == BASE_NAME:

@@ -316,12 +316,16 @@ class TapsLayer(Located, nn.Module):
         pairs = [(t, k) for k, t in enumerate(places)]
         return Gated(self.base, [self.delta(task) for task in mine], table, bias, batch, pairs)
 
-    def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
+    def place(
+        self, x: Tensor, gated: Gated, selection: Selection, batch_dim: int | None
+    ) -> tuple[TaskBatch | None, int]:
         """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""
-        if gated.tasks is None:
+        mix = selection.mix
+        if mix is None or (gated.tasks is None and batch_dim is None):
             return None, 0
-        layout = self.layout(x, gated.tasks) if batch_dim is None else Layout(batch_dim)
-        return layout.spread(gated.tasks, x.shape[layout.axis], self.path), layout.axis
+        layout = self.layout(x, mix.batch) if batch_dim is None else Layout(batch_dim)
+        spread = layout.spread(mix.batch, x.shape[layout.axis], self.path)  # counts them, needed or not
+        return (None, 0) if gated.tasks is None else (spread, layout.axis)
 
     def run(self, operation: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """``operation``, with this layer named in what it raises."""
