@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TaskBatch
+from taps_fast.formats import SignBits
 from taps_fast.nn import gates
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -235,6 +236,10 @@ def test_state_dicts(kind):
     assert torch.equal(layer.deltas["cubs"], deltas) and list(state) == ["weight", "bias"]
     with pytest.raises(RuntimeError, match="size mismatch for base"):
         layer.load_state_dict({"weight": torch.zeros(1, 1), "bias": ordinary.bias})
+    with pytest.raises(RuntimeError, match='Missing key.* "base_bias". $'):
+        layer.load_state_dict({"weight": ordinary.weight})
+    layer.set_delta("cubs", SignBits.from_dense(deltas))
+    layer.load_state_dict(state)
 
 
 def test_only_the_tasks_train():

@@ -339,13 +339,14 @@ class TapsLayer(Located, nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's."""
+        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's, tasks stay."""
         if prefix + "weight" in state_dict:
             for ordinary, own in self._stored.items():
                 if prefix + ordinary in state_dict:
                     state_dict[prefix + own] = state_dict.pop(prefix + ordinary)
-            for name, value in self.named_parameters():
-                state_dict.setdefault(prefix + name, value.detach())
+            for name in ("deltas", "bias_deltas", "scores"):
+                for key, value in getattr(self, name).state_dict(prefix=f"{prefix}{name}.").items():
+                    state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
