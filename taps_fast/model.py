@@ -137,8 +137,8 @@ class TapsModel(PreparedModel):
         return self._run(selection, args, kwargs)
 
     def set_task(self, task: str | None) -> None:
-        """The task of forwards that name none; None: none, so that they must name one."""
-        self.context.default = None if task is None else self.context.check(task)
+        """The task of forwards that name none ("base": no task's); None: none, so that they must name one."""
+        self.context.default = task if task in (None, BASE_NAME) else self.context.check(task)
 
     @torch.inference_mode(False)
     def add_task(

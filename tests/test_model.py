@@ -181,6 +181,8 @@ def test_default_and_active_task():
         model(x)
     model.set_task("cars")
     assert torch.equal(model(x), model(x, tasks="cars"))
+    model.set_task("base")
+    assert torch.equal(model(x), model(x, tasks="base"))
     model.set_task(None)
     for task in ("dogs", "cars"):
         model.remove_task(task)

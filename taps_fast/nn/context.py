@@ -86,7 +86,7 @@ class TaskContext:
     def resolve(self, tasks: TaskNames | None, device: torch.device | None = None) -> Selection:
         """What ``tasks`` says: a name, one name a sample, ids, or nothing (the default task)."""
         if tasks is None:
-            return Selection(self._default())
+            tasks = self._default()
         if isinstance(tasks, str):
             return Selection(None if tasks == BASE_NAME else self.check(tasks))
         if isinstance(tasks, TaskBatch):
@@ -128,14 +128,14 @@ class TaskContext:
             return self.tasks.index(self.check(task))
         return int(task)
 
-    def _default(self) -> str | None:
+    def _default(self) -> str:
         if self.default is not None:
             return self.default
         if len(self.tasks) > 1:
             raise ValueError(
                 f"{self.owner}: tasks must be said where there are several, got None (tasks: {', '.join(self.tasks)})"
             )
-        return self.tasks[0] if self.tasks else None
+        return self.tasks[0] if self.tasks else BASE_NAME
 
     @property
     def active(self) -> Selection | None:
