@@ -14,7 +14,7 @@ from . import peft, store
 from .formats import FORMATS, Format
 from .nn import TaskHead, WrappedLayer
 from .nn.attention import TaskAttention
-from .nn.head import new_head
+from .nn.head import check_head, new_head
 from .nn.layer import TapsLayer
 from .nn.per_task import PerTask
 from .sharing import LayerRecord, Sharing, TaskRecord
@@ -137,6 +137,7 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         raise TaskFolderError(f"load_task: head must be in both, got one in {with_head} and none in {without}")
     if own is None or recipe is None:
         return modules
+    check_head(head, own.path)
     if head is None and recipe["kind"] == "copy":
         head = copy.deepcopy(own.base).requires_grad_()
     elif head is None and recipe["kind"] == "classes":

@@ -19,7 +19,7 @@ from ._probe import batch_of, probe
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, TaskNames
-from .nn.head import new_head
+from .nn.head import check_head, new_head
 from .sharing import Sharing
 
 
@@ -153,7 +153,9 @@ class TapsModel(PreparedModel):
             deltas: False: norms and head alone, on the base's weights, until `reopen`.
 
         Raises:
-            ValueError: a name in use or that cannot be a parameter's, or a head where the model has no ``head=``.
+            ValueError: a name in use or that cannot be a parameter's, a head where the model has no ``head=``, or
+                classes that are no whole number of at least 1; TypeError: a head that is no module. Then nothing has
+                changed.
 
         Cost: one delta for each adapted layer; the tasks there are do not matter.
         """
@@ -168,6 +170,8 @@ class TapsModel(PreparedModel):
             if head is not None:
                 raise ValueError("TapsModel.add_task: classes or head must be given, got both")
             head = new_head(own.base, classes, own.path)
+        if own is not None:
+            check_head(head, own.path)
         self.context.add(task)
         for layer in self.conversion.layers.values():
             layer.add_task(task, delta=deltas)

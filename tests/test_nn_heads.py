@@ -118,3 +118,23 @@ def test_heads_in_a_model():
     with pytest.raises(ValueError, match=r"classes and head must go with TapsModel\(..., head=<path>\)"):
         TapsModel(nn.Linear(2, 2)).add_task("cubs", 3)
     assert model.tasks == ["cubs", "cars", "dogs"]
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.5, True, "3"])
+def test_refused_classes_leave_no_task(classes):
+    model = TapsModel(nn.Linear(4, 6), head="")
+    with pytest.raises(ValueError, match=f"classes must be a whole number of at least 1, got {classes!r}"):
+        model.add_task("cubs", classes)
+    assert not model.tasks
+
+
+def test_a_head_that_is_no_module_leaves_no_task(tmp_path):
+    model = TapsModel(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), ["cubs"], head="1")
+    model.save_task("cubs", tmp_path / "cubs")
+    for add in (
+        lambda: model.add_task("cars", head="x"),
+        lambda: model.load_task(tmp_path / "cubs", name="cars", head="x"),
+    ):
+        with pytest.raises(TypeError, match="1: head must be an nn.Module, got 'x'"):
+            add()
+    assert model.tasks == ["cubs"] and model.conversion.layers["0"].scores.keys() == {"cubs"}
