@@ -14,7 +14,7 @@ from ._prepare import Preparation
 from ._probe import batch_of, probe
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .nn import TaskContext
-from .nn.context import Mix, Selection
+from .nn.context import PREPARED, Mix, Selection
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -95,10 +95,7 @@ class PreparedModel(nn.Module):
 
     def _unprepared(self, function: str) -> None:
         if self.prepared is not None:
-            raise RuntimeError(
-                f"TapsModel.{function}: the model must not be prepared for inference, got one that is (unprepare() "
-                "first, and prepare_inference() again afterwards)"
-            )
+            raise RuntimeError(f"TapsModel.{function}: {PREPARED}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._unprepared("to")

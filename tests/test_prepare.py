@@ -99,3 +99,20 @@ def test_a_delta_that_cannot_be_changed_is_not_baked():
     report = model.prepare_inference()
     assert not report.of("baked") and "not baked for cubs, dogs: made under torch.inference_mode" in str(report)
     torch.testing.assert_close(model(x, tasks="cubs"), want)
+
+
+def test_parts_of_a_prepared_model_stay_as_they_are():
+    model = three_tasks(ConvNet())
+    model.prepare_inference()
+    for part in ("", "conv1", "norm1", "fc"):
+        module = model.model.get_submodule(part)
+        for name, call in (
+            ("to", module.half),
+            ("load_state_dict", lambda m=module: m.load_state_dict(m.state_dict())),
+        ):
+            with pytest.raises(RuntimeError, match=f"{part}.{name}: the model must not be prepared for inference"):
+                call()
+    assert {p.dtype for name, p in model.named_parameters() if ".scores." not in name} == {torch.float64}
+    model.unprepare()
+    assert model.half().model.conv1.base.dtype == torch.float16
+    assert model.model.conv1.to_empty(device="meta").base.is_meta

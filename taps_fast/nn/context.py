@@ -15,6 +15,11 @@ from ..tasks import BASE, TaskBatch
 BASE_NAME = "base"
 """What a user writes for a sample that no task claims."""
 
+PREPARED = (
+    "the model must not be prepared for inference, got one that is (unprepare() first, and prepare_inference() again "
+    "afterwards)"
+)
+
 TaskNames = str | Sequence[str | int | None] | Tensor | TaskBatch
 
 
@@ -200,6 +205,19 @@ class Located:
 
     def _locate_in(self, context: TaskContext, path: str) -> None:
         self.context, self.path, self.layouts = context, path, {}
+
+    def _unprepared(self, function: str) -> None:
+        """Refuses what the tables of a prepared model would not follow; parts of it can be reached one by one."""
+        if self.context.frozen:
+            raise RuntimeError(f"{self.path}.{function}: {PREPARED}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._unprepared("to")
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unprepared("load_state_dict")
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
 
     def selected(self, tasks: TaskNames | None = None, device: torch.device | None = None) -> Selection:
         """The selection that applies to this call: said here, else of the running forward, else the default."""
