@@ -116,8 +116,8 @@ class TapsModel(PreparedModel):
             ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
-            ValueError: an unknown task, ids out of range or that do not divide the batch, several tasks and none
-                said, a layer whose batch axis is not known, samples that would change each other (see `probe`).
+            ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer
+                whose batch axis is not known, samples that would change each other (see `probe`).
         """
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
