@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import peft, store
-from ._prepare import original
 from .formats import FORMATS, Format
 from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
-from .nn.head import new_head
+from .nn.head import check_head, new_head
 from .nn.layer import TapsLayer
 from .nn.per_task import PerTask
 from .sharing import LayerRecord, Sharing, TaskRecord
@@ -87,7 +86,7 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
         if layer.is_open(task):
-            delta = original(model, path, layer, task)
+            delta = layer.original(task)
             if isinstance(delta, Format):
                 tensors |= {f"{path}.delta.{name}": value for name, value in delta.tensors.items()}
             else:
@@ -138,6 +137,7 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         raise TaskFolderError(f"load_task: head must be in both, got one in {with_head} and none in {without}")
     if own is None or recipe is None:
         return modules
+    check_head(head, own.path)
     if head is None and recipe["kind"] == "copy":
         head = copy.deepcopy(own.base).requires_grad_()
     elif head is None and recipe["kind"] == "classes":

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from . import _prepare
 from ._prepare import Preparation
 from ._probe import batch_of, probe
-from ._slices import Slicing, images_a_slice, in_slices
+from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .nn import TaskContext
-from .nn.context import Mix, Selection
+from .nn.context import PREPARED, Mix, Selection
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class PreparedModel(nn.Module):
 
         Raises:
             ValueError: a model in training mode, or an unknown ``originals``.
+            Whatever the model raises for the input. After any exception the model is as it was, unless its deltas are
+            discarded: then load it again.
 
         Cost: one pass over the deltas, which are written to disk or copied once; tables of [tasks + 1, channels].
 
@@ -93,23 +95,11 @@ class PreparedModel(nn.Module):
 
     def _unprepared(self, function: str) -> None:
         if self.prepared is not None:
-            raise RuntimeError(
-                f"TapsModel.{function}: the model must not be prepared for inference, got one that is (unprepare() "
-                "first, and prepare_inference() again afterwards)"
-            )
+            raise RuntimeError(f"TapsModel.{function}: {PREPARED}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._unprepared("to")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.state_dict``; of a prepared model too it holds the deltas."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for path, layer in self.conversion.layers.items():
-            for task in layer.baked:
-                state[f"{prefix}model.{path}.deltas.{task}"] = _prepare.original(self, path, layer, task)
-        return state
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unprepared("load_state_dict")
@@ -158,23 +148,32 @@ class PreparedModel(nn.Module):
         """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""
         return images_a_slice(self.slice, self.slicing, x, count, batch)
 
-    def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None]:
-        """The batch axis of each part of an input of ``count`` samples, as the probe saw it.
+    def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None] | None:
+        """The batch axis of each part of an input of ``count`` samples; None: it is unlike the one that was probed.
 
         Raises:
             ValueError: an input of another number of samples.
         """
-        leaves, known = tree_leaves((args, kwargs)), [] if self.slicing is None else self.slicing.input_axes
-        fits = (a is None or leaf.shape[a : a + 1] == (count,) for leaf, a in zip(leaves, known, strict=False))
-        return known if len(known) == len(leaves) and all(fits) else batch_of(args, kwargs, count)
+        leaves = tree_leaves((args, kwargs))
+        axes, dims = ([], None) if self.slicing is None else self.slicing[:2]
+        pairs = [(leaf, a) for leaf, a in zip(leaves, axes, strict=False) if a is not None and isinstance(leaf, Tensor)]
+        sizes = {leaf.shape[a] for leaf, a in pairs if a < leaf.dim()}
+        alike = dims_of(leaves) == dims
+        if count not in sizes:
+            if alike:
+                found = " and ".join(map(str, sorted(sizes)))
+                raise ValueError(
+                    f"TapsModel: tasks must have one id a sample, got {count} ids and an input of {found} samples"
+                )
+            batch_of(args, kwargs, count)
+        return axes if alike and sizes == {count} else None
 
-    def _in_slices(self, mix: Mix, args: Any, kwargs: Any, most: int) -> Any:
+    def _in_slices(self, mix: Mix, args: Any, kwargs: Any, axes: list[int | None], most: int) -> Any:
         assert self.slicing is not None and self.slicing.output_axes is not None
 
         def run(samples: slice | Tensor, own_args: Any, own_kwargs: Any) -> Any:
             return self._run(self.context.part(mix, samples), own_args, own_kwargs)
 
-        axes = self.input_axes(args, kwargs, mix.batch.size)
         return in_slices(run, mix.batch, args, kwargs, axes, self.slicing.output_axes, most)
 
     def checkpoint_context(self) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ._regions import Region, regions
 from .convert import Row
-from .formats import Delta, Format
+from .formats import Format
 from .nn.context import Selection
 from .nn.layer import TapsLayer
 from .sharing import readable_bytes
@@ -97,7 +98,6 @@ class Preparation:
     found: list[Row] = field(default_factory=list)
     baked_bytes: int = 0
     regions: list[Region] = field(default_factory=list)
-    kept: Originals | None = None
     types: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -151,28 +151,37 @@ def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, 
         raise ValueError("TapsModel.prepare_inference: the model must be in eval mode, got one in training mode")
     unprepare(model)
     report = Preparation(originals, types={row.path: row.type for row in model.conversion.rows})
-    tasks = model.context.tasks
-    with torch.inference_mode(False), torch.no_grad():
-        _bake(model, report, bake)
-        for layer in model.conversion.layers.values():
-            layer.freeze(tasks)
-        for found in regions(model.model, tasks):
-            if isinstance(found, Region):
-                found.module.__dict__["forward"] = found
-                report.regions.append(found)
-            else:
-                path, why = found
-                report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
-    model.context.frozen = True
     model.prepared = report
-    if args or kwargs:
-        previous = model.context.enter(Selection())
-        try:
-            with torch.no_grad():
-                model.model(*args, **kwargs)
-        finally:
-            model.context.enter(previous)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _change(model, report, bake)
+        if args or kwargs:
+            previous = model.context.enter(Selection())
+            try:
+                with torch.no_grad():
+                    model.model(*args, **kwargs)
+            finally:
+                model.context.enter(previous)
+    except BaseException:
+        if not any(originals == "discard" and layer.baked for layer in model.conversion.layers.values()):
+            unprepare(model)
+        raise
     return report
+
+
+def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
+    _bake(model, report, bake)
+    tasks = model.context.tasks
+    for layer in model.conversion.layers.values():
+        layer.freeze(tasks)
+    for found in regions(model.model, tasks):
+        if isinstance(found, Region):
+            found.module.__dict__["forward"] = found
+            report.regions.append(found)
+        else:
+            path, why = found
+            report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
+    model.context.frozen = True
 
 
 def unprepare(model: PreparedModel) -> None:
@@ -180,26 +189,17 @@ def unprepare(model: PreparedModel) -> None:
     report = model.prepared
     if report is None:
         return
-    baked = [(path, layer, task) for path, layer in model.conversion.layers.items() for task in sorted(layer.baked)]
-    if baked and report.kept is not None:
-        report.kept.read(_name(*baked[0][::2]))  # raises before anything changes
+    baked = [(layer, task) for layer in model.conversion.layers.values() for task in layer.baked]
+    for layer, task in baked[:1]:
+        layer.original(task)  # raises before anything changes
     with torch.inference_mode(False):
-        for path, layer, task in baked:
-            layer.unbake(task, report.kept.read(_name(path, task)))  # type: ignore[union-attr]
+        for layer, task in baked:
+            layer.unbake(task)
     for layer in model.conversion.layers.values():
         layer.thaw()
     detach_regions(model.model)
     model.context.frozen = False
     model.prepared = None
-
-
-def original(model: PreparedModel, path: str, layer: TapsLayer, task: str) -> Delta:
-    """The delta of ``task``, also while its place holds a whole weight."""
-    if task not in layer.baked:
-        return layer.delta(task)
-    assert model.prepared is not None and model.prepared.kept is not None
-    found: Tensor = model.prepared.kept.read(_name(path, task))
-    return found
 
 
 @contextlib.contextmanager
@@ -235,7 +235,11 @@ def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
         small = [task for task in opened if isinstance(layer.delta(task), Format)]
         if small:
             report.found.append(Row(path, kind, "left", f"not baked for {', '.join(small)}: compressed"))
-        opened = [task for task in opened if task not in small]
+        fixed = [task for task in opened if task not in small and layer.deltas[task].is_inference()]
+        if fixed:
+            why = "made under torch.inference_mode, so it cannot be changed"
+            report.found.append(Row(path, kind, "left", f"not baked for {', '.join(fixed)}: {why}"))
+        opened = [task for task in opened if task not in (*small, *fixed)]
         if not opened:
             continue
         if bake is False:
@@ -245,12 +249,7 @@ def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
         else:
             chosen += [(path, layer, task) for task in opened]
             report.found.append(Row(path, kind, "baked", f"for {', '.join(opened)}"))
-    tensors = {_name(path, task): layer.deltas[task] for path, layer, task in chosen}
-    report.kept = Originals(report.originals, tensors)
-    report.baked_bytes = report.kept.bytes
-    for _, layer, task in chosen:
-        layer.bake(task)
-
-
-def _name(path: str, task: str) -> str:
-    return f"{path}.{task}"
+    kept = Originals(report.originals, {f"{path}.{task}": layer.deltas[task] for path, layer, task in chosen})
+    report.baked_bytes = kept.bytes
+    for path, layer, task in chosen:
+        layer.bake(task, functools.partial(kept.read, f"{path}.{task}"))

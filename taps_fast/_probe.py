@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ._prepare import own_forwards
-from ._slices import Slicing
+from ._slices import Slicing, dims_of
 from .nn.context import Layout, Selection
 from .nn.layer import TapsLayer
 
@@ -62,9 +62,9 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
     with _undisturbed(model), own_forwards(model):
-        samples = [(leaf, leaf, leaf) if a is None else _samples(leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
-        one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
         try:
+            samples = [(t, t, t) if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
+            one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
@@ -80,7 +80,7 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
     given, made = (sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (one, single))
     work = largest.all_bytes / max(2 * given + 4 * made, 1)
-    model.slicing = Slicing(axes, output_axes, largest.bytes / max(numel, 1), work)
+    model.slicing = Slicing(axes, dims_of(leaves), output_axes, largest.bytes / max(numel, 1), work)
     mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
     mixing += [first for _, first in disturbed if first is not None]
     model.meeting = mixing[0] if mixing else None if apart else "its output"

@@ -31,12 +31,19 @@ class Slicing(NamedTuple):
 
     input_axes: list[int | None]
     """The batch axis of each part of the input."""
+    input_dims: list[int | None]
+    """How many axes each part has; None: it is no tensor."""
     output_axes: list[int] | None
     """The batch axis of each tensor in the output; None: not known, or samples meet in it."""
     bytes_per_element: float
     """What the layer with the largest activations reads and writes of a sample, for each element of the input."""
     work: float
     """What all layers read and write of a sample, over what slices copy of it: the input, and the output twice."""
+
+
+def dims_of(leaves: list[Any]) -> list[int | None]:
+    """How many axes each has; None: it is no tensor."""
+    return [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def images_a_slice(

@@ -19,7 +19,7 @@ from ._probe import batch_of, probe
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, TaskNames
-from .nn.head import new_head
+from .nn.head import check_head, new_head
 from .sharing import Sharing
 
 
@@ -116,8 +116,8 @@ class TapsModel(PreparedModel):
             ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
-            ValueError: an unknown task, ids out of range or that do not divide the batch, several tasks and none
-                said, a layer whose batch axis is not known, samples that would change each other (see `probe`).
+            ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer
+                whose batch axis is not known, samples that would change each other (see `probe`).
         """
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
@@ -128,18 +128,19 @@ class TapsModel(PreparedModel):
         count = selection.mix.batch.size
         if count and not self.probed:
             probe(self, args, kwargs, batch_of(args, kwargs, count))
-        elif selection.uniform or not count:
-            self.input_axes(args, kwargs, count)  # no layer will look at the ids
+        axes = self.input_axes(args, kwargs, count)
         self._apart(selection)
-        most = None if first is None or self.training else self.slice_of(first, count, selection.mix.batch)
-        if most is None:
-            return self._run(selection, args, kwargs)
-        return self._in_slices(selection.mix, args, kwargs, most)
+        if first is not None and axes is not None and not self.training:
+            most = self.slice_of(first, count, selection.mix.batch)
+            if most is not None:
+                return self._in_slices(selection.mix, args, kwargs, axes, most)
+        return self._run(selection, args, kwargs)
 
     def set_task(self, task: str | None) -> None:
-        """The task of forwards that name none; None: none, so that they must name one."""
-        self.context.default = None if task is None else self.context.check(task)
+        """The task of forwards that name none ("base": no task's); None: none, so that they must name one."""
+        self.context.default = task if task in (None, BASE_NAME) else self.context.check(task)
 
+    @torch.inference_mode(False)
     def add_task(
         self, task: str, classes: int | None = None, *, head: nn.Module | None = None, deltas: bool = True
     ) -> None:
@@ -152,7 +153,9 @@ class TapsModel(PreparedModel):
             deltas: False: norms and head alone, on the base's weights, until `reopen`.
 
         Raises:
-            ValueError: a name in use or that cannot be a parameter's, or a head where the model has no ``head=``.
+            ValueError: a name in use or that cannot be a parameter's, a head where the model has no ``head=``, or
+                classes that are no whole number of at least 1; TypeError: a head that is no module. Then nothing has
+                changed.
 
         Cost: one delta for each adapted layer; the tasks there are do not matter.
         """
@@ -167,6 +170,8 @@ class TapsModel(PreparedModel):
             if head is not None:
                 raise ValueError("TapsModel.add_task: classes or head must be given, got both")
             head = new_head(own.base, classes, own.path)
+        if own is not None:
+            check_head(head, own.path)
         self.context.add(task)
         for layer in self.conversion.layers.values():
             layer.add_task(task, delta=deltas)
@@ -315,6 +320,7 @@ class TapsModel(PreparedModel):
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)
 
+    @torch.inference_mode(False)
     def load_task(
         self, folder: str | os.PathLike[str], *, name: str | None = None, head: nn.Module | None = None
     ) -> Loaded:
@@ -338,6 +344,7 @@ class TapsModel(PreparedModel):
         _folder.refuse_sharded(self, "load_task")
         return _folder.load(self, folder, name, head)
 
+    @torch.inference_mode(False)
     def compress(self, task: str, format: str, *, rank: int | None = None, inputs: Tensor | None = None) -> Compression:
         """Replaces the open deltas of ``task`` by ones that take less memory.
 
@@ -363,6 +370,7 @@ class TapsModel(PreparedModel):
         self._unprepared("compress")
         return _compress.compress_task(self, self.context.check(task), format, rank, inputs)
 
+    @torch.inference_mode(False)
     def load_lora(
         self, folder: str | os.PathLike[str], name: str, classes: int | None = None, *, head: nn.Module | None = None
     ) -> Loaded:

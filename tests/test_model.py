@@ -181,6 +181,8 @@ def test_default_and_active_task():
         model(x)
     model.set_task("cars")
     assert torch.equal(model(x), model(x, tasks="cars"))
+    model.set_task("base")
+    assert torch.equal(model(x), model(x, tasks="base"))
     model.set_task(None)
     for task in ("dogs", "cars"):
         model.remove_task(task)
@@ -198,7 +200,7 @@ def test_default_and_active_task():
         (lambda m: m(images(3), tasks=[0, 1]), "one id a sample, got 2 ids and no input"),
         (
             lambda m: (m.probe(images(2)), m(images(3), tasks=[0, 1])),
-            "conv1: tasks must divide its batch: rows % ids == 0",
+            "one id a sample, got 2 ids and an input of 3 samples",
         ),
         (lambda m: m.merge("cub"), "did you mean 'cubs'"),
         (lambda m: m.set_task("cub"), "did you mean 'cubs'"),
@@ -353,3 +355,41 @@ def test_a_first_batch_without_samples(net, ids):
     with pytest.raises(ValueError, match="tasks must have one id a sample, got 0 ids"):
         model(x, tasks=ids)
     assert y.shape == model(x, tasks=[0, 1, 2, -1])[:0].shape
+
+
+class Weighs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, weights=None):
+        h = self.a(x).relu()
+        return self.b(h if weights is None else h * weights)
+
+
+@pytest.mark.parametrize("slice", [None, 2])
+@pytest.mark.parametrize("ids", [["cubs", None, "cars", "cubs"], ["cubs"] * 4], ids=["mixed", "one task"])
+def test_an_optional_input_comes_and_goes(slice, ids):
+    x, weights = (torch.randn(4, n, dtype=torch.float64) for n in (5, 1))
+    for first, second in ((weights, None), (None, weights), (weights, weights[:1])):
+        model = three_tasks(Weighs(), head=None, slice=slice)
+        model(x, first, tasks=ids)
+        y = model(x, second, tasks=ids)
+        for i, task in enumerate(ids):
+            own = second if second is None or len(second) == 1 else second[i : i + 1]
+            torch.testing.assert_close(y[i : i + 1], model.merge(task or "base")(x[i : i + 1], own))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("count", [0, 3, 7])
+def test_ids_are_counted_whatever_they_are(count, grad):
+    """Also where no layer is open, and where as many ids as features are given."""
+    x = torch.randn(6, 7)
+    for score in (0.0, 1.0):
+        model = TapsModel(nn.Linear(7, 2), ["cubs", "cars"]).eval()
+        model.probe(x)
+        for task in model.tasks:
+            model.conversion.layers[""].scores[task].data.fill_(score)
+        for ids in ([0] * count, [-1] * count, ([0, 1] * 4)[:count]):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"{count} ids and an input of 6"):
+                model(x, tasks=ids)

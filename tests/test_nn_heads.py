@@ -36,6 +36,10 @@ def mlp(classes):
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, classes))
 
 
+def pooled(classes):
+    return nn.Sequential(nn.Dropout(0.0), nn.Conv2d(6, classes, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+
+
 HEADS = {
     "widths": (nn.Linear(6, 7), [nn.Linear(6, 3), nn.Linear(6, 9), nn.Linear(6, 3)], 9, (8, 6)),
     "base width": (nn.Linear(6, 7), [nn.Linear(6, 7), nn.Linear(6, 2), nn.Linear(6, 7)], 7, (8, 6)),
@@ -51,6 +55,8 @@ HEADS = {
     "rows": (nn.Linear(6, 2), [nn.Linear(6, n) for n in (4, 5, 5)], 5, (24, 6)),
     "own": (nn.Linear(6, 2), [mlp(3), nn.Linear(6, 4), mlp(8)], 8, (8, 6)),
     "conv": (nn.Conv2d(6, 2, 1), [nn.Conv2d(6, n, 1) for n in (4, 5, 3)], 5, (8, 6, 3, 2)),
+    "conv in a container": (pooled(2), [pooled(n) for n in (4, 5, 3)], 5, (8, 6, 3, 2)),
+    "conv1d": (nn.Conv1d(6, 2, 1), [nn.Conv1d(6, n, 1) for n in (4, 5, 3)], 5, (8, 6, 3)),
 }
 
 
@@ -60,7 +66,7 @@ def test_mixed_batch_is_the_separate_heads(name):
     head = make(base, heads)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = mixed(head, x)
-    axis = 1 if name == "conv" else -1
+    axis = 1 if name.startswith("conv") else -1
     assert y.shape[axis] == widest and list(head.widths) == TASKS
     dy = torch.randn_like(y)
     y.nan_to_num(neginf=0.0).backward(dy)
@@ -112,3 +118,23 @@ def test_heads_in_a_model():
     with pytest.raises(ValueError, match=r"classes and head must go with TapsModel\(..., head=<path>\)"):
         TapsModel(nn.Linear(2, 2)).add_task("cubs", 3)
     assert model.tasks == ["cubs", "cars", "dogs"]
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.5, True, "3"])
+def test_refused_classes_leave_no_task(classes):
+    model = TapsModel(nn.Linear(4, 6), head="")
+    with pytest.raises(ValueError, match=f"classes must be a whole number of at least 1, got {classes!r}"):
+        model.add_task("cubs", classes)
+    assert not model.tasks
+
+
+def test_a_head_that_is_no_module_leaves_no_task(tmp_path):
+    model = TapsModel(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), ["cubs"], head="1")
+    model.save_task("cubs", tmp_path / "cubs")
+    for add in (
+        lambda: model.add_task("cars", head="x"),
+        lambda: model.load_task(tmp_path / "cubs", name="cars", head="x"),
+    ):
+        with pytest.raises(TypeError, match="1: head must be an nn.Module, got 'x'"):
+            add()
+    assert model.tasks == ["cubs"] and model.conversion.layers["0"].scores.keys() == {"cubs"}

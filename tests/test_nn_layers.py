@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TaskBatch
+from taps_fast.formats import SignBits
 from taps_fast.nn import gates
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -159,7 +160,7 @@ def test_default_task():
         ("cub", r"task must be one of its tasks, got 'cub' \(did you mean 'cubs'\? known: cubs, cars\)"),
         (["cubs", "birds", "cubs"], r"got 'birds' \(known: cubs, cars\)"),
         ([0, 1, 2], r"tasks must be ids in \[-1, 2\), -1 being the base, got 2"),
-        ([0, 1], r"rows % ids == 0, got 2 ids \(x \(3, 5\) has 3 rows along axis 0"),
+        ([0, 1], r"rows % ids == 0, got 2 ids and 3 rows along axis 0"),
         (TaskBatch.from_ids([0, 0, 0], 1), r"TaskBatch of 2 tasks, got one of 1"),
     ],
 )
@@ -253,6 +254,10 @@ def test_state_dicts(kind):
     assert torch.equal(layer.deltas["cubs"], deltas) and list(state) == ["weight", "bias"]
     with pytest.raises(RuntimeError, match="size mismatch for base"):
         layer.load_state_dict({"weight": torch.zeros(1, 1), "bias": ordinary.bias})
+    with pytest.raises(RuntimeError, match='Missing key.* "base_bias". $'):
+        layer.load_state_dict({"weight": ordinary.weight})
+    layer.set_delta("cubs", SignBits.from_dense(deltas))
+    layer.load_state_dict(state)
 
 
 def test_only_the_tasks_train():
@@ -344,3 +349,18 @@ def test_without_gradients_gates_are_read_to_the_same_result(dtype, ids):
     assert ("a" in ([ids] if isinstance(ids, str) else ids)) == (
         not torch.equal(trained, layer(x, tasks="base").detach())
     )
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("score", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "layer", [FastTapsLinear(4, 2, tasks=["cubs", "cars"]), FastTapsConv2d(4, 2, 1, tasks=["cubs", "cars"])]
+)
+def test_ids_are_counted_whatever_they_are(layer, score, grad):
+    x = torch.randn(2, 4) if isinstance(layer, FastTapsLinear) else torch.randn(2, 4, 1, 1)
+    for own in layer.scores.values():
+        own.data.fill_(score)
+    for ids in ([], [0, 0, 0], [-1, -1, -1], [0, 1, 0]):
+        for tasks in (ids, TaskBatch.from_ids(ids, 2)):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"got {len(ids)} ids and 2 rows"):
+                layer(x, tasks=tasks)

@@ -79,7 +79,7 @@ def test_prepared_and_compressed():
     ids = ["cars", "base", "cubs", "cars"]
     before = model(x, tasks=ids)
     model.prepare_inference()
-    assert model.conversion.layers["fc"].baked == {"cubs"}
+    assert model.conversion.layers["fc"].baked.keys() == {"cubs"}
     torch.testing.assert_close(model(x, tasks=ids), before)
     torch.testing.assert_close(model(x[:1], tasks="cars"), before[:1])
     model.unprepare()

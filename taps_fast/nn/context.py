@@ -16,6 +16,11 @@ from ..tasks import BASE, TaskBatch
 BASE_NAME = "base"
 """What a user writes for a sample that no task claims."""
 
+PREPARED = (
+    "the model must not be prepared for inference, got one that is (unprepare() first, and prepare_inference() again "
+    "afterwards)"
+)
+
 TaskNames = str | Sequence[str | int | None] | Tensor | TaskBatch
 
 
@@ -87,7 +92,7 @@ class TaskContext:
     def resolve(self, tasks: TaskNames | None, device: torch.device | None = None) -> Selection:
         """What ``tasks`` says: a name, one name a sample, ids, or nothing (the default task)."""
         if tasks is None:
-            return Selection(self._default())
+            tasks = self._default()
         if isinstance(tasks, str):
             return Selection(None if tasks == BASE_NAME else self.check(tasks))
         if isinstance(tasks, TaskBatch):
@@ -121,8 +126,8 @@ class TaskContext:
         elif len(present) < batch.num_tasks:
             batch = batch.only(present)
         mix = Mix(batch if device is None else batch.to(device), tuple(names[t] for t in present))
-        uniform = len(found) == 1
-        return Selection(names[found[0]] if uniform and found[0] != BASE else None, mix, uniform)
+        task = names[found[0]] if len(found) == 1 and found[0] != BASE else None
+        return Selection(task, mix, uniform=len(found) <= 1)
 
     def _id(self, task: str | int | None) -> int:
         if task is None:
@@ -136,14 +141,14 @@ class TaskContext:
             pass
         raise TypeError(f"{self.owner}: tasks must be a name or id for each sample, got {task!r} for a sample")
 
-    def _default(self) -> str | None:
+    def _default(self) -> str:
         if self.default is not None:
             return self.default
         if len(self.tasks) > 1:
             raise ValueError(
                 f"{self.owner}: tasks must be said where there are several, got None (tasks: {', '.join(self.tasks)})"
             )
-        return self.tasks[0] if self.tasks else None
+        return self.tasks[0] if self.tasks else BASE_NAME
 
     @property
     def active(self) -> Selection | None:
@@ -208,6 +213,19 @@ class Located:
 
     def _locate_in(self, context: TaskContext, path: str) -> None:
         self.context, self.path, self.layouts = context, path, {}
+
+    def _unprepared(self, function: str) -> None:
+        """Refuses what the tables of a prepared model would not follow; parts of it can be reached one by one."""
+        if self.context.frozen:
+            raise RuntimeError(f"{self.path}.{function}: {PREPARED}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._unprepared("to")
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unprepared("load_state_dict")
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
 
     def selected(self, tasks: TaskNames | None = None, device: torch.device | None = None) -> Selection:
         """The selection that applies to this call: said here, else of the running forward, else the default."""

@@ -95,7 +95,7 @@ class FastTapsConv2d(TapsLayer):
         """y [N, O, H', W'] for input [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
         selection = self.selected(tasks, input.device)
         gated = self.gated(selection, grouped=after is not None)
-        batch, _ = self.place(input, gated, None if tasks is None else 0)
+        batch, _ = self.place(input, gated, selection, None if tasks is None else 0)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding, mode=self.padding_mode), (0, 0)

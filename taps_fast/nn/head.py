@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .per_task import PerTask
 
 def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
     """A fresh Linear or Conv2d like ``base`` with ``classes`` outputs."""
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
+        raise ValueError(f"{path}: classes must be a whole number of at least 1, got {classes!r}")
     like: dict[str, Any] = {"bias": getattr(base, "bias", None) is not None}
     if isinstance(base, nn.Linear):
         return nn.Linear(base.in_features, classes, **like, device=base.weight.device, dtype=base.weight.dtype)
@@ -36,15 +39,26 @@ def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
     )
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def last_layer(module: nn.Module) -> Any:
+    """The Linear or convolution that a head ends in: itself, or the last one inside; None where there is none."""
+    layers = [child for child in module.modules() if isinstance(child, (nn.Linear, *CONVOLUTIONS))]
+    return layers[-1] if layers else None
+
+
+def check_head(head: object, path: str) -> None:
+    """Only a module can be a head; None: there will be one."""
+    if not (head is None or isinstance(head, nn.Module)):
+        raise TypeError(f"{path}: head must be an nn.Module, got {head!r}")
+
+
 def width_of(module: nn.Module) -> int | None:
-    """How many outputs a head has: its own, or those of the last layer inside; None where that is unknown."""
-    last = None
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            last = child.out_features
-        elif isinstance(child, nn.Conv2d):
-            last = child.out_channels
-    return last
+    """How many outputs a head has; None where that is unknown."""
+    last = last_layer(module)
+    width: int | None = getattr(last, "out_channels" if isinstance(last, CONVOLUTIONS) else "out_features", None)
+    return width
 
 
 class TaskHead(PerTask):
@@ -84,7 +98,7 @@ class TaskHead(PerTask):
         return super().mixed(x, mix, layout, *args, **kwargs)
 
     def finish(self, y: Tensor) -> Tensor:
-        axis = 1 if isinstance(self.base, nn.Conv2d) else y.dim() - 1
+        axis = 1 if isinstance(last_layer(self.base), CONVOLUTIONS) else y.dim() - 1
         missing = max(self.widest - y.shape[axis], 0)
         return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing), value=-torch.inf)
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +15,13 @@ from ..formats import Delta, Format
 from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta
-from .context import Located, Mix, Selection, TaskContext
+from .context import Layout, Located, Mix, Selection, TaskContext
+from .gated import Frozen, Gated
 from .mixed_weight import MixedWeight
 from .owned import Owned, Scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Gated(NamedTuple):
-    """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
-
-    base: Tensor
-    deltas: list[Delta]
-    coeffs: Tensor
-    bias: Tensor | None
-    tasks: TaskBatch | None = None
-    pairs: list[tuple[int, int]] | None = None
-    base_coeffs: Tensor | None = None
-
-    @property
-    def weight(self) -> tuple[Tensor, list[Delta], Tensor, Tensor | None]:
-        """base, deltas, coeffs and bias."""
-        return self[:4]
-
-    def options(self, batch: TaskBatch | None) -> dict[str, Any]:
-        """The arguments by name, for the ids along the input's batch axis."""
-        return {"tasks": batch, "pairs": self.pairs, "base_coeffs": self.base_coeffs}
-
-    def detached(self) -> Gated:
-        """The same values, of which nothing is recorded."""
-        bias = None if self.bias is None else self.bias.detach()
-        deltas = [delta.detach() for delta in self.deltas]
-        return self._replace(base=self.base.detach(), deltas=deltas, coeffs=self.coeffs.detach(), bias=bias)
-
-
-class Frozen(NamedTuple):
-    """What `Gated` is for every selection, made once for inference."""
-
-    single: dict[str | None, Gated]
-    mixed: Gated
-    """Of all tasks; lacks ``tasks``, which come with each batch."""
 
 
 class TapsLayer(Located, nn.Module):
@@ -91,8 +57,8 @@ class TapsLayer(Located, nn.Module):
         self._locate_in(TaskContext(name) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
-        self.baked: set[str] = set()
-        """Tasks whose "delta" is, for inference, their whole weight."""
+        self.baked: dict[str, Callable[[], Tensor]] = {}
+        """Tasks whose "delta" is, for inference, their whole weight; and what reads the delta that was there."""
 
     @classmethod
     def _adapting(cls, module: nn.Module, tasks: Iterable[str], context: TaskContext | None, *settings: Any) -> Self:
@@ -119,6 +85,7 @@ class TapsLayer(Located, nn.Module):
             self.context.add(task)
             self.add_task(task)
 
+    @torch.inference_mode(False)
     def add_task(self, task: str, *, score: float | None = None, delta: bool = True) -> None:
         """Gives ``task`` a score and, with ``delta``, a zero delta, where it has none yet."""
         if task not in self.scores:
@@ -263,16 +230,29 @@ class TapsLayer(Located, nn.Module):
         self.frozen = None
 
     @torch.no_grad()
-    def bake(self, task: str) -> None:
-        """Puts the whole weight of ``task`` where its dense delta was. Whoever calls this keeps the delta."""
-        self.deltas[task].copy_(self.effective(task)[0])
-        self.baked.add(task)
+    def bake(self, task: str, original: Callable[[], Tensor]) -> None:
+        """Puts the whole weight of ``task`` where its dense delta was, which ``original`` reads from then on."""
+        whole = self.effective(task)[0]
+        self.baked[task] = original  # first, so that an interrupt finds what to put back
+        self.deltas[task].copy_(whole)
 
     @torch.no_grad()
-    def unbake(self, task: str, delta: Tensor) -> None:
-        """Puts ``delta`` back."""
-        self.deltas[task].copy_(delta)
-        self.baked.remove(task)
+    def unbake(self, task: str) -> None:
+        """Puts the delta of ``task`` back."""
+        self.deltas[task].copy_(self.baked[task]())
+        del self.baked[task]
+
+    def original(self, task: str) -> Delta:
+        """The delta of ``task``, also while its place holds a whole weight."""
+        return self.baked[task]() if task in self.baked else self.delta(task)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.state_dict``; while the model is prepared too it holds the deltas."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for task, original in self.baked.items():
+            state[f"{prefix}deltas.{task}"] = original()
+        return state
 
     def _open(self, selection: Selection) -> Gated:
         """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
@@ -336,12 +316,16 @@ class TapsLayer(Located, nn.Module):
         pairs = [(t, k) for k, t in enumerate(places)]
         return Gated(self.base, [self.delta(task) for task in mine], table, bias, batch, pairs)
 
-    def place(self, x: Tensor, gated: Gated, batch_dim: int | None) -> tuple[TaskBatch | None, int]:
+    def place(
+        self, x: Tensor, gated: Gated, selection: Selection, batch_dim: int | None
+    ) -> tuple[TaskBatch | None, int]:
         """The ids along x's batch axis, and that axis: ``batch_dim`` where the caller said ids, else the probe's."""
-        if gated.tasks is None or batch_dim is not None:
-            return gated.tasks, batch_dim or 0
-        layout = self.layout(x, gated.tasks)
-        return layout.spread(gated.tasks, x.shape[layout.axis], self.path), layout.axis
+        mix = selection.mix
+        if mix is None or (gated.tasks is None and batch_dim is None):
+            return None, 0
+        layout = self.layout(x, mix.batch) if batch_dim is None else Layout(batch_dim)
+        spread = layout.spread(mix.batch, x.shape[layout.axis], self.path)  # counts them, needed or not
+        return (None, 0) if gated.tasks is None else (spread, layout.axis)
 
     def run(self, operation: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """``operation``, with this layer named in what it raises."""
@@ -355,13 +339,14 @@ class TapsLayer(Located, nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's."""
+        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's, tasks stay."""
         if prefix + "weight" in state_dict:
             for ordinary, own in self._stored.items():
                 if prefix + ordinary in state_dict:
                     state_dict[prefix + own] = state_dict.pop(prefix + ordinary)
-            for name, value in self.named_parameters():
-                state_dict.setdefault(prefix + name, value.detach())
+            for name in ("deltas", "bias_deltas", "scores"):
+                for key, value in getattr(self, name).state_dict(prefix=f"{prefix}{name}.").items():
+                    state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

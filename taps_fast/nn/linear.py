@@ -93,7 +93,7 @@ class FastTapsLinear(TapsLayer):
         """
         selection = self.selected(tasks, input.device)
         gated = self.gated(selection, grouped=after is not None)
-        batch, axis = self.place(input, gated, None if tasks is None else batch_dim)
+        batch, axis = self.place(input, gated, selection, None if tasks is None else batch_dim)
         options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
         return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
 

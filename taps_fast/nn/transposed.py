@@ -52,7 +52,7 @@ class TransposedLinear(TapsLayer):
         """y [..., O] for x [..., I]; ``after`` is what `TapsModel.prepare_inference` folds into this layer."""
         selection = self.selected(None, x.device)
         gated = self.gated(selection, grouped=after is not None)
-        batch, axis = self.place(x, gated, None)
+        batch, axis = self.place(x, gated, selection, None)
         deltas = [(d.dense(x.dtype) if isinstance(d, Format) else d).t() for d in gated.deltas]
         options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
         return self.run(delta_linear, x, gated.base.t(), deltas, gated.coeffs, gated.bias, batch_dim=axis, **options)

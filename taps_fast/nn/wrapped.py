@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ..functional import delta_conv2d, delta_linear
 from .context import Layout, TaskContext, task_by_task
 from .folded import Epilogue
-from .layer import Gated, TapsLayer, fill
+from .gated import Gated
+from .layer import TapsLayer, fill
 from .mixed_weight import METADATA
 
 

@@ -44,7 +44,7 @@ def backbone(spec: str, *, pretrained: bool = True, weights: Path | None = None)
         raise TrainError(f"train: backbone {spec!r} needs {error.name}, which is not installed ({error})") from None
     except TrainError:
         raise
-    except (ValueError, RuntimeError, OSError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise TrainError(f"train: backbone {spec!r} cannot be made: {error}") from error
     if not isinstance(found, nn.Module):
         raise TrainError(f"train: backbone must be an nn.Module, got a {type(found).__name__} from {spec!r}")

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ..model import TapsModel
-from .backbone import backbone, head_of
+from ..nn import TaskContext
+from .backbone import backbone, head_of, logits_of
 from .data import Images, TrainError, load
 from .loop import BEST, CHECKPOINT, LAST, LOG, Recipe, Training
 from .pieces import Point, tradeoff
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains; 0: done, 2: it could not, with the reason on standard error."""
     task = args.task or args.out.name
     try:
-        device = torch.device(args.device)
+        _check_name(task)
+        device = _device(args.device)
         images, test = load(args.data, args.image_size, args.test, args.hold_out, args.seed)
         print(f"{task}: {len(images)} training and {len(test)} test images of {len(images.names)} classes", flush=True)
         points = [_train(args, task, lam, images, test, device) for lam in args.lam]
@@ -104,6 +106,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"python -m taps_fast train: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_name(task: str) -> None:
+    try:
+        TaskContext("train").add(task)
+    except ValueError as error:
+        raise TrainError(f"{error} (--task says it, else --out)") from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, a PyTorch without it, a machine without it
+        reason = str(error).partition("\n")[0]
+        raise TrainError(f"train: device must be one that PyTorch has here, got {name!r} ({reason})") from None
 
 
 def _train(
@@ -119,6 +136,9 @@ def _train(
         model.add_task(task, classes=len(images.names))
     except ValueError as error:  # a head that is none, a name that cannot be a parameter's
         raise TrainError(f"train: {error}") from error
+    dtypes = (parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
+    images.dtype = test.dtype = next(dtypes, torch.float32)
+    _try(model, task, images, device, head)
     options = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if name != "lam"}
     training = Training(
         model,
@@ -137,6 +157,24 @@ def _train(
     point = training.run(lambda line: print(line, flush=True))
     print(f"best: accuracy {point.accuracy:.1%} with {point.parameters:.1%} of the base's parameters, in {out / BEST}")
     return point
+
+
+def _try(model: TapsModel, task: str, images: Images, device: torch.device, head: str) -> None:
+    """One image through the network: what it cannot take is said before it trains."""
+    x, classes = images[0][0][None].to(device), len(images.names)
+    given = f"(--head {head}, an input {tuple(x.shape)} of {images.source})"
+    try:
+        with torch.no_grad():
+            logits = logits_of(model.eval()(x, tasks=task))
+    except TrainError:
+        raise
+    except Exception as error:  # whatever a network raises
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TrainError(f"train: the network must run on an image, got {reason} {given}") from error
+    if logits.shape != (1, classes):
+        raise TrainError(
+            f"train: the network must return one logit a class, {(1, classes)}, got {tuple(logits.shape)} {given}"
+        )
 
 
 def _number(text: str, rule: str, fits: bool) -> None:

@@ -32,6 +32,9 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         names: of the classes.
         size: pixels a side.
 
+    Attributes:
+        dtype: the model's, which images and floating-point inputs are brought to; None: they stay as they are.
+
     Raises:
         TrainError: nothing in it; labels that are not one integer of [0, classes) an image.
     """
@@ -40,11 +43,12 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         self, source: str, items: Sequence[Path] | Tensor, labels: Tensor, names: Sequence[str], size: int
     ) -> None:
         self.source, self.items, self.labels, self.names, self.size = source, items, labels, list(names), size
+        self.dtype: torch.dtype | None = None
         self.augmented = False
         self.seed = self.epoch = 0
         if len(items) == 0:
             raise TrainError(f"train: {source} must hold images, got none")
-        if labels.is_floating_point() or labels.shape != (len(items),):
+        if labels.is_floating_point() or labels.is_complex() or labels.shape != (len(items),):
             raise TrainError(
                 f"train: labels of {source} must be one integer an image, got {labels.dtype} of shape "
                 f"{tuple(labels.shape)} ({len(items)} images)"
@@ -67,6 +71,8 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
                 x = self._augment(x, index)
             x = F.interpolate(x[None], (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)[0]
             x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        if self.dtype is not None and x.is_floating_point():
+            x = x.to(self.dtype)
         return x, self.labels[index]
 
     def _augment(self, x: Tensor, index: int) -> Tensor:
@@ -168,13 +174,20 @@ def _read(path: Path, size: int, names: Sequence[str] | None = None) -> Images:
         raise TrainError(
             f"train: {path} must hold 'images' and 'labels', got {', '.join(map(str, tensors)) or 'nothing'}"
         )
-    labels = tensors["labels"]
+    items, labels = tensors["images"], tensors["labels"]
+    if not (isinstance(items, Tensor) and isinstance(labels, Tensor)):
+        raise TrainError(
+            f"train: images and labels of {path} must be tensors, got {type(items).__name__} and "
+            f"{type(labels).__name__}"
+        )
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    labels = labels.long() if whole else labels  # uint16 has no maximum
     if names is None:
-        names = [str(i) for i in range(int(labels.max()) + 1 if labels.numel() else 0)]
-    return Images(str(path), tensors["images"], labels if labels.is_floating_point() else labels.long(), names, size)
+        names = [str(i) for i in range(int(labels.max()) + 1 if whole and labels.numel() else 0)]
+    return Images(str(path), items, labels, names, size)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:

@@ -1,0 +1,118 @@
+"""A prepared model outside its forwards: what it saves, what it refuses, and a preparation that fails."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import ConvNet, images, perturb, three_tasks
+from torch import nn
+
+from taps_fast import FastTapsLinear, TapsModel, _prepare
+from taps_fast.nn.layer import TapsLayer
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("net", [Twice(), nn.Linear(4, 4)], ids=["a layer under two names", "a layer as the model"])
+def test_state_dict(net):
+    model = perturb(TapsModel(net, ["dogs", "cubs"])).eval()
+    model.reopen("cubs")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    part = {key: value.clone() for key, value in model.model.state_dict().items()}
+    model.prepare_inference()
+    assert model.conversion.layers[next(iter(model.conversion.layers))].baked
+    for state, want in ((model.state_dict(), before), (model.model.state_dict(), part)):
+        assert state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("where", [(TapsLayer, "freeze"), (_prepare, "regions")], ids=["freeze", "regions"])
+@torch.no_grad()
+def test_an_interrupt_changes_nothing(where, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model, x = three_tasks(ConvNet()), images(2)
+    before, want = copy.deepcopy(model.state_dict()), model(x, tasks="cubs")
+    monkeypatch.setattr(*where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.prepare_inference()
+    assert model.prepared is None and not any(layer.baked or layer.frozen for layer in model.conversion.layers.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x, tasks="cubs"), want)
+
+
+def test_an_interrupt_while_baking_changes_nothing(monkeypatch):
+    copy_ = torch.Tensor.copy_
+
+    def interrupted(self, *args):
+        monkeypatch.undo()
+        copy_(self, *args)
+        raise KeyboardInterrupt
+
+    model = three_tasks(ConvNet())
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.prepare_inference(originals="memory")
+    assert model.prepared is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_input_that_the_model_cannot_take():
+    model = three_tasks(ConvNet())
+    with pytest.raises((RuntimeError, ValueError), match="channels"):
+        model.prepare_inference(images(2)[:, :2])
+    assert model.prepared is None and not any(layer.baked for layer in model.conversion.layers.values())
+
+
+def test_what_is_made_under_inference_mode_can_be_prepared_and_trained(tmp_path):
+    model, x = three_tasks(ConvNet()), images(2)
+    model.save_task("cubs", tmp_path / "cubs")
+    with torch.inference_mode():
+        model.load_task(tmp_path / "cubs", name="loaded")
+        model.add_task("added", classes=3)
+        model.compress("dogs", "lowrank", rank=1)
+        alone = FastTapsLinear(4, 4)
+        alone.add_tasks(["cubs"])
+        want = model(x, tasks="loaded")
+        torch.testing.assert_close(model.prepare_inference(x) and model(x, tasks="loaded"), want)
+    owned = [p for task in model.train().tasks for group in model.task_parameters(task) for p in group["params"]]
+    assert not any(p.is_inference() for p in (*owned, *alone.deltas.values()))
+
+
+@torch.no_grad()
+def test_a_delta_that_cannot_be_changed_is_not_baked():
+    model, x = three_tasks(ConvNet()), images(2)
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+    want = model(x, tasks="cubs")
+    report = model.prepare_inference()
+    assert not report.of("baked") and "not baked for cubs, dogs: made under torch.inference_mode" in str(report)
+    torch.testing.assert_close(model(x, tasks="cubs"), want)
+
+
+def test_parts_of_a_prepared_model_stay_as_they_are():
+    model = three_tasks(ConvNet())
+    model.prepare_inference()
+    for part in ("", "conv1", "norm1", "fc"):
+        module = model.model.get_submodule(part)
+        for name, call in (
+            ("to", module.half),
+            ("load_state_dict", lambda m=module: m.load_state_dict(m.state_dict())),
+        ):
+            with pytest.raises(RuntimeError, match=f"{part}.{name}: the model must not be prepared for inference"):
+                call()
+    assert {p.dtype for name, p in model.named_parameters() if ".scores." not in name} == {torch.float64}
+    model.unprepare()
+    assert model.half().model.conv1.base.dtype == torch.float16
+    assert model.model.conv1.to_empty(device="meta").base.is_meta
