@@ -227,7 +227,7 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
         def ours(_: int) -> tuple[Tensor, Tensor, Tensor]:
             dx = OPS.linear_dx(dy, w, [d], c, None, None, None, None, 1, "blend")
-            dc, dd, _ = OPS.linear_dw(dy, x, w, [d], c, None, None, None, None, 1, [], [0], True, False)
+            dc, dd, *_ = OPS.linear_dw(dy, x, w, [d], c, None, None, None, None, 1, [], [0], True, False, False)
             return dx, dc, dd[0]
 
         def materialise(_: int) -> tuple[Tensor, Tensor, Tensor]:  # autograd of F.linear(x, w + c * d)
@@ -289,7 +289,7 @@ def rates(args: argparse.Namespace, dtype: torch.dtype) -> None:
             "linear": lambda _: F.linear(x, w),
             "dx": lambda _: OPS.linear_dx(dy, w, [d], c, None, *alone, "blend"),
             "dy @ w": lambda _: dy @ w,
-            "dw": lambda _: OPS.linear_dw(dy, x, w, [d], c, None, *alone, [], [0], True, False),
+            "dw": lambda _: OPS.linear_dw(dy, x, w, [d], c, None, *alone, [], [0], True, False, False),
             "dy.t() @ x": lambda _: dy.t() @ x,
         }
         share = {n: 200 * m * i * o / (ms * 1e6 * top) for n, ms in measure(contenders, args.seconds).items()}

@@ -154,7 +154,7 @@ def weight_gradient(rows: int) -> float:
     layer, g = Layer(rows), torch.Generator(DEVICE).manual_seed(1)
     dy = torch.randn(rows, SIZE, generator=g, device=DEVICE).to(DTYPE)
     one = (dy, layer.x, layer.base, layer.deltas, layer.coeffs, None, None, None, None, 1)
-    call = functools.partial(torch.ops.taps_fast.linear_dw, *one, [], [0], True, False)
+    call = functools.partial(torch.ops.taps_fast.linear_dw, *one, [], [0], True, False, False)
     assert_no_worse_than_torch(call()[1][0], dy.double().T @ layer.x.double(), dy.T @ layer.x)
     took = milliseconds(ours=[call], cublas=[lambda: dy.T @ layer.x])
     return took["cublas"] / took["ours"]

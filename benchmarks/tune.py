@@ -195,7 +195,7 @@ class Measured:
                 return self.linear.linear_fwd(x, *one, None, *none, 1, "split")
             if kernel == "dx":
                 return self.linear.linear_dx(dy, *one, *none, 1, "split")
-            return self.linear.linear_dw(dy, x, *one, *none, 1, [], [0], True, False)[1][0]
+            return self.linear.linear_dw(dy, x, *one, *none, 1, [], [0], True, False, False)[1][0]
 
         def product(wide: torch.dtype, weight: Tensor) -> Tensor:
             if kernel == "split":

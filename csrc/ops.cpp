@@ -246,13 +246,11 @@ Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>
                      inner, algorithm);
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, const Tensor& x, const Tensor& base,
-                                                          const std::vector<Tensor>& deltas, const Tensor& coeffs,
-                                                          const OptionalTensor& base_coeffs, const OptionalTensor& ids,
-                                                          const OptionalTensor& order, const OptionalTensor& offsets,
-                                                          int64_t inner, const std::vector<int64_t>& pairs,
-                                                          const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs,
-                                                          bool need_dbase) {
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> linear_dw(
+    const Tensor& dy, const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
+    const OptionalTensor& base_coeffs, const OptionalTensor& ids, const OptionalTensor& order,
+    const OptionalTensor& offsets, int64_t inner, const std::vector<int64_t>& pairs,
+    const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs, bool need_dbase, bool need_dbias) {
   const char* op = "linear_dw";
   const Layout in(x), weights(base);
   Inputs inputs(op, in.dtype);
@@ -269,7 +267,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, cons
   const int64_t tasks = ids ? groups.tasks : 1, num_deltas = deltas.size();
   const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks);
 
-  Wanted wanted{need_dcoeffs, pairs, ddeltas_for, {}, {nullptr, in_features}};
+  Wanted wanted{need_dcoeffs, pairs, ddeltas_for, {}, {nullptr, in_features}, nullptr};
   for (int64_t pair : pairs)
     check(0 <= pair && pair < tasks * num_deltas, op, ": pairs must be in [0, ", tasks * num_deltas, "), got ", pair);
   std::vector<Tensor> ddeltas;
@@ -282,13 +280,21 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> linear_dw(const Tensor& dy, cons
   if (need_dbase) wanted.dbase.data = dbase.mutable_data_ptr();
   Tensor dcoeffs =
       need_dcoeffs ? torch::stable::new_zeros(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
-  if (out_features > 0 && in_features > 0) {
+  const ScalarType wide = weight.wide ? ScalarType::Double : ScalarType::Float;
+  Tensor dbias = need_dbias ? torch::stable::new_zeros(x, {ids ? tasks + 1 : 1, out_features}, wide)
+                            : torch::stable::new_empty(x, {0}, wide);
+  if (need_dbias) wanted.dbias = dbias.mutable_data_ptr();
+  if (in_features == 0) {  // there is nothing but dy to read
+    wanted = {false, {}, {}, {}, {nullptr, 0}, wanted.dbias};
+    p.cols = 1;
+  }
+  if (out_features > 0 && (in_features > 0 || need_dbias)) {
     const int threads = torch::stable::get_num_threads();
     plan.finish(weight, groups, wanted, rows, threads, kernels());
     run(p, kernels().weight_gradient, plan.workspace_bytes(kernels()), threads);
     if (need_dcoeffs) plan.reduce(dcoeffs.mutable_data_ptr(), weight.wide);
   }
-  return {dcoeffs, ddeltas, dbase};
+  return {dcoeffs, ddeltas, dbase, dbias};
 }
 
 std::string cpu_isa() { return kernels().name; }

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taps_fast.tasks import sums_of_rows
+
 from . import _configs
 from ._arguments import cdiv, grid, pointers, table, triton_dtype
 from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
@@ -36,26 +38,28 @@ def linear_dw(
     ddeltas_for: Sequence[int],
     need_dcoeffs: bool,
     need_dbase: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    need_dbias: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     weight = Weight.of(base, deltas, coeffs, base_coeffs)
     rows = Rows(ids, order, offsets, x.shape[0], max(inner, 1))
     shape = (dy.shape[1], x.shape[1])
     plan = _plan(tuple(pairs), tuple(ddeltas_for), len(deltas), weight.tasks, rows.mixed, need_dbase)
     dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
+    dbias = sums_of_rows(dy, (ids, order, offsets), inner) if need_dbias else coeffs.new_empty(0)
     unwanted = base.new_empty(0)
     dbase = base.new_empty(shape) if need_dbase else unwanted
     ddeltas = list(map(base.new_empty, itertools.repeat(shape, len(ddeltas_for))))
     made = (unwanted, dbase, *ddeltas)
     if rows.count == 0 or math.prod(shape) == 0:
         torch._foreach_zero_([dbase, *ddeltas])
-        return dcoeffs, ddeltas, dbase
+        return dcoeffs, ddeltas, dbase, dbias
     for n in plan.unused:
         made[n].zero_()
     if weight.tasks and (need_dcoeffs or plan.writes or plan.writes_base):
         _dw_by_task(dy, x, weight, rows, plan, plan.alone(made), dcoeffs)
     if plan.shared:
         _dw_shared(dy, x, weight, rows, plan.shared, plan.sums(made))
-    return dcoeffs, ddeltas, dbase
+    return dcoeffs, ddeltas, dbase, dbias
 
 
 class Plan(NamedTuple):

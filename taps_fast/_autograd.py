@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tasks import Index, sample_of_row
+from .tasks import Index, sums_of_rows
 
 ops = torch.ops.taps_fast
 
@@ -78,7 +78,7 @@ class Delta(torch.autograd.Function):
         index, deltas = rest[:3], rest[3:]
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
         weight = (base, deltas, coeffs, base_coeffs)
-        dx = dcoeffs = dbase = dbias = None
+        dx = dcoeffs = dbase = dbias = sums = None
         ddeltas: list[Tensor | None] = [None] * len(deltas)
 
         if need_x:
@@ -88,14 +88,15 @@ class Delta(torch.autograd.Function):
                 dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
         wanted = [k for k, need in enumerate(need_deltas) if need]
         if need_coeffs or need_base or wanted:
-            dw = ops.conv2d_dw if call.conv else ops.linear_dw
-            dcoeffs, found, dbase = dw(
-                dy, x, *weight, *call.conv, *index, call.inner, call.pairs, wanted, need_coeffs, need_base
-            )
+            arguments = (*index, call.inner, call.pairs, wanted, need_coeffs, need_base)
+            if call.conv:
+                dcoeffs, found, dbase = ops.conv2d_dw(dy, x, *weight, *call.conv, *arguments)
+            else:
+                dcoeffs, found, dbase, sums = ops.linear_dw(dy, x, *weight, *arguments, need_bias)
             for k, ddelta in zip(wanted, found, strict=True):
                 ddeltas[k] = ddelta
         if need_bias:
-            dbias = _dbias(dy, ctx.bias_shape, index[0], call.inner)
+            dbias = _dbias(dy, sums, ctx.bias_shape, call)
         return (
             None,
             dx,
@@ -212,18 +213,12 @@ def _no_second_derivatives(function: str, advice: str) -> None:
         raise RuntimeError(f"{function}: second derivatives need {advice}")
 
 
-def _dbias(dy: Tensor, shape: torch.Size, ids: Tensor | None, inner: int) -> Tensor:
-    """Σ of dy over pixels and rows; for bias [T + 1, O], over the rows of each task.
-
-    A product with the one-hot task matrix keeps the order of summation fixed, which index_add on a GPU does not.
-    """
+def _dbias(dy: Tensor, sums: Tensor | None, shape: torch.Size, call: Call) -> Tensor:
+    """Σ of dy over pixels and rows; for bias [T + 1, O], over the rows of each task. ``sums`` are those of the rows."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     pixels = list(range(2, dy.dim()))
-    if len(shape) == 1 or ids is None:
-        return dy.sum([0, *pixels], dtype=wide).reshape(shape).to(dy.dtype)
-    rows = dy.sum(pixels, dtype=wide) if pixels else dy.to(wide)
-    if rows.shape[0] == 0:
-        return dy.new_zeros(shape)
-    task = torch.remainder(ids[sample_of_row(rows.shape[0], ids.shape[0], inner, dy.device)], shape[0])
-    member = task[None, :] == torch.arange(shape[0], device=dy.device)[:, None]
-    return (member.to(wide) @ rows).to(dy.dtype)
+    if sums is None and len(shape) == 1:
+        return dy.sum([0, *pixels], dtype=wide).to(dy.dtype)
+    if sums is None:
+        sums = sums_of_rows(dy.sum(pixels, dtype=wide) if pixels else dy, call.batch, call.inner)
+    return (sums if sums.shape == shape else sums.sum(0).reshape(shape)).to(dy.dtype)

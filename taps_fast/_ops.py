@@ -29,8 +29,10 @@ Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K del
     algorithm               chosen by `taps_fast._dispatch`; a kernel that does not know it raises
 
 `linear_dw` computes ``dcoeffs`` at the flat positions ``pairs`` (t * K + k; empty: all of them) when
-``need_dcoeffs``, one gradient for each delta index in ``ddeltas_for``, and ``dbase`` when ``need_dbase``.
-Its arity is fixed: what was not asked for comes back with 0 elements, and positions outside ``pairs`` are 0.
+``need_dcoeffs``, one gradient for each delta index in ``ddeltas_for``, ``dbase`` when ``need_dbase``, and when
+``need_dbias`` the sums of dy over the rows of each task, [T + 1, O] (last row: the base's) or [1, O] without tasks, in
+the dtype of coefficients. Its arity is fixed: what was not asked for comes back with 0 elements, and positions outside
+``pairs`` are 0.
 
 `depthwise` takes x [N, H, W, C] and sums its images' products with ``weight[table[n]]``, [taps, C] in the dtype of
 coefficients. On a CPU `conv2d_fwd` runs by it with algorithm "depthwise".
@@ -83,6 +85,8 @@ from ._problem import layout, output_size
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
+LinearGradients = tuple[Tensor, list[Tensor], Tensor, Tensor]
+"""These and dbias."""
 
 _CODES = "Tensor[] codes, Tensor? tile, Tensor factors, int[] which"
 _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
@@ -96,7 +100,8 @@ _WANTED = "int[] pairs, int[] ddeltas_for, bool need_dcoeffs, bool need_dbase"
 SCHEMAS = {
     "linear_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dx": f"(Tensor dy, {_WEIGHT}, {_GROUPS}, str algorithm) -> Tensor",
-    "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}, bool need_dbias)"
+    " -> (Tensor, Tensor[], Tensor, Tensor)",
     "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
     "linear_coded": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm, Tensor[] scales, Tensor[] tiles, "
     "int[] tile_of) -> Tensor",
@@ -139,8 +144,11 @@ def linear_dx(dy: Tensor, base: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], base.shape[1])
 
 
-def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Gradients:
-    return _weight_gradients(base, coeffs, *rest[-4:])
+def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> LinearGradients:
+    _, ids, _, _, _, *wanted, need_dbias = rest
+    groups = 1 if ids is None else coeffs.shape[0] + 1
+    dbias = coeffs.new_empty((groups, base.shape[0]) if need_dbias else (0,))
+    return *_weight_gradients(base, coeffs, *wanted), dbias
 
 
 def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
@@ -156,7 +164,7 @@ def conv2d_dx(dy: Tensor, x: Tensor, base: Tensor, *rest: Any) -> Tensor:
 
 
 def conv2d_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Gradients:
-    dcoeffs, ddeltas, dbase = linear_dw(dy, x, base, deltas, coeffs, *rest)
+    dcoeffs, ddeltas, dbase = _weight_gradients(base, coeffs, *rest[-4:])
     as_base = layout(base)
     found = [t.contiguous(memory_format=as_base) if t.numel() else t for t in (*ddeltas, dbase)]
     return dcoeffs, found[:-1], found[-1]

@@ -117,6 +117,23 @@ def grouped(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor | None]
     return order, torch.searchsorted(ascending, groups), None
 
 
+def sums_of_rows(rows: Tensor, batch: Index, inner: int) -> Tensor:
+    """Σ over the rows [M, C] of each task, [T + 1, C] (last row: those of id -1); of all rows, [1, C], without tasks.
+
+    A product with the one-hot task matrix keeps the order of summation fixed, which index_add on a GPU does not.
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    ids, _, offsets = batch
+    if ids is None or offsets is None:
+        return rows.sum(0, keepdim=True, dtype=wide)
+    groups = offsets.shape[0] - 1
+    if rows.shape[0] == 0:
+        return rows.new_zeros(groups, rows.shape[1], dtype=wide)
+    task = torch.remainder(ids[sample_of_row(rows.shape[0], ids.shape[0], inner, rows.device)], groups)
+    member = task[None, :] == torch.arange(groups, device=rows.device)[:, None]
+    return member.to(wide) @ rows.to(wide)
+
+
 def _check_range(ids: Tensor, num_tasks: int) -> None:
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         if ids.numel() and not (BASE <= int(ids.min()) and int(ids.max()) < num_tasks):

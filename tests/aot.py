@@ -160,13 +160,13 @@ def _exercise() -> None:
         linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
         if not wide:
             long = torch.empty(4096, 512, dtype=dtype)
-            linear.linear_dw(long, long, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, True)
+            linear.linear_dw(long, long, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, True, False)
         if rows == 64:
             diagonal = [0, 4, 8]
-            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False)
-            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [], True, True)
-            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, diagonal, [0, 1, 2], True, False)
-            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True)
+            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False, False)
+            linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [], True, True, False)
+            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, diagonal, [0, 1, 2], True, False, False)
+            linear.linear_dw(dy, x, base, deltas, each, None, *index, 4, [], [0], True, True, False)
             many = [base] * (_arguments.ARGUMENTS + 1)
             linear.linear_fwd(x, base, many, torch.ones(len(many)), None, None, *none, 1, "split")
             merge.merged(merge.Weight.of(base, deltas, one, None), merge.Rows(*none, rows, 1), 0, O)

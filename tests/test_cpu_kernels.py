@@ -161,8 +161,9 @@ def every_result(x: Tensor, arguments: tuple) -> list[Tensor]:
     weight, dy = (base, deltas, coeffs, base_coeffs), torch.ones(len(x), len(base), dtype=x.dtype).cumsum(0)
     found = [OPS.linear_fwd(x, *weight, None, *batch.tensors, 1, name) for name in ("blend", "split")]
     found += [OPS.linear_dx(dy, *weight, *batch.tensors, 1, name) for name in ("blend", "split")]
-    dcoeffs, ddeltas, dbase = OPS.linear_dw(dy, x, *weight, *batch.tensors, 1, [], [0, 1, 5], True, True)
-    return [*found, dcoeffs, *ddeltas, dbase]
+    wanted = ([], [0, 1, 5], True, True, True)
+    dcoeffs, ddeltas, dbase, dbias = OPS.linear_dw(dy, x, *weight, *batch.tensors, 1, *wanted)
+    return [*found, dcoeffs, *ddeltas, dbase, dbias]
 
 
 def test_same_bits_again_and_right_at_any_thread_count() -> None:
@@ -188,16 +189,33 @@ def test_only_what_was_asked_for_is_computed() -> None:
     num_deltas = len(deltas)
     dy = torch.randn(40, len(base))
     arguments = (dy, x, base, deltas, coeffs, None, *batch.tensors, 1)
-    full, every, dbase = OPS.linear_dw(*arguments, [], list(range(num_deltas)), True, True)
+    full, every, dbase, _ = OPS.linear_dw(*arguments, [], list(range(num_deltas)), True, True, False)
     pairs = [1 * num_deltas + 1, 2 * num_deltas + 5]
-    some, (fifth,), none = OPS.linear_dw(*arguments, pairs, [5], True, False)
+    some, (fifth,), none, _ = OPS.linear_dw(*arguments, pairs, [5], True, False, False)
     kept = torch.zeros(coeffs.numel(), dtype=torch.bool)
     kept[pairs] = True
     assert torch.equal(some.view(-1)[kept], full.view(-1)[kept]) and not some.view(-1)[~kept].any()
     assert torch.equal(fifth, every[5]) and none.numel() == 0
-    nothing, no_deltas, again = OPS.linear_dw(*arguments, [], [], False, True)
+    nothing, no_deltas, again, _ = OPS.linear_dw(*arguments, [], [], False, True, False)
     assert nothing.numel() == 0 and no_deltas == [] and torch.equal(again, dbase)
     assert not every[0].any(), "a delta that every present task has closed has gradient 0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("into", [0, 1, 600])
+def test_sums_of_the_rows_of_dy(dtype: torch.dtype, into: int) -> None:
+    """Of each task, whether or not it has another gradient, over more rows and outputs than one tile packs."""
+    rows, out, tasks = 700, 201, 4
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ids = torch.randint(-1, tasks - 1, (rows,), generator=torch.Generator().manual_seed(0))  # the last task is absent
+    x, dy, base = torch.randn(rows, into).to(dtype), torch.randn(rows, out).to(dtype), torch.randn(out, into).to(dtype)
+    coeffs, batch = torch.eye(tasks, dtype=wide)[:, :2].contiguous(), TaskBatch.from_ids(ids, tasks)
+    want = torch.stack([dy[ids == t].double().sum(0) for t in (*range(tasks), -1)])
+    for wanted in (([], [], False, False), ([0], [1], True, False), ([], [0, 1], True, True)):
+        *_, found = OPS.linear_dw(dy, x, base, [base, base], coeffs, None, *batch.tensors, 1, *wanted, True)
+        torch.testing.assert_close(found, want.to(wide), rtol=1e-5, atol=1e-4)
+    *_, found = OPS.linear_dw(dy, x, base, [], coeffs[0, :0], None, None, None, None, 1, [], [], False, False, True)
+    torch.testing.assert_close(found, dy.double().sum(0, keepdim=True).to(wide), rtol=1e-5, atol=1e-4)
 
 
 def test_cost_does_not_grow_with_tasks_that_are_absent() -> None:

@@ -60,7 +60,7 @@ def test_opcheck_linear(mixed: bool) -> None:
     for algorithm in sorted(choices):
         torch.library.opcheck(ops.linear_fwd, (n.x, *weight, n.bias, *index, 2, algorithm))
         torch.library.opcheck(ops.linear_dx, (n.dy, *weight, *index, 2, algorithm))
-    for wanted in (([], [0, 1], True, True), ([1], [1], True, False), ([], [], False, False)):
+    for wanted in (([], [0, 1], True, True, True), ([1], [1], True, False, False), ([], [], False, False, True)):
         torch.library.opcheck(ops.linear_dw, (n.dy, n.x, *weight, *index, 2, *wanted))
 
 

@@ -110,7 +110,7 @@ def test_every_operand_may_be_far(far_tensor, far_axis):
         weight = (t["base"], [t["delta"]], coeffs, None)
         y = linear.linear_fwd(t["x"], *weight, None, *tasks, 1, "split")
         dx = linear.linear_dx(t["dy"], *weight, *tasks, 1, "split")
-        dcoeffs, ddeltas, dbase = linear.linear_dw(t["dy"], t["x"], *weight, *tasks, 1, [], [0], True, True)
+        dcoeffs, ddeltas, dbase, _ = linear.linear_dw(t["dy"], t["x"], *weight, *tasks, 1, [], [0], True, True, False)
         return y, dx, dcoeffs, *ddeltas, dbase
 
     one, each = torch.tensor([0.5], device=DEVICE), torch.tensor([[0.5], [2.0]], device=DEVICE)

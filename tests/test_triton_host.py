@@ -83,7 +83,7 @@ def calls(tasks: int):
         "forward": lambda: linear.linear_fwd(x, *weight, None, *index, 2, "split"),
         "dx": lambda: linear.linear_dx(x, *weight, *index, 2, "split"),
         "merge": lambda: linear.linear_fwd(x, *weight, None, *index, 2, "merge"),
-        "dw": lambda: linear.linear_dw(x, x, *weight, *index, 2, pairs, [], True, False),
+        "dw": lambda: linear.linear_dw(x, x, *weight, *index, 2, pairs, [], True, False, False),
         "convolution": lambda: conv2d.conv2d_implicit(image, taps, images, coeffs, None, None, *ones, index[0], 2),
         "fold": lambda: merge.fold([base], deltas, torch.ones(1, 1, tasks, device=DEVICE)),
         "coded": lambda: coded.coded_fwd(x, x, codes, None, factors, which, *index, 2, "int8"),
@@ -124,7 +124,7 @@ def refused_calls():
         "fold_grad": lambda: fold.fold_grad([square], [square], folded, [], [], True, False),
         "linear_fwd": lambda: linear.linear_fwd(column, column, *rest, None, *index, 1, "split"),
         "linear_dx": lambda: linear.linear_dx(column, row, *rest, *index, 1, "split"),
-        "linear_dw": lambda: linear.linear_dw(row, row, square, *rest, *index, 1, [], [], False, True),
+        "linear_dw": lambda: linear.linear_dw(row, row, square, *rest, *index, 1, [], [], False, True, False),
         "merge": lambda: linear.linear_fwd(row, square, *rest, None, *index, 1, "merge"),
         "conv2d": lambda: conv2d.conv2d_implicit(
             half(1, 1, 2**13, 2**13), half(2**20, 1, 1, 1), *rest, None, *ones, None, 1

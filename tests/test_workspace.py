@@ -49,7 +49,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             for algorithm in ("blend", "split"):
                 ops.linear_fwd(x, *weight, None, None, *index, algorithm)
                 ops.linear_dx(dy, *weight, None, *index, algorithm)
-            ops.linear_dw(dy, x, *weight, None, *index, [], [0], True, True)
+            ops.linear_dw(dy, x, *weight, None, *index, [], [0], True, True, False)
 print(ctypes.c_size_t.in_dll(allocator, "largest").value)
 """
 )

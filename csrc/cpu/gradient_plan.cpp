@@ -1,6 +1,7 @@
 // Jobs of dw.
 //
-//   one job for each task present:  P_t = Σ_{r in t} dy_rᵀ x_r   -> its dcoeffs, and every gradient that is c · P_t
+//   one job for each task present:  P_t = Σ_{r in t} dy_rᵀ x_r   -> its dcoeffs, and every gradient that is c · P_t;
+//                                   Σ_{r in t} dy_r              -> its row of dbias
 //   one job for each gradient that several tasks share:  Σ_t c_t P_t = Σ_r c_t(r) dy_rᵀ x_r
 //
 // so the workspace is one tile whatever K and T are, and each target is written once, by one job.
@@ -66,7 +67,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
     }
   }
   for (int64_t m = 0; m < members; m++) {
-    Job job{begin[m], end[m], static_cast<int64_t>(dots_.size()), 0, static_cast<int64_t>(targets_.size()), 0};
+    Job job{begin[m], end[m], static_cast<int64_t>(dots_.size()), 0, static_cast<int64_t>(targets_.size()), 0, nullptr};
     if (task[m] >= 0)
       for (int64_t k : pairs_of[task[m]]) {
         dots_.push_back({weight.deltas[k].matrix, static_cast<int64_t>(positions_.size())});
@@ -76,7 +77,11 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
       if (sum.parts.size() == 1 && sum.parts[0].first == m) targets_.push_back({sum.out, sum.parts[0].second});
     job.dot_end = dots_.size();
     job.target_end = targets_.size();
-    if (job.dot_end > job.dot_begin || job.target_end > job.target_begin) jobs_.push_back(job);
+    if (wanted.dbias) {
+      const int64_t row = task[m] < 0 ? groups.tasks : task[m];  // the base's is the last
+      job.sums = static_cast<char*>(wanted.dbias) + row * problem.rows * compute_size(problem.dtype);
+    }
+    if (job.dot_end > job.dot_begin || job.target_end > job.target_begin || job.sums) jobs_.push_back(job);
   }
 
   // One job a sum over several members; a sum over none is a job without rows, which stores zeros.
@@ -90,7 +95,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
       scales_.insert(scales_.end(), end[m] - begin[m], factor);
     }
     targets_.push_back({sum.out, 1.0});
-    jobs_.push_back({start, static_cast<int64_t>(rows_.size()), dot, dot, target, target + 1});
+    jobs_.push_back({start, static_cast<int64_t>(rows_.size()), dot, dot, target, target + 1, nullptr});
   }
 
   problem.row_index = groups.offsets ? rows_.data() : nullptr;

@@ -77,6 +77,7 @@ struct Wanted {
   std::vector<int64_t> ddeltas_for;       // delta indices
   std::vector<MutableMatrix> ddeltas;     // one for each of them
   MutableMatrix dbase;                    // data null: not wanted
+  void* dbias;  // [T + 1, O], or [1, O] without tasks, of the compute type and zeros at first; null: not wanted
 };
 
 class GradientPlan {

@@ -90,11 +90,13 @@ struct Target {
   double factor;
 };
 
-/// One weight gradient: which rows enter it and what its tiles are used for.
+/// One weight gradient: which rows enter it and what its tiles are used for. `sums`, of the compute type and zeros at
+/// first, are to hold Σ_r dy_r; null: not wanted.
 struct Job {
   int64_t row_begin, row_end;
   int64_t dot_begin, dot_end;
   int64_t target_begin, target_end;
+  void* sums;
 };
 
 struct WeightGradient {

@@ -221,6 +221,11 @@ TAPS_INLINE Vec<Compute<S>> elements(const S* p, int64_t n) {
   return elements(buffer);
 }
 
+/// An element of ones.
+template <class E>
+TAPS_INLINE E ones() {
+  return 1;
+}
 template <class E>
 TAPS_INLINE Vec<Compute<E>> broadcast(E x) {
   return Vec<Compute<E>>{} + x;
@@ -231,6 +236,10 @@ TAPS_INLINE Vec<Compute<E>> multiply_add(Vec<Compute<E>> sum, Vec<Compute<E>> a,
   return sum + a * b;
 }
 #if defined(__AVX512BF16__)
+template <>
+TAPS_INLINE Pair ones<Pair>() {
+  return {0x3f803f80};
+}
 template <>
 TAPS_INLINE FloatVec broadcast<Pair>(Pair x) {
   return (FloatVec)_mm512_set1_epi32(static_cast<int>(x.bits));

@@ -3,6 +3,7 @@
 // One item = one job's tile of P. Rows are packed in blocks (dy becomes the broadcast side, x the strips, both gathered
 // and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas
 // and scaled into the targets straight from L1. Dots end in float64 partials, one a tile, which the plan sums in order.
+// Σ_r dy_r, a bias's gradient, is summed by the tiles of the first columns from what they have packed.
 #pragma once
 
 #include "pack.h"
@@ -39,36 +40,61 @@ class GradientItem {
 
   void run() {
     for (int64_t d = job_.dot_begin; d < job_.dot_end; d++) partial(p_.dots[d]) = 0;
+    const bool product = job_.dot_begin < job_.dot_end || job_.target_begin < job_.target_end;
+    const bool sums = job_.sums && col_begin_ == 0;
+    if (!product && !sums) return;
     int64_t begin = job_.row_begin;
     do {
       const int64_t depth = min(p_.blocking.depth_block, job_.row_end - begin);
-      const Term dy{p_.dy, 1}, x{p_.x, 1};
+      const Term dy{p_.dy, 1};
       pack_straight<S, E>(left_, left_stride_, &dy, 1, begin, depth, row_begin_, rows_, {p_.row_index, p_.row_scale});
-      pack_straight<S, E>(right_, kWidth, &x, 1, begin, depth, col_begin_, cols_, {p_.row_index, nullptr});
-      const int64_t width = round_up(rows_, kLanes<C>);
-      for (int64_t r = 0; r < rows_; r += kTileRows) {
-        const int64_t n = min(kTileRows, rows_ - r);
-        C* out = tile_ + r * tile_stride_;
-        if (begin + depth == job_.row_end)
-          for (int64_t i = 0; i < n; i++) prefetch_uses(r + i);
-        const int64_t length = ceil_div(depth, kDepths<E>);
-        const bool accumulate = begin > job_.row_begin;
-        if constexpr (kInAmx<E>) {
-          copy_columns(copies_, left_ + r, width, n, length);
-          tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, nullptr, 0);
-        } else {
-          const E* a[kTileRows];
-          for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
-          tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate);
-        }
-        if (begin + depth == job_.row_end)
-          for (int64_t i = 0; i < n; i++) use_row(r + i, out + i * tile_stride_);
-      }
+      if (sums) add_rows(ceil_div(depth, kDepths<E>));
+      if (product) multiply(begin, depth);
       begin += depth;
     } while (begin < job_.row_end);
   }
 
  private:
+  /// The packed rows of dy times those of x; after the last ones the tile is used.
+  void multiply(int64_t begin, int64_t depth) {
+    const Term x{p_.x, 1};
+    pack_straight<S, E>(right_, kWidth, &x, 1, begin, depth, col_begin_, cols_, {p_.row_index, nullptr});
+    const int64_t width = round_up(rows_, kLanes<C>);
+    const bool accumulate = begin > job_.row_begin, last = begin + depth == job_.row_end;
+    for (int64_t r = 0; r < rows_; r += kTileRows) {
+      const int64_t n = min(kTileRows, rows_ - r);
+      C* out = tile_ + r * tile_stride_;
+      for (int64_t i = 0; i < n && last; i++) prefetch_uses(r + i);
+      const int64_t length = ceil_div(depth, kDepths<E>);
+      if constexpr (kInAmx<E>) {
+        copy_columns(copies_, left_ + r, width, n, length);
+        tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, nullptr, 0);
+      } else {
+        const E* a[kTileRows];
+        for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
+        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate);
+      }
+      for (int64_t i = 0; i < n && last; i++) use_row(r + i, out + i * tile_stride_);
+    }
+  }
+
+  /// Adds the packed rows of dy to the job's sums.
+  void add_rows(int64_t length) {
+    constexpr int64_t lanes = kLanes<C>;
+    const int64_t width = round_up(rows_, lanes);
+    const Vec<C> one = broadcast(ones<E>());
+    C* sums = static_cast<C*>(job_.sums) + row_begin_;
+    for (int64_t r = 0; r < rows_; r += lanes) {
+      Vec<C> sum[4] = {};  // a chain of one addition after the other would wait for each
+      for (int64_t p = 0; p < length; p += 4)
+        for (int64_t i = 0; i < min(4, length - p); i++)
+          sum[i] = multiply_add<E>(sum[i], load(left_ + (p + i) * width + r), one);
+      const Vec<C> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      const int64_t n = min(lanes, rows_ - r);
+      store_partial(sums + r, load_partial(sums + r, n) + total, n);
+    }
+  }
+
   double& partial(const Dot& dot) { return p_.partials[dot.slot * tiles_ + tile_index_]; }
 
   /// What use_row reads and writes.
