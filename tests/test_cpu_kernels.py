@@ -235,6 +235,17 @@ def test_internal_checks_name_both_values(change: dict, text: str) -> None:
                        given["algorithm"])  # fmt: skip
 
 
+@pytest.mark.parametrize("algorithm", ["blend", "split"])
+def test_base_coefficients_that_are_no_numbers_spoil_their_own_tasks(algorithm: str) -> None:
+    x, base, batch = torch.randn(6, 5), torch.randn(4, 5), TaskBatch.from_ids([0, 1, 2, 0, 1, -1], 3)
+    base_coeffs = torch.tensor([1, torch.nan, torch.nan])
+    coeffs = torch.tensor([[0.0], [1.0], [0.0]])
+    y = OPS.linear_fwd(x, base, [base], coeffs, base_coeffs, None, *batch.tensors, 1, algorithm)
+    spoilt = torch.tensor([False, True, True, False, True, False])
+    assert y[spoilt].isnan().all()
+    torch.testing.assert_close(y[~spoilt], x[~spoilt] @ base.t())
+
+
 def test_rows_with_strides_are_read_in_place() -> None:
     """A column slice and an expanded row need no copy, and nothing beyond their columns is read."""
     wide = torch.full((30, 64), float("nan"))
