@@ -211,7 +211,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   const int threads = torch::stable::get_num_threads();
   plan.finish(weight, groups, how, bias_by_task, threads, kernels());
   run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
-  if (!plan.apart().empty()) {
+  if (p.depth > 0 && !plan.apart().empty()) {
     CodedProduct apart{p.dtype, transposed, false, p.cols, p.depth, p.in, p.out, p.row_index, p.terms, nullptr, 0, 0};
     run_coded(apart, plan.apart());
   }
