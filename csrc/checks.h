@@ -25,6 +25,19 @@ inline cpu::DType dtype_of(const char* op, torch::headeronly::ScalarType type, c
   return {};
 }
 
+/// What a `TaskBatch` promises of its index, without which rows outside the tensors would be read.
+inline void check_groups(const char* op, int64_t rows, int64_t inner, int64_t batch, int64_t tasks,
+                         const int64_t* order, const int64_t* offsets) {
+  check(inner >= 1 && (batch ? rows % inner == 0 && rows / inner % batch == 0 : rows == 0), op,
+        ": rows must be a multiple of inner times the batch, got ", rows, " (inner ", inner, ", batch ", batch, ")");
+  check(offsets[0] == 0 && offsets[tasks + 1] == batch, op, ": offsets must span the batch of ", batch, ", got ",
+        offsets[0], " to ", offsets[tasks + 1]);
+  for (int64_t g = 0; g <= tasks; g++)
+    check(offsets[g] <= offsets[g + 1], op, ": offsets must not descend, got ", offsets[g], " before ", offsets[g + 1]);
+  for (int64_t i = 0; i < batch; i++)
+    check(0 <= order[i] && order[i] < batch, op, ": order must be in [0, ", batch, "), got ", order[i]);
+}
+
 /// Every item of a problem, in as many threads as PyTorch has; see `Share`.
 template <class Problem>
 void run_items(const Problem& problem, void (*kernel)(const Problem&, const cpu::Share&)) {

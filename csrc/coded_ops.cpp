@@ -106,13 +106,19 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
         static_cast<const char*>(a.factors.const_data_ptr()) + task * out_features * compute_size(p.dtype);
     passes.push_back({begin, end, term, term + 1, false, true});
   };
-  if (a.offsets && a.order && a.ids) {
+  check(a.ids.has_value() == a.order.has_value() && a.ids.has_value() == a.offsets.has_value(), op,
+        ": ids, order and offsets must come together");
+  if (a.ids) {
     const int64_t batch = a.ids->numel();
-    check(a.order->numel() == batch && a.offsets->numel() == tasks + 2 && a.order->is_contiguous() &&
-              a.offsets->is_contiguous() && a.inner >= 1 && batch > 0 && rows % (a.inner * batch) == 0,
-          op, ": ids, order and offsets must be a batch of ", tasks, " tasks whose samples divide ", rows, " rows");
+    const auto holds = [](const Tensor& t, int64_t size) {
+      return t.numel() == size && t.scalar_type() == ScalarType::Long && t.is_contiguous();
+    };
+    check(holds(*a.order, batch) && holds(*a.offsets, tasks + 2), op,
+          ": order and offsets must be contiguous int64 of a batch of ", batch, " and ", tasks, " tasks, got ",
+          a.order->numel(), " and ", a.offsets->numel());
     const Groups groups{static_cast<const int64_t*>(a.order->const_data_ptr()),
                         static_cast<const int64_t*>(a.offsets->const_data_ptr()), batch, tasks, a.inner};
+    check_groups(op, rows, a.inner, batch, tasks, groups.order, groups.offsets);
     for (int64_t t = 0; t < tasks; t++) {
       if (a.which[t] < 0) continue;
       const int64_t begin = order.size();

@@ -18,6 +18,12 @@ Tensor depthwise(const Tensor& x, const Tensor& weight, const Tensor& table, con
   const char* op = "depthwise";
   check(x.dim() == 4 && x.is_contiguous(), op, ": x must be contiguous [N, H, W, C], got ", x.dim(), " dimensions");
   const int64_t n = x.size(0), h = x.size(1), w = x.size(2), c = x.size(3);
+  for (const auto* pair : {&kernel, &stride, &padding, &dilation})
+    check(pair->size() == 2, op, ": kernel, stride, padding and dilation must be 2 integers each, got ", pair->size());
+  for (int axis = 0; axis < 2; axis++)
+    check(kernel[axis] >= 1 && stride[axis] >= 1 && padding[axis] >= 0 && dilation[axis] >= 1, op,
+          ": kernel, stride and dilation must be at least 1 and padding at least 0, got ", kernel[axis], ", ",
+          stride[axis], ", ", dilation[axis], " and ", padding[axis]);
   const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check(weight.dim() == 3 && weight.is_contiguous() && weight.scalar_type() == wide &&
             weight.size(1) == kernel[0] * kernel[1] && weight.size(2) == c,
@@ -29,11 +35,12 @@ Tensor depthwise(const Tensor& x, const Tensor& weight, const Tensor& table, con
     check(0 <= tables[i] && tables[i] < weight.size(0), op, ": table must be in [0, ", weight.size(0), "), got ",
           tables[i]);
   const auto length = [&](int axis, int64_t size) {
-    return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+    const int64_t steps = size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
+    check(steps >= 0, op, ": padding must make x at least as large as the kernel, got ", padding[axis], " (x ", size,
+          ", kernel ", kernel[axis], ", dilation ", dilation[axis], ")");
+    return steps / stride[axis] + 1;
   };
   const int64_t out_h = length(0, h), out_w = length(1, w);
-  check(out_h > 0 && out_w > 0, op, ": padding must make x at least as large as the kernel, got ", padding[0], ", ",
-        padding[1]);
   Tensor out = torch::stable::new_empty(x, {n, out_h, out_w, c});
   const cpu::Depthwise p{.dtype = dtype_of(op, x.scalar_type()),
                          .images = n,

@@ -40,18 +40,14 @@ class NormCall {
     if (!ids) return;
     m.batch = ids->numel();
     m.tasks = offsets->numel() - 2;
+    check(m.tasks >= 0, op, ": offsets must have at least 2 elements, got ", offsets->numel());
     m.inner = last_ ? inner * pixels : inner;
     m.ids = integers("ids", *ids, m.batch);
     m.order = integers("order", *order, m.batch);
     m.offsets = integers("offsets", *offsets, m.tasks + 2);
-    check(inner >= 1 && (m.batch ? x.size(0) % (inner * m.batch) == 0 : x.size(0) == 0), op,
-          ": rows must be a multiple of inner times the batch, got ", x.size(0), " (inner ", inner, ", batch ", m.batch,
-          ")");
-    check(m.offsets[0] == 0 && m.offsets[m.tasks + 1] == m.batch, op, ": offsets must span the batch of ", m.batch,
-          ", got ", m.offsets[0], " to ", m.offsets[m.tasks + 1]);
+    check_groups(op, x.size(0), inner, m.batch, m.tasks, m.order, m.offsets);
     for (int64_t b = 0; b < m.batch; b++)
-      check(-1 <= m.ids[b] && m.ids[b] < m.tasks && 0 <= m.order[b] && m.order[b] < m.batch, op,
-            ": ids must be in [-1, ", m.tasks, "), got ", m.ids[b]);
+      check(-1 <= m.ids[b] && m.ids[b] < m.tasks, op, ": ids must be in [-1, ", m.tasks, "), got ", m.ids[b]);
   }
 
   /// A result like x, in its layout where that is dense.

@@ -102,12 +102,7 @@ Groups read_groups(const char* op, Inputs& inputs, int64_t rows, const Tensor& c
   groups.inner = inner;
   groups.order = static_cast<const int64_t*>(inputs.vector("order", *order, groups.batch, ScalarType::Long));
   groups.offsets = static_cast<const int64_t*>(inputs.vector("offsets", *offsets, groups.tasks + 2, ScalarType::Long));
-  check(inner >= 1 && (groups.batch ? rows % (inner * groups.batch) == 0 : rows == 0), op,
-        ": rows must be a multiple of inner times the batch, got ", rows, " (inner ", inner, ", batch ", groups.batch,
-        ")");
-  check(groups.offsets[0] == 0 && groups.offsets[groups.tasks + 1] == groups.batch, op,
-        ": offsets must span the batch of ", groups.batch, ", got ", groups.offsets[0], " to ",
-        groups.offsets[groups.tasks + 1]);
+  check_groups(op, rows, inner, groups.batch, groups.tasks, groups.order, groups.offsets);
   return groups;
 }
 
@@ -211,7 +206,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   const int threads = torch::stable::get_num_threads();
   plan.finish(weight, groups, how, bias_by_task, threads, kernels());
   run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
-  if (!plan.apart().empty()) {
+  if (p.depth > 0 && !plan.apart().empty()) {
     CodedProduct apart{p.dtype, transposed, false, p.cols, p.depth, p.in, p.out, p.row_index, p.terms, nullptr, 0, 0};
     run_coded(apart, plan.apart());
   }

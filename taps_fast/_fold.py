@@ -38,7 +38,7 @@ def fold_grad(
     need_dmasks: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     num_deltas = coeffs.shape[2]
-    dcoeffs = torch.zeros_like(coeffs if need_dcoeffs else coeffs[:0, 0, 0])
+    dcoeffs = coeffs.new_zeros(coeffs.shape if need_dcoeffs else 0)
     dmasks = []
     for l, dweight in enumerate(dweights):
         if need_dmasks:

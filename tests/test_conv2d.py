@@ -179,6 +179,20 @@ def test_depthwise_operator() -> None:
         torch.ops.taps_fast.depthwise(x, weight, table + 1, *sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        (([3, 2], [1], [2, 1], [1, 1]), "kernel, stride, padding and dilation must be 2 integers each, got 1"),
+        (([3, 2], [1, 0], [2, 1], [1, 1]), "must be at least 1 and padding at least 0, got 2, 0, 1 and 1"),
+        (([3, 2], [9, 9], [0, 0], [3, 1]), "at least as large as the kernel, got 0 .x 6, kernel 3, dilation 3."),
+    ],
+)
+def test_depthwise_operator_checks_its_sizes(sizes: tuple[list[int], ...], text: str) -> None:
+    x, weight, table = torch.randn(3, 6, 5, 7), torch.randn(2, 6, 7), torch.tensor([1, 0, 1])
+    with pytest.raises(RuntimeError, match=f"depthwise: .*{text}"):
+        torch.ops.taps_fast.depthwise(x, weight, table, *sizes)
+
+
 # --- the vendor's convolution by groups of images -------------------------------------------------------------------
 
 

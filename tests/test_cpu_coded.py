@@ -262,6 +262,17 @@ def test_nothing_to_do():
     assert torch.equal(OPS.coded_fwd(y, x, *none), y) and not OPS.coded_dx(dy, *none, 70).any()
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "blend", "split"])
+def test_no_inputs_leave_the_bias(algorithm):
+    """Sums over no inputs are 0, whatever a delta is: bits, int8, a mask, numbers."""
+    x, base, bits, bias = torch.randn(8, 0), torch.randn(9, 0), pack_bits(torch.ones(9, 0) > 0), torch.randn(9)
+    deltas, coeffs = [bits, base.to(torch.int8), bits, base], torch.eye(5, 4)
+    index = (*TaskBatch.from_ids(torch.tensor(IDS), 5).tensors, 1)
+    rest = (algorithm, [torch.ones(())] * 4, [base], [-1, -1, 0, -1])
+    found = OPS.linear_coded(x, base, deltas, coeffs, None, bias, *index, *rest)
+    assert torch.equal(found, bias.expand(8, 9))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_operators_are_well_formed(format):
     x, y, dy, rest = arguments(format, (9, 70), torch.float32, True, 1)

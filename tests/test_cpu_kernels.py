@@ -253,6 +253,54 @@ def test_internal_checks_name_both_values(change: dict, text: str) -> None:
                        given["algorithm"])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(order=torch.tensor([0, 4, 2])), r"order must be in \[0, 3\), got 4"),
+        (dict(order=torch.tensor([0, -1, 2])), r"order must be in \[0, 3\), got -1"),
+        (dict(offsets=torch.tensor([0, 9, 2, 3])), "offsets must not descend, got 9 before 2"),
+        (dict(offsets=torch.tensor([0, 1, 2, 2])), "offsets must span the batch of 3, got 0 to 2"),
+        (dict(offsets=None), "ids, order and offsets must come together"),
+        (
+            dict(ids=torch.zeros(4).long(), order=torch.arange(4), offsets=torch.tensor([0, 0, 4, 4]), inner=2**62),
+            "rows must be a multiple of inner times the batch, got 3 .inner 4611686018427387904, batch 4.",
+        ),
+    ],
+)
+def test_groups_are_checked_by_every_operator(change: dict, text: str) -> None:
+    """A `TaskBatch` is a dataclass that anybody can fill; what it says is where rows are read and written."""
+    given = dict(ids=torch.tensor([-1, 0, 1]), order=torch.arange(3), offsets=torch.tensor([0, 1, 2, 3]), inner=1)
+    index = tuple((given | change).values())
+    x, base, coeffs = torch.randn(3, 5), torch.randn(4, 5), torch.ones(2, 1)
+    y, weight, bytes_ = x @ base.t(), (base, [base], coeffs, None), torch.ones(4, 5, dtype=torch.int8)
+    codes = ([bytes_], None, torch.ones(2, 4), [0, 0], *index, "int8")
+    calls = {
+        "linear_fwd": (x, *weight, None, *index, "blend"),
+        "linear_coded": (x, *weight, None, *index, "auto", [torch.ones(())], [], [-1]),
+        "linear_dx": (y, *weight, *index, "blend"),
+        "linear_dw": (y, x, *weight, *index, [], [0], True, True),
+        "coded_fwd": (y, x, *codes),
+        "coded_dx": (y, *codes, 5),
+        "moments": (x, *index),
+        "scale_shift": (x, None, None, *index, "relu"),
+        "group_norm": (x, [], [], 1, 1e-5, True, *index),
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(RuntimeError, match=f"{name}: {text}"):
+            getattr(OPS, name)(*arguments)
+
+
+@pytest.mark.parametrize("algorithm", ["blend", "split"])
+def test_base_coefficients_that_are_no_numbers_spoil_their_own_tasks(algorithm: str) -> None:
+    x, base, batch = torch.randn(6, 5), torch.randn(4, 5), TaskBatch.from_ids([0, 1, 2, 0, 1, -1], 3)
+    base_coeffs = torch.tensor([1, torch.nan, torch.nan])
+    coeffs = torch.tensor([[0.0], [1.0], [0.0]])
+    y = OPS.linear_fwd(x, base, [base], coeffs, base_coeffs, None, *batch.tensors, 1, algorithm)
+    spoilt = torch.tensor([False, True, True, False, True, False])
+    assert y[spoilt].isnan().all()
+    torch.testing.assert_close(y[~spoilt], x[~spoilt] @ base.t())
+
+
 def test_rows_with_strides_are_read_in_place() -> None:
     """A column slice and an expanded row need no copy, and nothing beyond their columns is read."""
     wide = torch.full((30, 64), float("nan"))

@@ -75,6 +75,12 @@ def test_plain_torch_and_the_kernel_agree(num_parts, mask):
     assert OPS.fold_grad(dweights, flat, coeffs, parts, masks, False, False)[0].numel() == 0
 
 
+@pytest.mark.parametrize("function", [OPS.fold_grad, _fold.fold_grad])
+def test_gradients_of_no_deltas(function):
+    dcoeffs, dmasks = function([torch.ones(3)], [], torch.ones(1, 1, 0), [], [torch.ones(3)], False, True)
+    assert dcoeffs.shape == (0,) and torch.equal(dmasks[0], torch.zeros(3))
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_instruction_sets(isa):
     """Other kernels than this machine's best, in a process of their own."""

@@ -4,7 +4,7 @@
 // (split, or many small groups) the rows of open tasks, whose deltas then need only their own product. The other open
 // groups follow, each with its terms summed into one panel. Cost grows with the open gates of the tasks present.
 #include <algorithm>
-#include <numeric>
+#include <cmath>
 
 #include "plan.h"
 
@@ -103,8 +103,8 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   const auto open = [](const Member& m) { return !m.deltas.empty(); };
   const auto cheap_to_share = [&](const Member& m) { return !open(m) || (m.rows <= kSmallGroup && m.choice < 0); };
   const bool share = std::count_if(members.begin(), members.end(), cheap_to_share) > 1;
-  const auto shares_base = [&](const Member& m) {
-    return !open(m) || algorithm == Algorithm::kSplit || (share && cheap_to_share(m));
+  const auto shares_base = [&](const Member& m) {  // a base coefficient of NaN is like no other
+    return !std::isnan(m.base_coeff) && (!open(m) || algorithm == Algorithm::kSplit || (share && cheap_to_share(m)));
   };
   // Sharers first, by base coefficient; among equals closed before open, so that a run's closed rows lie together. Then
   // choices, each as a run.
