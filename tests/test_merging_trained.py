@@ -135,22 +135,35 @@ def test_experts_move_as_a_whole(token):
         torch.testing.assert_close(y, want[task].float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [MergedModel, merging.ConcreteModel])
 @pytest.mark.parametrize("own", [None, "fc", "encoder.self_attn"])
-def test_state_is_a_plain_model(own):
+def test_state_is_a_plain_model(own, kind):
     base, vectors = tuned()
-    merged = MergedModel(base, vectors, head="head", own=own)
+    merged = kind(base, vectors, head="head", own=own)
     with torch.no_grad():
         for parameter in merged.own_parameters():
             parameter.add_(0.1)
     for task in TASKS:
-        if own == "encoder.self_attn":  # its tensors have other names in the network
-            continue
         net = Net(len(vectors.own[task]["head.bias"])).eval().double()
         net.load_state_dict(merged.state(task))
         torch.testing.assert_close(net(batch()[task]), merged.each(batch())[task].detach())
     twin = copy.deepcopy(merged)
     torch.testing.assert_close(twin(batch()["a"], tasks="a"), merged(batch()["a"], tasks="a"))
     assert "head.weight" not in merged.state() and merged.train().training is False
+
+
+@pytest.mark.parametrize("route", ["whole", "layer"])
+def test_state_of_tied_weights(route):
+    """All names of a tied tensor are what the forward uses: the merge by the first name's coefficients."""
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    states = [dict.fromkeys(("0.weight", "1.weight"), torch.randn(5, 4)) for _ in range(2)]
+    merged = MergedModel(tied, TaskVectors.from_checkpoints(tied.state_dict(), states), route=route)
+    merged.coeffs.data = torch.tensor([[0.2, 0.9], [0.6, 0.4]])
+    plain = copy.deepcopy(tied)
+    plain.load_state_dict(merged.state())
+    torch.testing.assert_close(plain(torch.arange(5)), merged(torch.arange(5)))
 
 
 @pytest.mark.parametrize("token", [False, True])

@@ -53,13 +53,6 @@ class ConcreteModel(MergedModel):
         mean = sum((m.sum() for m in soft), start=torch.zeros(())) / max(count, 1)
         return {name: m / mean for name, m in zip(self.vectors.names, soft, strict=True)}
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.vectors.fold(self.coefficients(), masks=self.masks(), names=self.vectors.names)
-
-    def state(self, task: str | None = None) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return super().state(task) | self.weights()
-
 
 def concrete(
     model: nn.Module,

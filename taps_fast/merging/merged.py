@@ -116,15 +116,22 @@ class MergedModel(nn.Module):
         """The coefficients as they are used: clamped."""
         return self.coeffs if self.clamp is None else self.coeffs.clamp(*self.clamp)
 
+    def masks(self) -> dict[str, Tensor] | None:
+        """What multiplies the sums of deltas, by name; None: nothing."""
+        return None
+
     def weights(self) -> dict[str, Tensor]:
         """The merged tensors that a forward needs stored, by the names of ``vectors``; differentiable."""
+        return self._fold(self._folded)
+
+    def _fold(self, names: Sequence[str]) -> dict[str, Tensor]:
         table = self.coefficients()
         if table.dim() == 1:
             table = table.expand(len(self.vectors.names), -1)
-        if len(self._folded) < len(self.vectors.names):
+        if len(names) < len(self.vectors.names):
             where = {name: l for l, name in enumerate(self.vectors.names)}
-            table = table[[where[name] for name in self._folded]]
-        return self.vectors.fold(table, parts=self.parts, names=self._folded)
+            table = table[[where[name] for name in names]]
+        return self.vectors.fold(table, parts=self.parts, masks=self.masks(), names=names)
 
     def forward(self, *args: Any, tasks: TaskNames | None = None, **kwargs: Any) -> Any:
         """The model's output; ``tasks`` as in `TapsModel` where tasks have modules of their own."""
@@ -138,16 +145,24 @@ class MergedModel(nn.Module):
         weights = self.weights()
         return run_each(self.network, inputs, lambda x, tasks: self._call(weights, (x,), {"tasks": tasks}))
 
+    @torch.no_grad()
     def state(self, task: str | None = None) -> dict[str, Tensor]:
         """A plain state dict of the merged model, detached: of all tasks, or with what ``task`` has its own."""
-        with torch.no_grad():
-            state = self.vectors.fold(self.coefficients(), parts=self.parts)
-            if task is not None:
-                state |= self.vectors.own[task]
-                for path, module in self.network.modules_of(task).items():
-                    state |= {f"{path}.{name}": t.detach().clone() for name, t in module.state_dict().items()}
-                for path, layer in self.network.conversion.layers.items():
-                    state = _with_own(state, path, layer, task)
+        merged = self._fold(self.vectors.names)
+        state: dict[str, Tensor] = {}
+        used: dict[int, Tensor] = {}  # by id: tied tensors are all what their first name says, as in a forward
+        for name, base in self.vectors.base.items():
+            _, module, last = place_of(self.network, name, base)
+            held = getattr(module, last)
+            if id(held) not in used:
+                own = _own_delta(module, last, task)
+                tensor = merged.get(name, base)
+                used[id(held)] = tensor if own is None else tensor + own
+            state[name] = used[id(held)]
+        if task is not None:
+            state |= self.vectors.own[task]
+            for path, head in self.network.modules_of(task).items():
+                state |= {f"{path}.{name}": t.detach().clone() for name, t in head.state_dict().items()}
         return state
 
     def own_parameters(self) -> list[nn.Parameter]:
@@ -286,10 +301,10 @@ def _all_parameters(network: nn.Module) -> Sequence[nn.Parameter]:
     return [p for module in network.modules() for p in module._parameters.values() if p is not None]
 
 
-def _with_own(state: dict[str, Tensor], path: str, layer: TapsLayer, task: str) -> dict[str, Tensor]:
-    """The merged tensors of a layer plus the task's own delta."""
-    changed = dict(state)
-    for last, owned in (("weight", layer.deltas), ("bias", layer.bias_deltas)):
-        if task in owned and f"{path}.{last}" in state and layer.is_open(task):
-            changed[f"{path}.{last}"] = state[f"{path}.{last}"] + owned[task].detach()
-    return changed
+def _own_delta(module: nn.Module, attribute: str, task: str | None) -> Tensor | None:
+    """What ``task`` adds of its own to a tensor; None where that is nothing."""
+    if task is None or not isinstance(module, TapsLayer) or not module.is_open(task):
+        return None
+    owned = module.deltas if attribute == "base" else module.bias_deltas
+    delta: Tensor = owned[task].detach()
+    return delta
