@@ -178,6 +178,15 @@ def test_experts(token):
         torch.testing.assert_close(y, wanted.detach())
 
 
+def test_experts_of_another_copy_of_the_network():
+    """Also a norm that no checkpoint changed is the base's, not that of the module that was given."""
+    base, _ = tuned()
+    state = base.state_dict() | {"bn.weight": torch.rand(6).double(), "bn.running_mean": torch.rand(6).double()}
+    vectors = TaskVectors.from_checkpoints(state, {"a": state | {"conv.bias": torch.ones(6).double()}})
+    want = functional_call(base, vectors.expert("a"), (batch()["a"],))
+    torch.testing.assert_close(Experts(base, vectors)({"a": batch()["a"]})["a"], want)
+
+
 STEPS = 3
 
 
