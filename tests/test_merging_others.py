@@ -82,6 +82,27 @@ def test_fusion_with_given_weights(vectors):
     assert merging.fusion(still)["w"].tolist() == [1.0, 3.0]
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fusion_in_half_precision(vectors, dtype, given):
+    """Squares of small deltas are below the smallest number of float16; weights may be more exact than the model."""
+    half = vectors.moved(lambda t: (1e-4 * t).to(dtype))
+    weights = {n: torch.full((K, *half.base[n].shape), 1 / K) for n in half.names} if given else None
+    state = merging.fusion(half, weights, power=2.0)
+    exact = merging.fusion(half.moved(lambda t: t.double()), weights, power=2.0)
+    for name, tensor in state.items():
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_concrete_masks_of_many_weights_in_float16():
+    """Their sum is beyond the largest number of float16."""
+    base = nn.Linear(400, 400).half().state_dict()
+    vectors = TaskVectors.from_checkpoints(base, [{n: t + 0.1 for n, t in base.items()}])
+    model = merging.ConcreteModel(nn.Linear(400, 400).half(), vectors)
+    torch.testing.assert_close(model.masks()["weight"], torch.ones_like(base["weight"]))
+
+
 def test_concrete():
     """With noise switched off the training is deterministic, so that the restatement can follow it."""
     base, vectors = tuned()

@@ -50,7 +50,8 @@ class ConcreteModel(MergedModel):
                 noise = uniform.logit().to(logits)
             soft.append(torch.sigmoid((logits + noise) / self.temperature))
         count = sum(m.numel() for m in soft)
-        mean = sum((m.sum() for m in soft), start=torch.zeros(())) / max(count, 1)
+        wide = (m.sum(dtype=torch.promote_types(m.dtype, torch.float32)) for m in soft)
+        mean = sum(wide, start=torch.zeros(())) / max(count, 1)
         return {name: m / mean for name, m in zip(self.vectors.names, soft, strict=True)}
 
 
