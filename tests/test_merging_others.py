@@ -204,3 +204,16 @@ def test_twin_merging(shape):
     first_axis = merging.TwinModel(model, vectors, lambda x: torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"TwinModel: the batch must be the first axis of x, got"):
         first_axis(x)
+
+
+def test_twin_merging_of_tied_and_repeated_layers():
+    torch.manual_seed(0)
+    layer, tied = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    tied.weight = layer.weight
+    model = nn.Sequential(layer, tied, layer)
+    state = dict.fromkeys(model.state_dict(), torch.randn(4, 4))
+    twin = merging.TwinModel(
+        model, TaskVectors.from_checkpoints(model.state_dict(), [state]), nn.Linear(4, 1), keep=1.0
+    )
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(twin(x), torch.func.functional_call(model, state, (x,)))

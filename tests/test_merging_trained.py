@@ -166,6 +166,26 @@ def test_state_of_tied_weights(route):
     torch.testing.assert_close(plain(torch.arange(5)), merged(torch.arange(5)))
 
 
+def test_layers_in_several_places_sum_their_deltas_in_all_of_them():
+    """Under two paths, and in a list that modules do not know of."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4)
+            self.conv = nn.Conv2d(1, 1, 1)
+            self.listed = [self.conv]
+
+        def forward(self, x):
+            return self.listed[0](self.second(self.first(x))[None, None])
+
+    torch.manual_seed(0)
+    base, expert = Twice(), Twice()
+    vectors = TaskVectors.from_checkpoints(base.state_dict(), [expert.state_dict()])
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(MergedModel(base, vectors, route="layer", init=1.0)(x), expert(x))
+
+
 @pytest.mark.parametrize("token", [False, True])
 def test_experts(token):
     """One mixed batch where layers and norms hold all; one by one with a parameter that belongs to none."""

@@ -16,7 +16,7 @@ from ..nn.context import TaskNames
 from ..nn.head import new_head
 from ..nn.layer import TapsLayer
 from ..nn.per_task import PerTask
-from .layers import Row, Running, merged_layer
+from .layers import Row, Running, merge_in_place
 from .vectors import TaskVectors
 
 
@@ -84,7 +84,7 @@ class MergedModel(nn.Module):
         self._running = Running(vectors)
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
-        self._folded = vectors.names if route == "whole" else self._in_layers()
+        self._folded = [n for n in vectors.names if n in self._places] if route == "whole" else self._in_layers()
         self.eval()
 
     @property
@@ -187,15 +187,14 @@ class MergedModel(nn.Module):
         """Lets Linear and Conv2d sum their own deltas; the names that are left to be folded."""
         folded = []
         for l, name in enumerate(self.vectors.names):
-            place = self._places.get(name, "")
-            path, _, last = place.rpartition(".")
-            module = self.network.get_submodule(path) if last == "weight" else None
-            tied = sum(p is getattr(module, "weight", None) for p in _all_parameters(self.network)) > 1
-            layer = None if module is None or tied else merged_layer(module, Row(self._running, l, name))
-            if layer is None:
+            if name not in self._places:
+                continue
+            path, _, last = self._places[name].rpartition(".")
+            module = self.network.get_submodule(path)
+            held = getattr(module, last)
+            tied = sum(p is held for p in _all_parameters(self.network)) > 1
+            if last != "weight" or tied or not merge_in_place(module, Row(self._running, l, name)):
                 folded.append(name)
-            else:
-                self.network.set_submodule(path, layer)
         return folded
 
 
