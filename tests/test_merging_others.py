@@ -95,12 +95,21 @@ def test_fusion_in_half_precision(vectors, dtype, given):
         torch.testing.assert_close(tensor.double(), exact[name], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_concrete_masks_of_many_weights_in_float16():
-    """Their sum is beyond the largest number of float16."""
-    base = nn.Linear(400, 400).half().state_dict()
-    vectors = TaskVectors.from_checkpoints(base, [{n: t + 0.1 for n, t in base.items()}])
-    model = merging.ConcreteModel(nn.Linear(400, 400).half(), vectors)
-    torch.testing.assert_close(model.masks()["weight"], torch.ones_like(base["weight"]))
+def test_concrete_in_float16():
+    """The sum of many masks, and the squares of small gradients, are beyond its range: logits stay in float32."""
+    base = nn.Linear(400, 400).half()
+    vectors = TaskVectors.from_checkpoints(base.state_dict(), [{n: t + 0.1 for n, t in base.state_dict().items()}])
+    for model in (merging.ConcreteModel(base, vectors), merging.ConcreteModel(base, vectors.moved(torch.Tensor.float))):
+        model.half()
+        assert {p.dtype for p in model.logits} == {torch.float32}
+        torch.testing.assert_close(model.masks()["weight"], torch.ones_like(base.weight))
+    inputs = [{"0": torch.randn(2, 400).half()}] * 2
+    state = merging.concrete(base, vectors, inputs).state()
+    assert all(t.isfinite().all() and t.dtype == torch.float16 for t in state.values())
+    with pytest.raises(
+        TypeError, match=r"tinting: vectors must be float32, bfloat16 or float64 in .*, got torch.float16"
+    ):
+        merging.tinting(base, vectors, inputs, own="")
 
 
 def test_concrete():

@@ -37,7 +37,11 @@ class ConcreteModel(MergedModel):
         if kwargs.get("route", "whole") != "whole" or kwargs.get("parts") is not None:
             raise ValueError("ConcreteModel: route must be 'whole' without parts, got another")
         self.temperature, self.sampling = temperature, False
-        self.logits = nn.ParameterList(torch.full_like(vectors.base[name], logit) for name in vectors.names)
+        # At least float32: in float16 what Adam divides by would be 0.
+        wide = {name: torch.promote_types(vectors.base[name].dtype, torch.float32) for name in vectors.names}
+        self.logits = nn.ParameterList(
+            torch.full_like(vectors.base[n], logit, dtype=dtype) for n, dtype in wide.items()
+        )
         self._draw = torch.Generator().manual_seed(seed)
 
     def masks(self) -> dict[str, Tensor]:
@@ -50,9 +54,9 @@ class ConcreteModel(MergedModel):
                 noise = uniform.logit().to(logits)
             soft.append(torch.sigmoid((logits + noise) / self.temperature))
         count = sum(m.numel() for m in soft)
-        wide = (m.sum(dtype=torch.promote_types(m.dtype, torch.float32)) for m in soft)
-        mean = sum(wide, start=torch.zeros(())) / max(count, 1)
-        return {name: m / mean for name, m in zip(self.vectors.names, soft, strict=True)}
+        mean = sum((m.sum() for m in soft), start=torch.zeros(())) / max(count, 1)
+        base = self.vectors.base
+        return {name: (m / mean).to(base[name].dtype) for name, m in zip(self.vectors.names, soft, strict=True)}
 
 
 def concrete(

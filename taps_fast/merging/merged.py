@@ -94,7 +94,8 @@ class MergedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         """Vectors and parts move too. Coefficients stay in float32 at least: rounded, they could not be trained."""
-        exact = (self.coeffs, self.coeffs.grad)
+        ours = [p for name, p in self.named_parameters() if not name.startswith("network.")]
+        exact = [t for p in ours for t in (p, p.grad)]
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -220,7 +221,7 @@ def shared_network(
     """The model with each task's head and own layer; the rest is shared."""
     if head is None and any(vectors.own.values()):
         raise ValueError("MergedModel: head must be given, got none for vectors with tensors of each task's own")
-    network = TapsModel(model, head=head, include=[own] if own else [], norms="shared")
+    network = TapsModel(model, head=head, include=[] if own is None else [own], norms="shared")
     for task in vectors.tasks:
         network.add_task(task, head=None if head is None else own_head(network, vectors, task))
     return network
