@@ -257,15 +257,17 @@ def _matches(path: str, module: nn.Module, patterns: Sequence[str | type[nn.Modu
 
 def _frozen(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy: each parameter's frozen twin, in the same storage."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed(model)
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # such as a hook's last normalised weight
-                memo[id(value)] = value.detach().clone()
     return memo
+
+
+def computed(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses tensors with a graph, such as a hook's last normalised weight."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def _owns(module: nn.Module) -> bool:
