@@ -125,6 +125,12 @@ def test_moves_as_a_whole(how):
     assert {t.dtype for t in merged.state("a").values() if t.is_floating_point()} == {torch.bfloat16}
 
 
+def test_coefficients_are_where_the_vectors_are():
+    """Layers that sum their own deltas take them from nowhere else."""
+    base, vectors = tuned()
+    assert MergedModel(base.to("meta"), vectors.to("meta"), head="head", route="layer").coeffs.device.type == "meta"
+
+
 @pytest.mark.parametrize("token", [False, True])
 def test_experts_move_as_a_whole(token):
     base, vectors = tuned(token)

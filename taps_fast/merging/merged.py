@@ -80,7 +80,8 @@ class MergedModel(nn.Module):
             raise ValueError(f"MergedModel: init must be in the clamp {clamp}, got {init}: it could never move")
         self.clamp, self.parts, self.own = clamp, parts, own
         self.network = shared_network(model, vectors, head, own)
-        self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init))
+        device = next((t.device for t in vectors.base.values()), None)
+        self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init, device=device))
         self._running = Running(vectors)
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
