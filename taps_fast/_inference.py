@@ -91,7 +91,9 @@ class PreparedModel(nn.Module):
         """As ``nn.Module.train``; training undoes `prepare_inference`."""
         if mode:
             self.unprepare()
-        return super().train(mode)
+        super().train(mode)
+        self.conversion.rest()
+        return self
 
     def _unprepared(self, function: str) -> None:
         if self.prepared is not None:

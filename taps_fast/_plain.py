@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ._prepare import detach_regions
+from .convert import computed
 from .nn.per_task import PerTask
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
     """A copy of ``model.model`` with the weights of ``task`` (None: the base) in modules of their original types."""
-    memo: dict[int, Any] = {}
+    memo = computed(model.model)
     for layer in model.conversion.layers.values():
         memo[id(layer)] = layer.merged(task)
     for attention in model.conversion.attentions.values():

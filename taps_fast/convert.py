@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._problem import DTYPES
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
@@ -50,11 +52,18 @@ class Conversion:
     head: TaskHead | None = None
     restored: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module, attribute, value): what a merged model gets back."""
+    resting: list[nn.Module] = field(default_factory=list)
+    """Modules of the base that a forward in training mode would change, and so are in eval mode always."""
 
     def located(self) -> dict[str, TapsLayer | PerTask]:
         """Every module that tells tasks apart, by path."""
         head: dict[str, PerTask] = {} if self.head is None else {self.head.path: self.head}
         return {**self.layers, **self.norms, **head}
+
+    def rest(self) -> None:
+        """Puts what the base must not change into eval mode."""
+        for module in self.resting:
+            module.training = False
 
     def of(self, verdict: str) -> list[Row]:
         """The rows with this verdict."""
@@ -96,6 +105,8 @@ def convert(
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     plan.found.restored = list(_disable_fast_paths(adapted))
+    plan.found.resting = [module for module in adapted.modules() if _iterates(module)]
+    plan.found.rest()
     return adapted, plan.found
 
 
@@ -246,15 +257,17 @@ def _matches(path: str, module: nn.Module, patterns: Sequence[str | type[nn.Modu
 
 def _frozen(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy: each parameter's frozen twin, in the same storage."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed(model)
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # such as a hook's last normalised weight
-                memo[id(value)] = value.detach().clone()
     return memo
+
+
+def computed(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses tensors with a graph, such as a hook's last normalised weight."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def _owns(module: nn.Module) -> bool:
@@ -330,6 +343,12 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
         if what:
             return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"
     return None
+
+
+def _iterates(module: nn.Module) -> bool:
+    """Whether this is a spectral norm, of either kind: in training each forward is one more step of its iteration."""
+    hooked = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return hooked or isinstance(module, _SpectralNorm)
 
 
 def _disable_fast_paths(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -218,6 +218,17 @@ def test_refused_by_name_and_left_working(name):
         torch.testing.assert_close(model.merge("cubs")(x), net(x))
 
 
+@pytest.mark.parametrize("norm", [spectral_norm, parametrizations.spectral_norm])
+def test_training_does_not_move_the_spectral_norms_of_the_base(norm):
+    """Each of their forwards in training is a step of an iteration: the base would be another, and folders refused."""
+    model = copy.deepcopy(TapsModel(nn.Sequential(norm(nn.Linear(4, 4)), nn.Dropout(0.5), nn.Linear(4, 2)), ["cubs"]))
+    before = model.fingerprint()
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        assert model.fingerprint() == before and model.train().model[1].training
+    assert all(module.training for module in model.merge("cubs").modules())
+
+
 def test_frozen_and_stateless_norms():
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self):

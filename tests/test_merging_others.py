@@ -82,6 +82,36 @@ def test_fusion_with_given_weights(vectors):
     assert merging.fusion(still)["w"].tolist() == [1.0, 3.0]
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fusion_in_half_precision(vectors, dtype, given):
+    """Squares of small deltas are below the smallest number of float16; weights may be more exact than the model."""
+    half = vectors.moved(lambda t: (1e-4 * t).to(dtype))
+    weights = {n: torch.full((K, *half.base[n].shape), 1 / K) for n in half.names} if given else None
+    state = merging.fusion(half, weights, power=2.0)
+    exact = merging.fusion(half.moved(lambda t: t.double()), weights, power=2.0)
+    for name, tensor in state.items():
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_concrete_in_float16():
+    """The sum of many masks, and the squares of small gradients, are beyond its range: logits stay in float32."""
+    base = nn.Linear(400, 400).half()
+    vectors = TaskVectors.from_checkpoints(base.state_dict(), [{n: t + 0.1 for n, t in base.state_dict().items()}])
+    for model in (merging.ConcreteModel(base, vectors), merging.ConcreteModel(base, vectors.moved(torch.Tensor.float))):
+        model.half()
+        assert {p.dtype for p in model.logits} == {torch.float32}
+        torch.testing.assert_close(model.masks()["weight"], torch.ones_like(base.weight))
+    inputs = [{"0": torch.randn(2, 400).half()}] * 2
+    state = merging.concrete(base, vectors, inputs).state()
+    assert all(t.isfinite().all() and t.dtype == torch.float16 for t in state.values())
+    with pytest.raises(
+        TypeError, match=r"tinting: vectors must be float32, bfloat16 or float64 in .*, got torch.float16"
+    ):
+        merging.tinting(base, vectors, inputs, own="")
+
+
 def test_concrete():
     """With noise switched off the training is deterministic, so that the restatement can follow it."""
     base, vectors = tuned()
@@ -183,3 +213,16 @@ def test_twin_merging(shape):
     first_axis = merging.TwinModel(model, vectors, lambda x: torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"TwinModel: the batch must be the first axis of x, got"):
         first_axis(x)
+
+
+def test_twin_merging_of_tied_and_repeated_layers():
+    torch.manual_seed(0)
+    layer, tied = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    tied.weight = layer.weight
+    model = nn.Sequential(layer, tied, layer)
+    state = dict.fromkeys(model.state_dict(), torch.randn(4, 4))
+    twin = merging.TwinModel(
+        model, TaskVectors.from_checkpoints(model.state_dict(), [state]), nn.Linear(4, 1), keep=1.0
+    )
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(twin(x), torch.func.functional_call(model, state, (x,)))

@@ -98,6 +98,15 @@ def test_emr(vectors):
         check(merged.state(task), base + scale * mask * unified)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_emr_of_small_deltas_in_half_precision(dtype):
+    """Their products are below the smallest number of float16."""
+    vectors = random_vectors().moved(lambda t: (1e-4 * t).to(dtype))
+    merged, wanted = merging.emr(vectors), merging.emr(vectors.moved(lambda t: t.double()))
+    assert all(torch.equal(merged.masks[t][n], wanted.masks[t][n]) for t in vectors.tasks for n in vectors.names)
+    assert merged.scales == pytest.approx(wanted.scales, rel=1e-2)
+
+
 def test_doge():
     """Against autograd on the loss as it is written, one matrix after the other."""
     g = torch.Generator().manual_seed(1)

@@ -125,6 +125,12 @@ def test_moves_as_a_whole(how):
     assert {t.dtype for t in merged.state("a").values() if t.is_floating_point()} == {torch.bfloat16}
 
 
+def test_coefficients_are_where_the_vectors_are():
+    """Layers that sum their own deltas take them from nowhere else."""
+    base, vectors = tuned()
+    assert MergedModel(base.to("meta"), vectors.to("meta"), head="head", route="layer").coeffs.device.type == "meta"
+
+
 @pytest.mark.parametrize("token", [False, True])
 def test_experts_move_as_a_whole(token):
     base, vectors = tuned(token)
@@ -135,22 +141,55 @@ def test_experts_move_as_a_whole(token):
         torch.testing.assert_close(y, want[task].float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [MergedModel, merging.ConcreteModel])
 @pytest.mark.parametrize("own", [None, "fc", "encoder.self_attn"])
-def test_state_is_a_plain_model(own):
+def test_state_is_a_plain_model(own, kind):
     base, vectors = tuned()
-    merged = MergedModel(base, vectors, head="head", own=own)
+    merged = kind(base, vectors, head="head", own=own)
     with torch.no_grad():
         for parameter in merged.own_parameters():
             parameter.add_(0.1)
     for task in TASKS:
-        if own == "encoder.self_attn":  # its tensors have other names in the network
-            continue
         net = Net(len(vectors.own[task]["head.bias"])).eval().double()
         net.load_state_dict(merged.state(task))
         torch.testing.assert_close(net(batch()[task]), merged.each(batch())[task].detach())
     twin = copy.deepcopy(merged)
     torch.testing.assert_close(twin(batch()["a"], tasks="a"), merged(batch()["a"], tasks="a"))
     assert "head.weight" not in merged.state() and merged.train().training is False
+
+
+@pytest.mark.parametrize("route", ["whole", "layer"])
+def test_state_of_tied_weights(route):
+    """All names of a tied tensor are what the forward uses: the merge by the first name's coefficients."""
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    states = [dict.fromkeys(("0.weight", "1.weight"), torch.randn(5, 4)) for _ in range(2)]
+    merged = MergedModel(tied, TaskVectors.from_checkpoints(tied.state_dict(), states), route=route)
+    merged.coeffs.data = torch.tensor([[0.2, 0.9], [0.6, 0.4]])
+    plain = copy.deepcopy(tied)
+    plain.load_state_dict(merged.state())
+    torch.testing.assert_close(plain(torch.arange(5)), merged(torch.arange(5)))
+
+
+def test_layers_in_several_places_sum_their_deltas_in_all_of_them():
+    """Under two paths, and in a list that modules do not know of."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4)
+            self.conv = nn.Conv2d(1, 1, 1)
+            self.listed = [self.conv]
+
+        def forward(self, x):
+            return self.listed[0](self.second(self.first(x))[None, None])
+
+    torch.manual_seed(0)
+    base, expert = Twice(), Twice()
+    vectors = TaskVectors.from_checkpoints(base.state_dict(), [expert.state_dict()])
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(MergedModel(base, vectors, route="layer", init=1.0)(x), expert(x))
 
 
 @pytest.mark.parametrize("token", [False, True])
@@ -163,6 +202,15 @@ def test_experts(token):
         one = vectors.index(task)
         wanted = chain(vectors, task, lambda l, k, one=one: float(k == one), batch()[task], token=token)
         torch.testing.assert_close(y, wanted.detach())
+
+
+def test_experts_of_another_copy_of_the_network():
+    """Also a norm that no checkpoint changed is the base's, not that of the module that was given."""
+    base, _ = tuned()
+    state = base.state_dict() | {"bn.weight": torch.rand(6).double(), "bn.running_mean": torch.rand(6).double()}
+    vectors = TaskVectors.from_checkpoints(state, {"a": state | {"conv.bias": torch.ones(6).double()}})
+    want = functional_call(base, vectors.expert("a"), (batch()["a"],))
+    torch.testing.assert_close(Experts(base, vectors)({"a": batch()["a"]})["a"], want)
 
 
 STEPS = 3

@@ -105,6 +105,9 @@ def test_tensors_of_two_dtypes():
     assert merged["b"].dtype == torch.bfloat16
     sum(t.float().sum() for t in merged.values()).backward()
     assert c.grad.tolist() == [[2.0]] * 3
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match=rf"fold: coeffs must be a row for each of 3 tensors, got \({rows}, 1\)"):
+            TaskVectors.from_checkpoints(base, [tuned]).fold(torch.ones(rows, 1))
 
 
 def test_what_a_training_loop_saves_is_unwrapped():

@@ -120,6 +120,16 @@ def test_heads_in_a_model():
     assert model.tasks == ["cubs", "cars", "dogs"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_head_whose_weight_a_hook_computes_is_merged_while_it_trains():
+    """The weight that its last forward left has a graph, which deepcopy refuses."""
+    model = TapsModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), head="1")
+    model.add_task("cubs", head=nn.utils.weight_norm(nn.Linear(4, 3)))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(model.merge("cubs")(x), model(x))
+    torch.testing.assert_close(model.merge("cubs")(x), model(x))
+
+
 @pytest.mark.parametrize("classes", [0, -1, 2.5, True, "3"])
 def test_refused_classes_leave_no_task(classes):
     model = TapsModel(nn.Linear(4, 6), head="")

@@ -260,14 +260,29 @@ def test_sync_batch_norm_in_evaluation():
         torch.testing.assert_close(y[rows_of(x, t)], norm.of(None if t < 0 else TASKS[t])(x[rows_of(x, t)]))
 
 
+def test_attributes_of_a_shared_norm_are_the_bases():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(self.fc(x)).to(self.norm.weight.dtype) + self.norm.bias
+
+    model = TapsModel(Net(), TASKS, norms="shared")
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(model(x, tasks=[0, 1]), model(x, tasks="base"))
+
+
 def test_attributes_are_those_of_the_active_tasks_module():
     norm = make(nn.BatchNorm1d(4))
     previous = norm.context.enter(norm.context.resolve("cars"))
     assert norm.weight is norm.tasks["cars"].weight and norm.eps == 1e-5
     norm.context.enter(norm.context.resolve([0, 1]))
     assert norm.eps == 1e-5 and norm.num_features == 4
-    with pytest.raises(RuntimeError, match="net.norm: running_mean must be read with one task active"):
-        _ = norm.running_mean
+    assert norm.weight.dtype == torch.float64 and norm.running_mean.shape == (4,)  # values differ, types do not
+    with pytest.raises(RuntimeError, match="net.norm: running_mean must be used with one task active"):
+        _ = norm.running_mean + 1
     norm.context.enter(previous)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = norm.nothing

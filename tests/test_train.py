@@ -18,9 +18,9 @@ from torch import nn
 
 from taps_fast import TapsModel, store
 from taps_fast.__main__ import main
-from taps_fast.train import GateLog, Point, accumulate, penalty_weight, tradeoff
+from taps_fast.train import GateLog, Point, accumulate, loop, penalty_weight, tradeoff
 from taps_fast.train.backbone import backbone, head_of, logits_of
-from taps_fast.train.data import TrainError, batches, load
+from taps_fast.train.data import Images, TrainError, batches, load
 from taps_fast.train.loop import schedules
 
 NET = """
@@ -138,6 +138,24 @@ def test_a_finished_run_is_not_trained_again(here, capsys):
         Path("out/checkpoint.pt").read_bytes() == before
         and "epoch" not in capsys.readouterr().out.split("from step")[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("warmup", "accuracies", "saved"),
+    [(1, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4]), (9, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4, 5])],
+)
+def test_the_folder_of_the_best_is_of_the_epoch_that_is_reported(tmp_path, monkeypatch, warmup, accuracies, saved):
+    """Epochs before the penalty are replaced by the first with it, however accurate they were."""
+    images = Images("x", torch.rand(6, 3, 8, 8), torch.arange(6) % 3, ["a", "b", "c"], 8)
+    model = TapsModel(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 3)), ["cubs"], head="2")
+    recipe = loop.Recipe(epochs=5, batch=6, warmup_epochs=warmup)
+    training = loop.Training(model, "cubs", images, images, recipe, tmp_path, device=torch.device("cpu"))
+    tested, found = iter(accuracies), []
+    monkeypatch.setattr(loop, "accuracy", lambda *args, **tasks: next(tested))
+    monkeypatch.setattr(TapsModel, "save_task", lambda model, task, folder: found.append((folder.name, training.step)))
+    point = training.run(lambda line: None)
+    assert found == [*(("best", step) for step in saved), ("last", 5)]
+    assert point.accuracy == accuracies[saved[-1] - 1]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_a_head_that_is_not_the_last_layer(capsys):
         backbone("two:needs")
 
 
+def test_a_backbone_that_is_a_head_alone(capsys):
+    Path("alone.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 9))\n"
+    )
+    text = "train: the backbone must have layers to adapt besides its head, got none (--head 1)"
+    assert refused(capsys, "--backbone", "alone:make") == text
+
+
 def test_files_of_lists(capsys):
     torch.save({"images": [1, 2], "labels": [0, 1]}, "lists.pt")
     text = "train: images and labels of lists.pt must be tensors, got list and list"

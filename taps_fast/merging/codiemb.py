@@ -37,17 +37,22 @@ def fusion(vectors: TaskVectors, weights: Mapping[str, Tensor] | None = None, po
     """
 
     def change(name: str, deltas: list[Tensor]) -> list[Tensor]:
+        base = vectors.base[name]
         each = torch.stack(deltas)
+        each = each.to(torch.promote_types(each.dtype, torch.float32))
         if weights is None:
-            share = each.abs() ** power
+            sizes = each.abs()
+            largest = sizes.amax(0)
+            share = (sizes / torch.where(largest > 0, largest, 1.0)) ** power  # no power of a small number is 0 for all
             total = share.sum(0)
-            share = torch.where(total > 0, share / total, torch.full_like(share, 1 / len(deltas)))
-            return [(share * each).sum(0)]
+            share = torch.where(total > 0, share / total, 1 / len(deltas))
+            return [(share * each).sum(0).to(base.dtype)]
         given = weights.get(name)
         if given is None or given.shape != each.shape:
             got = "none" if given is None else f"{tuple(given.shape)}"
             raise ValueError(f"fusion: weights must have {name!r} of shape {tuple(each.shape)}, got {got}")
         # Σ w·(W0 + Δ) = W0 + (Σ w·Δ + (Σ w - 1)·W0)
-        return [(given * each).sum(0) + (given.sum(0) - 1) * vectors.base[name]]
+        given = given.to(each.dtype)
+        return [((given * each).sum(0) + (given.sum(0) - 1) * base).to(base.dtype)]
 
     return vectors.map(change).fold([1.0]) if vectors.names else vectors.fold(0.0)

@@ -37,7 +37,11 @@ class ConcreteModel(MergedModel):
         if kwargs.get("route", "whole") != "whole" or kwargs.get("parts") is not None:
             raise ValueError("ConcreteModel: route must be 'whole' without parts, got another")
         self.temperature, self.sampling = temperature, False
-        self.logits = nn.ParameterList(torch.full_like(vectors.base[name], logit) for name in vectors.names)
+        # At least float32: in float16 what Adam divides by would be 0.
+        wide = {name: torch.promote_types(vectors.base[name].dtype, torch.float32) for name in vectors.names}
+        self.logits = nn.ParameterList(
+            torch.full_like(vectors.base[n], logit, dtype=dtype) for n, dtype in wide.items()
+        )
         self._draw = torch.Generator().manual_seed(seed)
 
     def masks(self) -> dict[str, Tensor]:
@@ -51,14 +55,8 @@ class ConcreteModel(MergedModel):
             soft.append(torch.sigmoid((logits + noise) / self.temperature))
         count = sum(m.numel() for m in soft)
         mean = sum((m.sum() for m in soft), start=torch.zeros(())) / max(count, 1)
-        return {name: m / mean for name, m in zip(self.vectors.names, soft, strict=True)}
-
-    def weights(self) -> dict[str, Tensor]:
-        return self.vectors.fold(self.coefficients(), masks=self.masks(), names=self.vectors.names)
-
-    def state(self, task: str | None = None) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return super().state(task) | self.weights()
+        base = self.vectors.base
+        return {name: (m / mean).to(base[name].dtype) for name, m in zip(self.vectors.names, soft, strict=True)}
 
 
 def concrete(

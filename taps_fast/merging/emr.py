@@ -39,7 +39,7 @@ def emr(vectors: TaskVectors) -> MaskedDelta:
         sign = each.sum(0).sign()
         unified[name] = sign * (each * sign).clamp(min=0).amax(0)
         for task, delta in zip(vectors.tasks, deltas, strict=True):
-            masks[task][name] = mask = delta * unified[name] > 0
+            masks[task][name] = mask = (delta.sign() == sign) & (sign != 0)  # a product of small float16 is 0
             full[task] += float(delta.abs().sum(dtype=torch.float64))
             kept[task] += float((unified[name].abs() * mask).sum(dtype=torch.float64))
     scales = {task: full[task] / kept[task] if kept[task] else 0.0 for task in vectors.tasks}

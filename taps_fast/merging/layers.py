@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,37 +38,34 @@ class Row(NamedTuple):
         return table if table.dim() == 1 else table[self.tensor]
 
 
-class MergedLinear(nn.Module):
+class MergedLinear(nn.Linear):
     """y = (weight + Σ_k c_k·deltas[k]) x + bias; the coefficients' gradients come from one weight-gradient pass."""
 
-    def __init__(self, plain: nn.Linear, row: Row) -> None:
-        super().__init__()
-        self.weight, self.bias = plain.weight, plain.bias
-        self._row = row
+    row: Row
 
-    def forward(self, x: Tensor) -> Tensor:
-        return delta_linear(x, self.weight, self._row.deltas, self._row.read(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return delta_linear(input, self.weight, self.row.deltas, self.row.read(), self.bias)
 
 
-class MergedConv2d(nn.Module):
+class MergedConv2d(nn.Conv2d):
     """The same for a convolution with zero padding."""
 
-    def __init__(self, plain: nn.Conv2d, row: Row) -> None:
-        super().__init__()
-        self.weight, self.bias = plain.weight, plain.bias
-        self._how = (plain.stride, plain.padding, plain.dilation, plain.groups)
-        self._row = row
+    row: Row
 
-    def forward(self, x: Tensor) -> Tensor:
-        return delta_conv2d(x, self.weight, self._row.deltas, self._row.read(), self.bias, *self._how)
+    def forward(self, input: Tensor) -> Tensor:
+        conv: Any = (self.stride, self.padding, self.dilation, self.groups)
+        return delta_conv2d(input, self.weight, self.row.deltas, self.row.read(), self.bias, *conv)
 
 
-def merged_layer(module: nn.Module, row: Row) -> nn.Module | None:
-    """What takes the place of a layer; None for a module that must be given its whole weight."""
+def merge_in_place(module: nn.Module, row: Row) -> bool:
+    """Lets a layer sum its deltas, wherever it is referred to; False for one that must be given its whole weight."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-        return None
+        return False
     if type(module) is nn.Linear:
-        return MergedLinear(module, row)
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        return MergedConv2d(module, row)
-    return None
+        module.__class__ = MergedLinear
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        module.__class__ = MergedConv2d
+    else:
+        return False
+    module.row = row  # type: ignore[assignment]
+    return True

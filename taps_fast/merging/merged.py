@@ -16,7 +16,7 @@ from ..nn.context import TaskNames
 from ..nn.head import new_head
 from ..nn.layer import TapsLayer
 from ..nn.per_task import PerTask
-from .layers import Row, Running, merged_layer
+from .layers import Row, Running, merge_in_place
 from .vectors import TaskVectors
 
 
@@ -80,11 +80,12 @@ class MergedModel(nn.Module):
             raise ValueError(f"MergedModel: init must be in the clamp {clamp}, got {init}: it could never move")
         self.clamp, self.parts, self.own = clamp, parts, own
         self.network = shared_network(model, vectors, head, own)
-        self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init))
+        device = next((t.device for t in vectors.base.values()), None)
+        self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init, device=device))
         self._running = Running(vectors)
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
-        self._folded = vectors.names if route == "whole" else self._in_layers()
+        self._folded = [n for n in vectors.names if n in self._places] if route == "whole" else self._in_layers()
         self.eval()
 
     @property
@@ -94,7 +95,8 @@ class MergedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         """Vectors and parts move too. Coefficients stay in float32 at least: rounded, they could not be trained."""
-        exact = (self.coeffs, self.coeffs.grad)
+        ours = [p for name, p in self.named_parameters() if not name.startswith("network.")]
+        exact = [t for p in ours for t in (p, p.grad)]
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -116,15 +118,22 @@ class MergedModel(nn.Module):
         """The coefficients as they are used: clamped."""
         return self.coeffs if self.clamp is None else self.coeffs.clamp(*self.clamp)
 
+    def masks(self) -> dict[str, Tensor] | None:
+        """What multiplies the sums of deltas, by name; None: nothing."""
+        return None
+
     def weights(self) -> dict[str, Tensor]:
         """The merged tensors that a forward needs stored, by the names of ``vectors``; differentiable."""
+        return self._fold(self._folded)
+
+    def _fold(self, names: Sequence[str]) -> dict[str, Tensor]:
         table = self.coefficients()
         if table.dim() == 1:
             table = table.expand(len(self.vectors.names), -1)
-        if len(self._folded) < len(self.vectors.names):
+        if len(names) < len(self.vectors.names):
             where = {name: l for l, name in enumerate(self.vectors.names)}
-            table = table[[where[name] for name in self._folded]]
-        return self.vectors.fold(table, parts=self.parts, names=self._folded)
+            table = table[[where[name] for name in names]]
+        return self.vectors.fold(table, parts=self.parts, masks=self.masks(), names=names)
 
     def forward(self, *args: Any, tasks: TaskNames | None = None, **kwargs: Any) -> Any:
         """The model's output; ``tasks`` as in `TapsModel` where tasks have modules of their own."""
@@ -138,16 +147,24 @@ class MergedModel(nn.Module):
         weights = self.weights()
         return run_each(self.network, inputs, lambda x, tasks: self._call(weights, (x,), {"tasks": tasks}))
 
+    @torch.no_grad()
     def state(self, task: str | None = None) -> dict[str, Tensor]:
         """A plain state dict of the merged model, detached: of all tasks, or with what ``task`` has its own."""
-        with torch.no_grad():
-            state = self.vectors.fold(self.coefficients(), parts=self.parts)
-            if task is not None:
-                state |= self.vectors.own[task]
-                for path, module in self.network.modules_of(task).items():
-                    state |= {f"{path}.{name}": t.detach().clone() for name, t in module.state_dict().items()}
-                for path, layer in self.network.conversion.layers.items():
-                    state = _with_own(state, path, layer, task)
+        merged = self._fold(self.vectors.names)
+        state: dict[str, Tensor] = {}
+        used: dict[int, Tensor] = {}  # by id: tied tensors are all what their first name says, as in a forward
+        for name, base in self.vectors.base.items():
+            _, module, last = place_of(self.network, name, base)
+            held = getattr(module, last)
+            if id(held) not in used:
+                own = _own_delta(module, last, task)
+                tensor = merged.get(name, base)
+                used[id(held)] = tensor if own is None else tensor + own
+            state[name] = used[id(held)]
+        if task is not None:
+            state |= self.vectors.own[task]
+            for path, head in self.network.modules_of(task).items():
+                state |= {f"{path}.{name}": t.detach().clone() for name, t in head.state_dict().items()}
         return state
 
     def own_parameters(self) -> list[nn.Parameter]:
@@ -172,15 +189,14 @@ class MergedModel(nn.Module):
         """Lets Linear and Conv2d sum their own deltas; the names that are left to be folded."""
         folded = []
         for l, name in enumerate(self.vectors.names):
-            place = self._places.get(name, "")
-            path, _, last = place.rpartition(".")
-            module = self.network.get_submodule(path) if last == "weight" else None
-            tied = sum(p is getattr(module, "weight", None) for p in _all_parameters(self.network)) > 1
-            layer = None if module is None or tied else merged_layer(module, Row(self._running, l, name))
-            if layer is None:
+            if name not in self._places:
+                continue
+            path, _, last = self._places[name].rpartition(".")
+            module = self.network.get_submodule(path)
+            held = getattr(module, last)
+            tied = sum(p is held for p in _all_parameters(self.network)) > 1
+            if last != "weight" or tied or not merge_in_place(module, Row(self._running, l, name)):
                 folded.append(name)
-            else:
-                self.network.set_submodule(path, layer)
         return folded
 
 
@@ -206,7 +222,7 @@ def shared_network(
     """The model with each task's head and own layer; the rest is shared."""
     if head is None and any(vectors.own.values()):
         raise ValueError("MergedModel: head must be given, got none for vectors with tensors of each task's own")
-    network = TapsModel(model, head=head, include=[own] if own else [], norms="shared")
+    network = TapsModel(model, head=head, include=[] if own is None else [own], norms="shared")
     for task in vectors.tasks:
         network.add_task(task, head=None if head is None else own_head(network, vectors, task))
     return network
@@ -286,10 +302,10 @@ def _all_parameters(network: nn.Module) -> Sequence[nn.Parameter]:
     return [p for module in network.modules() for p in module._parameters.values() if p is not None]
 
 
-def _with_own(state: dict[str, Tensor], path: str, layer: TapsLayer, task: str) -> dict[str, Tensor]:
-    """The merged tensors of a layer plus the task's own delta."""
-    changed = dict(state)
-    for last, owned in (("weight", layer.deltas), ("bias", layer.bias_deltas)):
-        if task in owned and f"{path}.{last}" in state and layer.is_open(task):
-            changed[f"{path}.{last}"] = state[f"{path}.{last}"] + owned[task].detach()
-    return changed
+def _own_delta(module: nn.Module, attribute: str, task: str | None) -> Tensor | None:
+    """What ``task`` adds of its own to a tensor; None where that is nothing."""
+    if task is None or not isinstance(module, TapsLayer) or not module.is_open(task):
+        return None
+    owned = module.deltas if attribute == "base" else module.bias_deltas
+    delta: Tensor = owned[task].detach()
+    return delta

@@ -36,9 +36,9 @@ def taps_model(
         ValueError: a merged tensor that belongs to no layer or norm, in which tasks can differ.
     """
     network = TapsModel(model, head=head)
+    adopt(network, vectors)  # first, because norms of tasks start as copies
     for task in tasks:
         network.add_task(task, head=None if head is None else own_head(network, vectors, task), deltas=False)
-    adopt(network, vectors)
     for name in vectors.names:
         path, module, last = place_of(network, name, vectors.base[name])
         norm = network.conversion.norms.get(path.removesuffix("base").removesuffix("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .adapt import Batch, Experts, Progress, agreement, optimise
@@ -46,7 +47,7 @@ def tinting(
         The trained `MergedModel`; ``.state(task)`` is a plain state dict with the task's own layer.
 
     Raises:
-        ValueError: updates that are neither, no layer to train.
+        ValueError: updates that are neither, no layer to train; TypeError: one in float16.
 
     Cost: as `adamerging`, and one forward of the experts. Source: Model Tinting, arXiv 2412.19098: coefficients per
     tensor, a task-specific layer, pseudo-labels and their confidence filter. Adam, both rates and the exact order of
@@ -61,6 +62,11 @@ def tinting(
     if own is None:
         merged.network.conversion.head.tasks.requires_grad_()  # type: ignore[union-attr]
     mine = [p for p in merged.own_parameters() if p.requires_grad]
+    if any(p.dtype == torch.float16 for p in mine):
+        raise TypeError(
+            "tinting: vectors must be float32, bfloat16 or float64 in the layers that tasks train, got torch.float16 "
+            "(what Adam divides by would be 0 in it)"
+        )
 
     def losses(batch: Batch) -> Tensor:
         teachers, students = experts(batch), merged.each(batch)

@@ -54,14 +54,15 @@ class TwinModel(nn.Module):
         self.router, self.tasks = router, list(vectors.tasks)
         merged = vectors.fold(shared)
         network = TapsModel(model, include=[], norms="shared")
-        places = adopt(network, TaskVectors(merged, {n: d for n, d in vectors.deltas.items()}, vectors.tasks))
+        places = adopt(network, TaskVectors(merged, vectors.deltas, vectors.tasks))
         self._shares = _Shares()
-        for name, place in places.items():
-            path, _, last = place.rpartition(".")
-            module = network.get_submodule(path)
-            if last == "weight" and type(module) is nn.Linear:
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        names = {id(parameters[place]): name for name, place in places.items() if place in parameters}
+        for module in network.modules():
+            if type(module) is nn.Linear and id(module.weight) in names:
+                name = names[id(module.weight)]
                 rest = [vectors.base[name] + d - merged[name] for d in vectors.deltas[name]]
-                network.set_submodule(path, _TwinLinear(module, rest, keep, self._shares))
+                _twin(module, rest, keep, self._shares)
         self.network = network.requires_grad_(False).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,30 +80,35 @@ class _Shares:
     now: Tensor | None = None
 
 
-class _TwinLinear(nn.Module):
-    def __init__(self, plain: nn.Linear, rest: list[Tensor], keep: float, shares: _Shares) -> None:
-        super().__init__()
-        self.weight, self.bias = plain.weight, plain.bias
-        self.rank = max(1, round(keep * min(plain.weight.shape)))
-        ups, downs = [], []
-        for delta in rest:
-            u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
-            ups.append(u[:, : self.rank] * s[: self.rank])
-            downs.append(v[: self.rank])
-        self.register_buffer("up", torch.cat(ups, 1).to(plain.weight.dtype))
-        self.register_buffer("down", torch.cat(downs).to(plain.weight.dtype))
-        self._shares = shares
+class _TwinLinear(nn.Linear):
+    up: Tensor
+    down: Tensor
+    shares: _Shares
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        shares = self._shares.now
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        shares = self.shares.now
         if shares is None:
             return y
-        if x.shape[0] != shares.shape[0]:
+        if input.shape[0] != shares.shape[0]:
             raise ValueError(
-                f"TwinModel: the batch must be the first axis of x, got {tuple(x.shape)} for {len(shares)}"
+                f"TwinModel: the batch must be the first axis of x, got {tuple(input.shape)} for {len(shares)}"
             )
-        inner = F.linear(x, self.get_buffer("down"))
-        each = shares.repeat_interleave(self.rank, 1).to(inner.dtype)
+        inner = F.linear(input, self.down)
+        each = shares.repeat_interleave(inner.shape[-1] // shares.shape[1], 1).to(inner.dtype)
         each = each.view(each.shape[0], *(1,) * (inner.dim() - 2), each.shape[1])
-        return y + F.linear(inner * each, self.get_buffer("up"))
+        return y + F.linear(inner * each, self.up)
+
+
+def _twin(layer: nn.Linear, rest: list[Tensor], keep: float, shares: _Shares) -> None:
+    """Adds the low-rank rests to a layer, wherever it is referred to."""
+    dtype, rank = layer.weight.dtype, max(1, round(keep * min(layer.weight.shape)))
+    ups, downs = [], []
+    for delta in rest:
+        u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
+        ups.append(u[:, :rank] * s[:rank])
+        downs.append(v[:rank])
+    layer.__class__ = _TwinLinear
+    layer.register_buffer("up", torch.cat(ups, 1).to(dtype))
+    layer.register_buffer("down", torch.cat(downs).to(dtype))
+    layer.shares = shares  # type: ignore[assignment]

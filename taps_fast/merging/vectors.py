@@ -139,6 +139,8 @@ class TaskVectors:
         table = torch.as_tensor(coeffs, dtype=None if isinstance(coeffs, Tensor) else torch.float32)
         if table.dim() == 0:
             table = table.expand(len(self.tasks))
+        if table.dim() > 1 and len(table) != len(chosen):
+            raise ValueError(f"fold: coeffs must be a row for each of {len(chosen)} tensors, got {tuple(table.shape)}")
         state = {name: self.base[name] for name in self.kept} if names is None else {}
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for l, name in enumerate(chosen):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .context import Layout, Located, Mix, TaskContext, task_by_task
+from .mixed_weight import MixedWeight
 
 
 class PerTask(Located, nn.Module):
@@ -88,12 +89,18 @@ class PerTask(Located, nn.Module):
             if not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
             selection = self.selected()
-            if selection.mix is None:
+            if selection.mix is None or not len(self.tasks):
                 return getattr(self.of(selection.task), name)
-            values = {id(v): v for v in (getattr(m, name) for m in self.in_order(selection.mix.tasks))}
-            value = getattr(self.base, name)
-            if isinstance(value, (Tensor, nn.Module)) or any(v != value for v in values.values()):
-                raise RuntimeError(
-                    f"{self.path}: {name} must be read with one task active, got a mixed batch, whose samples differ"
-                ) from None
+            value, *others = (getattr(module, name) for module in self.in_order(selection.mix.tasks))
+            text = (
+                f"{self.path}: {name} must be used with one task active, got a mixed batch, whose samples differ in it"
+            )
+            if isinstance(value, Tensor) and all(_alike(value, other) for other in others):
+                return MixedWeight.of(value, text)
+            if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
+                raise RuntimeError(text) from None
             return value
+
+
+def _alike(value: Tensor, other: object) -> bool:
+    return isinstance(other, Tensor) and (other.shape, other.dtype) == (value.shape, value.dtype)

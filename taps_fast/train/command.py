@@ -136,6 +136,8 @@ def _train(
         model.add_task(task, classes=len(images.names))
     except ValueError as error:  # a head that is none, a name that cannot be a parameter's
         raise TrainError(f"train: {error}") from error
+    if not model.conversion.layers:
+        raise TrainError(f"train: the backbone must have layers to adapt besides its head, got none (--head {head})")
     dtypes = (parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
     images.dtype = test.dtype = next(dtypes, torch.float32)
     _try(model, task, images, device, head)

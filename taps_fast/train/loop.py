@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +127,6 @@ class Training:
         self.step = 0
         self.losses: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
-        self.best = -math.inf
         self.identity = {
             **asdict(recipe),
             "task": task,
@@ -167,7 +165,7 @@ class Training:
         if not self.history:
             raise TrainError("train: epochs must be at least 1, got none")
         model.save_task(self.task, self.out / LAST)
-        best = max(self._candidates(), key=lambda row: (row["accuracy"], row["epoch"]))
+        best = self._best()
         return Point(f"λ={recipe.lam:g}", best["fraction"], best["accuracy"])
 
     def _step(self, parts: list[tuple[float, tuple[Tensor, Tensor]]], lam: float) -> None:
@@ -207,8 +205,7 @@ class Training:
         self.history.append(row)
         self.losses = []
         self._check_finite()
-        if row in self._candidates() and right >= self.best:
-            self.best = right
+        if row is self._best():
             self.model.save_task(self.task, self.out / BEST)
         text = io.StringIO()
         table = csv.DictWriter(text, list(row), lineterminator="\n")
@@ -222,9 +219,10 @@ class Training:
         self._save()
         progress(f"epoch {epoch + 1}/{self.recipe.epochs}: loss {row['loss']:.3f}, accuracy {right:.1%}; {self.gates}")
 
-    def _candidates(self) -> list[dict[str, Any]]:
-        """The epochs that may be the best: those with the penalty, or the last where none has it."""
-        return [row for row in self.history if row["epoch"] > self.recipe.warmup_epochs] or self.history[-1:]
+    def _best(self) -> dict[str, Any]:
+        """The most accurate of the epochs with the penalty, of two the later; or the last where none has it yet."""
+        rows = [row for row in self.history if row["epoch"] > self.recipe.warmup_epochs] or self.history[-1:]
+        return max(rows, key=lambda row: (row["accuracy"], row["epoch"]))
 
     def _save(self) -> None:
         self._check_finite()
@@ -233,7 +231,6 @@ class Training:
             "step": self.step,
             "losses": self.losses,
             "history": self.history,
-            "best": self.best,
             "task": {name: t.detach() for name, t in self._owned().items()},
             "optimizers": [schedule.optimizer.state_dict() for schedule in self.schedules],
             "schedules": [_plain(schedule.state_dict()) for schedule in self.schedules],
@@ -273,7 +270,7 @@ class Training:
             schedule.optimizer.load_state_dict(optimizer)
             schedule.load_state_dict(own)
         self.step, self.losses, self.history = state["step"], list(state["losses"]), state["history"]
-        self.best, self.saved = state["best"], state["step"]
+        self.saved = self.step
         self.gates = GateLog(self.model, self.task)
         torch.set_rng_state(state["random"].cpu())
         if state["random_device"] is not None:
