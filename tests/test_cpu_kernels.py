@@ -278,7 +278,7 @@ def test_groups_are_checked_by_every_operator(change: dict, text: str) -> None:
         "linear_fwd": (x, *weight, None, *index, "blend"),
         "linear_coded": (x, *weight, None, *index, "auto", [torch.ones(())], [], [-1]),
         "linear_dx": (y, *weight, *index, "blend"),
-        "linear_dw": (y, x, *weight, *index, [], [0], True, True),
+        "linear_dw": (y, x, *weight, *index, [], [0], True, True, False),
         "coded_fwd": (y, x, *codes),
         "coded_dx": (y, *codes, 5),
         "moments": (x, *index),
