@@ -93,14 +93,19 @@ struct ChoiceBits {
   }
 };
 
-/// kRows rows times one strip: `base` and `other` as packed, of which the bits choose.
+/// Rows that share the forming of weights, with fewer vectors at a time where they are more than a register tile's.
+constexpr int64_t kChoiceTileRows = 2 * kTileRows;
+
+/// kRows rows times vectors [first, first + kVectors) of a strip of strip_vectors: `base` and `other` as packed, of
+/// which the bits choose.
 template <class E, int kRows, int kVectors>
 void choose_tile(const E* const* rows, const E* base, const E* other, float factor, const ChoiceBits<E>& bits,
-                 float* out, int64_t out_stride, int64_t length, bool accumulate, Ahead& ahead, int64_t fetch) {
+                 int64_t first, int64_t strip_vectors, float* out, int64_t out_stride, int64_t length, bool accumulate,
+                 Ahead& ahead, int64_t fetch) {
   constexpr int lanes = kLanes<float>, kLength = ChoiceBits<E>::kDepthsOfTest / kDepths<E>;
   FloatVec sum[kRows][kVectors];
   const E* a[kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; i++) {
     a[i] = rows[i];
 #pragma GCC unroll 8
@@ -115,8 +120,8 @@ void choose_tile(const E* const* rows, const E* base, const E* other, float fact
       FloatVec w[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; j++) {
-        const int64_t place = (p * kVectors + j) * lanes;
-        const __m512i word = _mm512_load_si512(bits.words[test][j]);
+        const int64_t place = (p * strip_vectors + first + j) * lanes;
+        const __m512i word = _mm512_load_si512(bits.words[test][first + j]);
         if constexpr (kDepths<E> == 1) {
           const __mmask16 set = _mm512_test_epi32_mask(word, bit);
           w[j] = (FloatVec)_mm512_mask3_fmadd_ps((__m512)load(other + place), same, (__m512)load(base + place), set);
@@ -125,7 +130,7 @@ void choose_tile(const E* const* rows, const E* base, const E* other, float fact
           w[j] = (FloatVec)_mm512_mask_blend_epi16(set, (__m512i)load(base + place), (__m512i)load(other + place));
         }
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; i++) {
         const FloatVec x = broadcast(a[i][p]);
 #pragma GCC unroll 8
@@ -134,11 +139,11 @@ void choose_tile(const E* const* rows, const E* base, const E* other, float fact
       bit = _mm512_slli_epi32(bit, kDepths<E>);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
-      float* y = out + i * out_stride + j * lanes;
+      float* y = out + i * out_stride + (first + j) * lanes;
       store(y, accumulate ? load(y) + sum[i][j] : sum[i][j]);
     }
 }

@@ -176,7 +176,7 @@ class RowWorker {
   void run_choice(const Step& s, const Step& next) {
     const bool more = next.item < items_;
     int64_t tiles = 0;
-    for (int64_t i = s.pass; i < s.pass_end; i++) tiles += ceil_div(pass_end(s, i) - pass_begin(s, i), kTileRows);
+    for (int64_t i = s.pass; i < s.pass_end; i++) tiles += ceil_div(pass_end(s, i) - pass_begin(s, i), kChoiceTileRows);
     const int64_t tests = max(tiles * ceil_div(s.cols, kWidth) * ChoiceBits<E>::kTests, 1);
     const int64_t end = s.depth_begin + s.depth;
     int64_t p = s.depth_begin;
@@ -211,21 +211,24 @@ class RowWorker {
         terms[1].coeff = packed = factor;
         pack(other, terms, 2);
       }
-      const int64_t part = even_part(row_end - row_begin, kTileRows);
+      const int64_t part = even_part(row_end - row_begin, kChoiceTileRows);
       for (int64_t j = 0; j < s.cols; j += kWidth) {
         const int64_t cols = min(kWidth, s.cols - j);
+        const int64_t vectors = ceil_div(cols, kLanes<C>);
         ChoiceBits<E> bits;
         bits.read(mask, s.col_begin + j, cols, piece.begin, piece.depth, piece.code_rows * mask.code_stride);
         for (int64_t r = row_begin; r < row_end; r += part) {
           const int64_t n = min(part, row_end - r);
-          const E* a[kTileRows];
+          const E* a[kChoiceTileRows];
           for (int64_t k = 0; k < n; k++) a[k] = as_elements(input(r + k) + piece.begin, piece.depth, k);
-          with_constant<kTileRows>(n, [&](auto rows) {
-            with_constant<kStripVectors>(ceil_div(cols, kLanes<C>), [&](auto vectors) {
-              choose_tile<E, rows.value, vectors.value>(a, panel_ + j * length, other + j * length, factor, bits,
-                                                        sums_of(s, r) + j, tile_stride_, length, piece.begin > 0,
-                                                        piece.ahead, piece.lines);
-            });
+          with_constant<kChoiceTileRows>(n, [&](auto rows) {
+            constexpr int64_t at_once = rows.value > kTileRows ? kStripVectors / 2 : kStripVectors;
+            for (int64_t v = 0; v < vectors; v += at_once)
+              with_constant<at_once>(vectors - v, [&](auto count) {
+                choose_tile<E, rows.value, count.value>(a, panel_ + j * length, other + j * length, factor, bits, v,
+                                                        vectors, sums_of(s, r) + j, tile_stride_, length,
+                                                        piece.begin > 0, piece.ahead, piece.lines);
+              });
           });
         }
       }
