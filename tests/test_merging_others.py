@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -226,3 +227,19 @@ def test_twin_merging_of_tied_and_repeated_layers():
     )
     x = torch.randn(3, 4)
     torch.testing.assert_close(twin(x), torch.func.functional_call(model, state, (x,)))
+
+
+@pytest.mark.parametrize("route", ["whole", "layer"])
+def test_a_forward_leaves_a_module_with_two_names_as_it_was(route):
+    """functional_call restores such a module to what its first name was given, where it looks for ties itself."""
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    model = nn.Sequential(layer, norm, layer, norm).eval()
+    vectors = TaskVectors.from_checkpoints(
+        model.state_dict(), [{n: t + 1 if t.is_floating_point() else t for n, t in model.state_dict().items()}] * 2
+    )
+    merged = merging.MergedModel(model, vectors, route=route)
+    before, x = {n: t.data_ptr() for n, t in merged.state_dict().items()}, torch.randn(3, 4)
+    y = merged(x)
+    assert {n: t.data_ptr() for n, t in merged.state_dict().items()} == before
+    torch.testing.assert_close(copy.deepcopy(merged)(x), y)
+    torch.testing.assert_close(torch.func.functional_call(model, merged.state(), (x,)), y)

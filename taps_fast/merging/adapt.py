@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..nn.context import TaskNames
 from .merged import adopt, run_each, shared_network
 from .serving import taps_model
 from .vectors import TaskVectors
@@ -87,7 +88,7 @@ class Experts(nn.Module):
     def __init__(self, model: nn.Module, vectors: TaskVectors, head: str | None = None) -> None:
         super().__init__()
         self.vectors = vectors
-        self._places: dict[str, str] = {}
+        self._places: dict[str, list[str]] = {}
         try:
             self.network = taps_model(model, vectors, vectors.tasks, self._delta, head)
             self.mixed = True
@@ -118,7 +119,10 @@ class Experts(nn.Module):
         one = torch.zeros(len(self.vectors))
         one[self.vectors.index(task)] = 1.0
         folded = self.vectors.fold(one, names=[name for name in self.vectors.names if name in self._places])
-        weights = {self._places[name]: weight for name, weight in folded.items()}
-        return run_each(
-            self.network, {task: x}, lambda rows, tasks: functional_call(self.network, weights, rows, {"tasks": tasks})
-        )[task]
+        weights = {place: weight for name, weight in folded.items() for place in self._places[name]}
+
+        def call(rows: Tensor, tasks: TaskNames) -> Tensor:
+            y: Tensor = functional_call(self.network, weights, rows, {"tasks": tasks}, tie_weights=False)
+            return y
+
+        return run_each(self.network, {task: x}, call)[task]

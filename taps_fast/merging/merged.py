@@ -177,11 +177,11 @@ class MergedModel(nn.Module):
             kwargs["tasks"] = "base"  # nothing tells tasks apart
         named = {}
         for name, weight in weights.items():
-            if name in self._places:  # running statistics have no gradient
-                named[self._places[name]] = weight.detach() if self._places[name] in self._buffer_names else weight
+            for place in self._places.get(name, ()):  # running statistics have no gradient
+                named[place] = weight.detach() if place in self._buffer_names else weight
         previous, self._running.table = self._running.table, self.coefficients()
         try:
-            return functional_call(self.network, named, args, kwargs)
+            return functional_call(self.network, named, args, kwargs, tie_weights=False)  # a tie is two places
         finally:
             self._running.table = previous
 
@@ -191,10 +191,9 @@ class MergedModel(nn.Module):
         for l, name in enumerate(self.vectors.names):
             if name not in self._places:
                 continue
-            path, _, last = self._places[name].rpartition(".")
+            place, *tied = self._places[name]
+            path, _, last = place.rpartition(".")
             module = self.network.get_submodule(path)
-            held = getattr(module, last)
-            tied = sum(p is held for p in _all_parameters(self.network)) > 1
             if last != "weight" or tied or not merge_in_place(module, Row(self._running, l, name)):
                 folded.append(name)
         return folded
@@ -276,30 +275,29 @@ def place_of(network: TapsModel, name: str, like: Tensor) -> Place:
     return Place(path, module, last)
 
 
-def adopt(network: TapsModel, vectors: TaskVectors) -> dict[str, str]:
+def adopt(network: TapsModel, vectors: TaskVectors) -> dict[str, list[str]]:
     """Gives the network the base's tensors, in their storage; where each merged tensor is in it, by name.
 
-    Of tied parameters the first name stands for all.
+    Of tied parameters the first name stands for all. A module that is registered twice has one place.
     """
-    places: dict[str, str] = {}
-    seen: set[int] = set()
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in network.named_modules():
+        for last, held in (*module._parameters.items(), *module._buffers.items()):
+            holders.setdefault(id(held), []).append((f"{path}.{last}", module, last))
+    places: dict[str, list[str]] = {}
     for name, tensor in vectors.base.items():
-        path, module, last = place_of(network, name, tensor)
+        _, module, last = place_of(network, name, tensor)
         found = getattr(module, last)
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, nn.Parameter):
+        mine = holders.pop(id(found), [])
+        if mine and isinstance(found, nn.Parameter):
             found.data = tensor
-        else:
-            module._buffers[last] = tensor.clone()
-        if name in vectors.deltas:
-            places[name] = ".".join(part for part in ("model", path, last) if part)
+        elif mine:
+            own = tensor.clone()
+            for _, module, last in mine:
+                module._buffers[last] = own
+        if mine and name in vectors.deltas:
+            places[name] = [place for place, _, _ in mine]
     return places
-
-
-def _all_parameters(network: nn.Module) -> Sequence[nn.Parameter]:
-    return [p for module in network.modules() for p in module._parameters.values() if p is not None]
 
 
 def _own_delta(module: nn.Module, attribute: str, task: str | None) -> Tensor | None:

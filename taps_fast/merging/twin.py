@@ -56,13 +56,12 @@ class TwinModel(nn.Module):
         network = TapsModel(model, include=[], norms="shared")
         places = adopt(network, TaskVectors(merged, vectors.deltas, vectors.tasks))
         self._shares = _Shares()
-        parameters = dict(network.named_parameters(remove_duplicate=False))
-        names = {id(parameters[place]): name for name, place in places.items() if place in parameters}
-        for module in network.modules():
-            if type(module) is nn.Linear and id(module.weight) in names:
-                name = names[id(module.weight)]
-                rest = [vectors.base[name] + d - merged[name] for d in vectors.deltas[name]]
-                _twin(module, rest, keep, self._shares)
+        for name, mine in places.items():
+            for path, _, last in (place.rpartition(".") for place in mine):
+                module = network.get_submodule(path)
+                if last == "weight" and type(module) is nn.Linear:
+                    rest = [vectors.base[name] + d - merged[name] for d in vectors.deltas[name]]
+                    _twin(module, rest, keep, self._shares)
         self.network = network.requires_grad_(False).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
