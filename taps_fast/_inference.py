@@ -153,6 +153,8 @@ class PreparedModel(nn.Module):
     def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None] | None:
         """The batch axis of each part of an input of ``count`` samples; None: it is unlike the one that was probed.
 
+        A part that had no batch axis there and has one of that size here counts as unlike: it may have got one.
+
         Raises:
             ValueError: an input of another number of samples.
         """
@@ -168,7 +170,8 @@ class PreparedModel(nn.Module):
                     f"TapsModel: tasks must have one id a sample, got {count} ids and an input of {found} samples"
                 )
             batch_of(args, kwargs, count)
-        return axes if alike and sizes == {count} else None
+        shared = [leaf for leaf, a in zip(leaves, axes, strict=False) if a is None and isinstance(leaf, Tensor)]
+        return axes if alike and sizes == {count} and all(count not in t.shape for t in shared) else None
 
     def _in_slices(self, mix: Mix, args: Any, kwargs: Any, axes: list[int | None], most: int) -> Any:
         assert self.slicing is not None and self.slicing.output_axes is not None

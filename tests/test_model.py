@@ -371,7 +371,7 @@ class Weighs(nn.Module):
 @pytest.mark.parametrize("ids", [["cubs", None, "cars", "cubs"], ["cubs"] * 4], ids=["mixed", "one task"])
 def test_an_optional_input_comes_and_goes(slice, ids):
     x, weights = (torch.randn(4, n, dtype=torch.float64) for n in (5, 1))
-    for first, second in ((weights, None), (None, weights), (weights, weights[:1])):
+    for first, second in ((weights, None), (None, weights), (weights, weights[:1]), (weights[:1], weights)):
         model = three_tasks(Weighs(), head=None, slice=slice)
         model(x, first, tasks=ids)
         y = model(x, second, tasks=ids)
