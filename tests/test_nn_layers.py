@@ -141,6 +141,9 @@ def test_ways_to_say_tasks_agree():
         torch.testing.assert_close(layer(square, tasks=IDS, batch_dim=axis)[1], want)
     with pytest.raises(ValueError, match=r"batch_dim must be one of the 2 axes of x before its features, got -1 \(x"):
         layer(square, tasks=IDS, batch_dim=-1)
+    for ids in (IDS, [0] * 5):
+        with pytest.raises(ValueError, match=r"batch_dim must be an axis of its input, got 3 \(\(5, 5, 5\)\)"):
+            layer(square, tasks=ids, batch_dim=3)
 
 
 def test_default_task():

@@ -323,6 +323,8 @@ class TapsLayer(Located, nn.Module):
         mix = selection.mix
         if mix is None or (gated.tasks is None and batch_dim is None):
             return None, 0
+        if batch_dim is not None and not -x.dim() <= batch_dim < x.dim():
+            raise ValueError(f"{self.path}: batch_dim must be an axis of its input, got {batch_dim} ({tuple(x.shape)})")
         layout = self.layout(x, mix.batch) if batch_dim is None else Layout(batch_dim)
         spread = layout.spread(mix.batch, x.shape[layout.axis], self.path)  # counts them, needed or not
         return (None, 0) if gated.tasks is None else (spread, layout.axis)
