@@ -30,6 +30,65 @@ def test_options(capsys, options, text):
     assert text in refused(capsys, *options)
 
 
+def test_bad_data(capsys):
+    images, labels = coloured(6)
+    np.savez("empty.npz", images=images[:0].numpy(), labels=labels[:0].numpy())
+    assert refused(capsys, data="empty.npz") == "train: empty.npz must hold images, got none"
+    torch.save({"images": images, "labels": labels - 1}, "low.pt")
+    text = "train: labels of low.pt must be in [0, 2), the head's classes, got -1 (2 of 6 out of range)"
+    assert refused(capsys, data="low.pt") == text
+    np.savez("high.npz", images=images.numpy(), labels=labels.numpy() + 1)
+    text = "train: labels of high.npz must be in [0, 3), the head's classes, got 3 (2 of 6 out of range)"
+    assert refused(capsys, "--test", "high.npz") == text
+    np.savez("float.npz", images=images.numpy(), labels=labels.numpy() / 2)
+    assert "must be one integer an image, got torch.float64 of shape (6,) (6 images)" in refused(
+        capsys, data="float.npz"
+    )
+    np.savez("names.npz", x=images.numpy())
+    assert refused(capsys, data="names.npz") == "train: names.npz must hold 'images' and 'labels', got x"
+    Path("text.npz").write_text("text")
+    assert "text.npz must be a whole .npz file" in refused(capsys, data="text.npz")
+    Path("data.txt").write_text("")
+    assert "must end in .npz, .pt, .pth or .safetensors, got data.txt" in refused(capsys, data="data.txt")
+    assert refused(capsys, data="none") == "train: data must be a folder or a file, got none, which does not exist"
+    assert "hold-out must leave images" in refused(capsys, "--hold-out", "0.01")
+    assert "micro-batches must be at most the samples of a batch, got 9 of" in refused(capsys, "--micro-batches", "9")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--lam", "-1"], "argument --lam: must be finite and at least 0, got '-1'"),
+        (["--lam", "nan"], "argument --lam: must be finite and at least 0, got 'nan'"),
+        (["--threshold", "0"], "argument --threshold: must be finite and above 0, got '0'"),
+        (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
+        (["--hold-out", "1"], "argument --hold-out: must be between 0 and 1, got '1'"),
+    ],
+)
+def test_options_out_of_range(capsys, options, text):
+    with pytest.raises(SystemExit):
+        train("--out", "out", *options)
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (
+            "resnet18",
+            "backbone must be torchvision:NAME, timm:NAME, transformers:NAME or module:callable, got 'resnet18'",
+        ),
+        ("not_there:Net", "backbone 'not_there:Net' needs not_there, which is not installed"),
+        ("tiny:Nett", "must name something of tiny, got 'Nett'; did you mean 'Net'?"),
+        ("tiny:nothing", "backbone must be an nn.Module, got a int from 'tiny:nothing'"),
+    ],
+)
+def test_bad_backbones(spec, text):
+    with pytest.raises(TrainError) as error:
+        backbone(spec)
+    assert text in str(error.value)
+
+
 def test_a_head_that_is_not_the_last_layer(capsys):
     Path("two.py").write_text(
         "from torch import nn\n"
