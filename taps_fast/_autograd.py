@@ -7,6 +7,7 @@ ddeltas and dbase; what nobody needs is not computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,9 +160,7 @@ class BatchNorm(torch.autograd.Function):
         *fixed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         found_mean, found_var = ops.moments(x, *groups.batch, groups.inner)
-        given = iter(fixed)
-        pairs = [(found_mean[g], found_var[g]) if mine else (next(given), next(given)) for g, mine in enumerate(own)]
-        mean, var = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+        mean, var = _where_own(own, found_mean, fixed[::2]), _where_own(own, found_var, fixed[1::2])
         rstd = torch.rsqrt(var + eps)
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
@@ -195,9 +194,19 @@ def _share(own: tuple[bool, ...], offsets: Tensor, x: Tensor, inner: int, like: 
     samples = offsets[1:] - offsets[:-1]
     count = torch.cat([samples[1:], samples[:1]]) * (inner * math.prod(x.shape[2:]))
     share = 1.0 / count.clamp(min=1).to(like.dtype)
-    return torch.stack([n if mine else torch.zeros_like(n) for n, mine in zip(share.unbind(), own, strict=True)])[
-        :, None
-    ]
+    none = share.new_zeros(())
+    return _where_own(own, share, [none] * own.count(False))[:, None]
+
+
+def _where_own(own: tuple[bool, ...], found: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """A row of ``found`` for each group that has its own, and the next of ``given`` for each other."""
+    if all(own):
+        return found
+    mine = own.index(False)
+    if not any(own[mine:]):  # the base's alone, as a rule
+        return torch.cat([found[:mine], torch.stack(list(given))])
+    others = iter(given)
+    return torch.stack([found[g] if mine else next(others) for g, mine in enumerate(own)])
 
 
 def _like_table(sums: Tensor | None, table: Tensor | None) -> Tensor | None:

@@ -134,6 +134,14 @@ def sums_of_rows(rows: Tensor, batch: Index, inner: int) -> Tensor:
     return member.to(wide) @ rows.to(wide)
 
 
+def picked(values: Tensor, places: Sequence[int]) -> Tensor:
+    """values[places], places being at least one and on the host: no index travels to a device."""
+    first, count = places[0], len(places)
+    if places[-1] - first == count - 1 and all(p == first + i for i, p in enumerate(places)):
+        return values[first : first + count]
+    return torch.stack([values[p] for p in places])
+
+
 def _check_range(ids: Tensor, num_tasks: int) -> None:
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         if ids.numel() and not (BASE <= int(ids.min()) and int(ids.max()) < num_tasks):

@@ -176,7 +176,8 @@ class RowWorker {
   void run_choice(const Step& s, const Step& next) {
     const bool more = next.item < items_;
     int64_t tiles = 0;
-    for (int64_t i = s.pass; i < s.pass_end; i++) tiles += ceil_div(pass_end(s, i) - pass_begin(s, i), kChoiceTileRows);
+    for (int64_t i = s.pass; i < s.pass_end; i++)
+      tiles += ceil_div(max(pass_end(s, i) - pass_begin(s, i), 0), kChoiceTileRows);
     const int64_t tests = max(tiles * ceil_div(s.cols, kWidth) * ChoiceBits<E>::kTests, 1);
     const int64_t end = s.depth_begin + s.depth;
     int64_t p = s.depth_begin;

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._problem import rows_per_sample
 from ..norms import batch_norm, batch_norm_eval, group_norm
-from ..tasks import TaskBatch
+from ..tasks import TaskBatch, picked
 from .context import Layout, Mix
 from .per_task import PerTask
 
@@ -153,7 +153,7 @@ class TaskBatchNorm(TaskNorm):
 
     def _check_counts(self, count: Tensor, mix: Mix, own: Sequence[bool]) -> None:
         """As nn.BatchNorm: training needs more than one value a channel. On a device it is asserted there."""
-        single = torch.stack([n == 1 for n, mine in zip(count.unbind(), own, strict=True) if mine])
+        single = picked(count, [g for g, mine in enumerate(own) if mine]) == 1
         if count.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
         elif single.any():
@@ -168,21 +168,21 @@ class TaskBatchNorm(TaskNorm):
         groups = [g for g, norm in enumerate(norms) if own[g] and norm.training and norm.running_mean is not None]
         if not groups:
             return
-        present = torch.stack([count[g] > 0 for g in groups])
+        present = picked(count, groups) > 0
         seen = [norms[g].num_batches_tracked for g in groups]
         batches = torch.stack(seen) + present
-        # Filled on the device: a tensor made from Python numbers would be a copy from the host.
-        cumulative = 1.0 / batches.clamp(min=1).to(mean.dtype)
         given = [norms[g].momentum for g in groups]
-        momentum = torch.stack(
-            [c if m is None else torch.full_like(c, m) for c, m in zip(cumulative, given, strict=True)]
-        )
-        weight = torch.where(present, momentum, 0.0)[:, None]
+        if given[0] is not None and len(set(given)) == 1:
+            weight = (present.to(mean.dtype) * given[0])[:, None]
+        else:  # filled on the device: a tensor made from Python numbers would be a copy from the host
+            cumulative = 1.0 / batches.clamp(min=1).to(mean.dtype)
+            each = [c if m is None else torch.full_like(c, m) for c, m in zip(cumulative, given, strict=True)]
+            weight = torch.where(present, torch.stack(each), 0.0)[:, None]
         # Through .data, as in torch's own norm: a graph that has saved the buffers stays valid.
         with torch.no_grad():
             for name, new in zip(STATISTICS, (mean, variance), strict=True):
                 old = torch.stack([getattr(norms[g], name) for g in groups])
-                moved = torch.lerp(old.to(new.dtype), torch.stack([new[g] for g in groups]), weight).to(old.dtype)
+                moved = torch.lerp(old.to(new.dtype), picked(new, groups), weight).to(old.dtype)
                 torch._foreach_copy_([getattr(norms[g], name).data for g in groups], list(moved.unbind()))
             torch._foreach_copy_(seen, list(batches.unbind()))
 
