@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _ext
 from .formats import Delta, Format, Int8, LowRank, MaskBits, SignBits
-from .tasks import Index, TaskBatch, sample_of_row
+from .tasks import Index, TaskBatch, sample_of_row, sums_of_rows
 
 ops = torch.ops.taps_fast
 
@@ -276,10 +276,5 @@ class Coded(torch.autograd.Function):
             nothing, ones = dy.new_zeros(dy.shape, dtype=factors.dtype), torch.ones_like(factors)
             product = ops.coded_fwd(nothing, x, codes, tile, ones, call.which, *index, call.inner, call.kind)
             product *= dy
-            # A product with the one-hot task matrix keeps the order of summation fixed on every device.
-            task = torch.zeros(dy.shape[0], dtype=torch.int64, device=dy.device)
-            if index[0] is not None and dy.shape[0]:
-                task = index[0][sample_of_row(dy.shape[0], index[0].shape[0], call.inner, dy.device)]
-            member = task[None, :] == torch.arange(factors.shape[0], device=dy.device)[:, None]
-            dfactors = member.to(factors.dtype) @ product
+            dfactors = sums_of_rows(product, index, call.inner)[: factors.shape[0]]
         return (None, None, dy, dx, dfactors, *(None for _ in codes))

@@ -204,6 +204,15 @@ def test_products_and_gradients(kinds, shape, mix, dtype, algorithm):
         )
 
 
+def test_a_gradient_that_diverged_spoils_the_scale_of_its_own_task():
+    problem = Problem(("bits",) * 4, (19, 65), "own", torch.float32)
+    y = problem.ours(algorithm="split")
+    dy = torch.ones_like(y)
+    dy[-1] = torch.nan  # a row of task 0
+    y.backward(dy)
+    assert [bool(delta.scale.grad.isnan()) for delta in problem.deltas] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "split", "blend"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kinds, shape, mix", [case for case in CASES if len(case[1]) == 2], ids=str)
