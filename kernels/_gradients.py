@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taps_fast.tasks import sums_of_rows
-
 from . import _configs
 from ._arguments import cdiv, grid, pointers, table, triton_dtype
 from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
 from ._problem import Rows, Weight
+from .pointwise import sums_of_rows
 
 
 def linear_dw(
@@ -45,7 +44,7 @@ def linear_dw(
     shape = (dy.shape[1], x.shape[1])
     plan = _plan(tuple(pairs), tuple(ddeltas_for), len(deltas), weight.tasks, rows.mixed, need_dbase)
     dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
-    dbias = sums_of_rows(dy, (ids, order, offsets), inner) if need_dbias else coeffs.new_empty(0)
+    dbias = sums_of_rows(dy, ids, order, offsets, inner) if need_dbias else coeffs.new_empty(0)
     unwanted = base.new_empty(0)
     dbase = base.new_empty(shape) if need_dbase else unwanted
     ddeltas = list(map(base.new_empty, itertools.repeat(shape, len(ddeltas_for))))

@@ -68,7 +68,7 @@ def merge_kernel(
     element = start + row * stride_row + column * stride_column  # [BLOCK_R, BLOCK_C]
     place = (slot.to(tl.int64) * rows + row) * columns + column
     # A mask whose bound comes from memory, as each layer's does, makes loads as narrow as WHOLE.
-    if (down + 1) * BLOCK_R <= rows and (across + 1) * BLOCK_C <= columns:
+    if (down + 1) * BLOCK_R <= rows and (across.to(tl.int64) + 1) * BLOCK_C <= columns:
         acc = summed(
             sources, element, None, task, coeffs_ptr, base_coeffs_ptr, K, dtype, BLOCK_R, BLOCK_C, BLOCK_S, BAKED, TABLE
         )

@@ -154,7 +154,7 @@ def task_sums_kernel(
 ):
     """Over part s of the rows and pixels of group g, for a block of channels, into [g, s, c]:
 
-    WHAT "mean": Σ x. "variance": Σ (x - center)². "gradients": Σ du·(x - center) into first and Σ du into second.
+    WHAT "sum": Σ x. "variance": Σ (x - center)². "gradients": Σ du·(x - center) into first and Σ du into second.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -188,7 +188,7 @@ def task_sums_kernel(
         else:
             place = (row * C)[None, :] * P + c.to(tl.int64) * P + pixel[None, :]
         x = tl.load(x_ptr + place, mask=real, other=0.0).to(tl.float32)
-        if WHAT == "mean":
+        if WHAT == "sum":
             first += x
         elif WHAT == "variance":
             first += tl.where(real, (x - center) * (x - center), 0.0)

@@ -111,9 +111,15 @@ def scale_shift_sums(dy: Tensor, x: Tensor, scale: Ids, shift: Ids, center: Ids,
 @on_its_device
 def moments(x: Tensor, *groups: Any) -> tuple[Tensor, Tensor]:
     dense, pixels, last = _form(x)
-    (mean,) = _sums("mean", dense, pixels, last, (*groups, "none"))
-    (variance,) = _sums("variance", dense, pixels, last, (*groups, "none"), center=mean)
+    (mean,) = _sums("sum", dense, pixels, last, (*groups, "none"), average=True)
+    (variance,) = _sums("variance", dense, pixels, last, (*groups, "none"), center=mean, average=True)
     return mean, variance
+
+
+def sums_of_rows(rows: Tensor, *groups: Any) -> Tensor:
+    """`taps_fast.tasks.sums_of_rows` in one pass."""
+    (sums,) = _sums("sum", rows.contiguous(), 1, True, (*groups, "none"))
+    return sums
 
 
 def _sums(
@@ -127,6 +133,7 @@ def _sums(
     scale: Ids = None,
     shift: Ids = None,
     center: Ids = None,
+    average: bool = False,
 ) -> list[Tensor]:
     """Two stages in a fixed order: parts of each task's rows, then the sum of the parts."""
     ids, order, offsets, inner, activation = groups
@@ -178,6 +185,6 @@ def _sums(
     for out, part in zip(results, partial, strict=True):
         sum_parts_kernel[grid(cdiv(C, 128) * slots, C, tasks)](
             out, part, offsets, N, C, pixels, tasks, per_sample,
-            BLOCK_C=128, PARTS=parts, MIXED=mixed, AVERAGE=what != "gradients", num_warps=4,
+            BLOCK_C=128, PARTS=parts, MIXED=mixed, AVERAGE=average, num_warps=4,
         )  # fmt: skip
     return results

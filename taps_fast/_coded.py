@@ -67,14 +67,14 @@ def _uses(
     shape: torch.Size,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each decoded matrix [O, I], and what multiplies its product in each row, [M, O]: 0 in other tasks' rows."""
-    table = F.pad(factors, (0, 0, 0, 1))
+    nothing = factors.new_zeros(factors.shape[1])
     task = torch.zeros(shape[0], dtype=torch.int64, device=factors.device)
     if ids is not None and shape[0]:
         task = torch.remainder(ids[sample_of_row(shape[0], ids.shape[0], inner, ids.device)], len(which) + 1)
     for k in sorted({k for k in which if k >= 0}):
         weight = decoded(codes[k], tile, format, shape[1]).to(factors.dtype)
-        mine = torch.tensor([*(w == k for w in which), False]).to(factors.device)[:, None]
-        yield weight, torch.where(mine, table, 0)[task]
+        rows = [own if w == k else nothing for own, w in zip(factors.unbind(), which, strict=True)]
+        yield weight, torch.stack([*rows, nothing])[task]
 
 
 def decoded(codes: Tensor, tile: Tensor | None, format: str, in_features: int) -> Tensor:

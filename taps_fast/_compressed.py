@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _ext
 from .formats import Delta, Format, Int8, LowRank, MaskBits, SignBits
-from .tasks import Index, TaskBatch, sample_of_row
+from .tasks import Index, TaskBatch, sample_of_row, sums_of_rows
 
 ops = torch.ops.taps_fast
 
@@ -116,6 +116,14 @@ def used_pairs(coeffs: Tensor, pairs: Sequence[tuple[int, int]] | None) -> list[
     return [(t, k) for t, k in pairs if values[t][k] != 0]
 
 
+def columns(coeffs: Tensor, places: Sequence[int]) -> Tensor:
+    """coeffs[..., places]; on a GPU a list would be copied there."""
+    if list(places) == list(range(coeffs.shape[-1])):
+        return coeffs
+    every = coeffs.unbind(-1)
+    return torch.stack([every[k] for k in places], -1) if places else coeffs[..., :0]
+
+
 def turns(deltas: Iterable[int], pairs: Iterable[tuple[int, int]], num_tasks: int) -> list[list[int]]:
     """For each turn the delta that each task uses, -1 for none."""
     found: list[list[int]] = []
@@ -181,15 +189,13 @@ class Products(NamedTuple):
         scales = [d.scale.to(table.dtype) for d in deltas]
         if any(scale.dim() for scale in scales):
             scales = [scale.expand(y.shape[-1]) for scale in scales]
-        scale = torch.stack(scales).view(len(deltas), -1)  # [K', 1 or O]
+        # Picked one by one: an index made from Python numbers would be a copy from the host.
         rows = [used.index(k) if k >= 0 else 0 for k in which]
+        scale = torch.stack([scales[n] for n in rows]).view(len(rows), -1)  # [T, 1 or O]
         # What a task without such a delta gets here is not used.
-        own = (
-            table.diagonal()
-            if which == list(range(table.shape[1]))
-            else table[range(len(which)), [max(k, 0) for k in which]]
-        )
-        factors = own[:, None] * (scale if rows == list(range(len(used))) else scale[rows])
+        aligned = which == list(range(table.shape[1]))
+        own = table.diagonal() if aligned else torch.stack([table[t, max(k, 0)] for t, k in enumerate(which)])
+        factors = own[:, None] * scale
         factors = factors.expand(-1, y.shape[-1])
         index = (None, None, None) if self.batch is None else self.batch.tensors
         call = CodedCall([rows[t] if k >= 0 else -1 for t, k in enumerate(which)], index, self.inner, kind)
@@ -205,7 +211,7 @@ class Products(NamedTuple):
     def _low_rank(self, low: dict[int, LowRank]) -> Tensor:
         """Σ c·B (A x), grouped by task where each uses one delta; else with all deltas side by side."""
         places, deltas = list(low), list(low.values())
-        coeffs = self.coeffs[..., places] * torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
+        coeffs = columns(self.coeffs, places) * torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
         if self.batch is not None:
             each = turns(places, self.pairs, self.batch.num_tasks)
             if len(each) == 1 and len(deltas) > 1 and len({d.rank for d in deltas}) == 1:
@@ -218,7 +224,8 @@ class Products(NamedTuple):
 
     def _grouped(self, deltas: list[LowRank], which: list[int], coeffs: Tensor) -> Tensor:
         """Two products with one dense delta a task, over a base of 0."""
-        taken = torch.tensor([[k == n for n in range(len(deltas))] for k in which]).to(coeffs)
+        eye = torch.eye(len(deltas), dtype=coeffs.dtype, device=coeffs.device)
+        taken = torch.stack([eye[k] if k >= 0 else torch.zeros_like(eye[0]) for k in which])
         options: dict[str, Any] = {
             "tasks": self.batch,
             "base_coeffs": coeffs.new_zeros(len(which)),
@@ -276,10 +283,5 @@ class Coded(torch.autograd.Function):
             nothing, ones = dy.new_zeros(dy.shape, dtype=factors.dtype), torch.ones_like(factors)
             product = ops.coded_fwd(nothing, x, codes, tile, ones, call.which, *index, call.inner, call.kind)
             product *= dy
-            # A product with the one-hot task matrix keeps the order of summation fixed on every device.
-            task = torch.zeros(dy.shape[0], dtype=torch.int64, device=dy.device)
-            if index[0] is not None and dy.shape[0]:
-                task = index[0][sample_of_row(dy.shape[0], index[0].shape[0], call.inner, dy.device)]
-            member = task[None, :] == torch.arange(factors.shape[0], device=dy.device)[:, None]
-            dfactors = member.to(factors.dtype) @ product
+            dfactors = sums_of_rows(product, index, call.inner)[: factors.shape[0]]
         return (None, None, dy, dx, dfactors, *(None for _ in codes))

@@ -58,9 +58,9 @@ def fold_grad(
 
 
 def _summed(l: int, like: Tensor, deltas: list[Tensor], coeffs: Tensor, parts: list[Tensor]) -> Tensor:
-    """Σ_k c·delta_lk."""
+    """Σ_k c·delta_lk; a delta whose coefficient is 0 adds nothing, whatever it holds."""
     total = torch.zeros(like.shape, dtype=coeffs.dtype, device=like.device)
     for k in range(coeffs.shape[2]):
         c = coeffs[l, :, k][parts[l].long()] if parts else coeffs[l, 0, k]
-        total += c * deltas[l * coeffs.shape[2] + k]
+        total += torch.where(c != 0, c * deltas[l * coeffs.shape[2] + k], 0)
     return total

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tasks import sample_of_row
+from .tasks import sample_of_row, sums_by_group
 
 Groups = tuple[Tensor | None, Tensor | None, Tensor | None, int]
 
@@ -88,7 +88,7 @@ def scale_shift_sums(
     du = _du(dy, x, scale, shift, ids, inner, activation)
     member = _member(x, ids, offsets, inner, du.dtype)
     centered = x if center is None else x - _rows(center, x, ids, inner)
-    return member @ _over_pixels(du * centered), member @ _over_pixels(du)
+    return sums_by_group(member, _over_pixels(du * centered)), sums_by_group(member, _over_pixels(du))
 
 
 def moments(
@@ -97,9 +97,9 @@ def moments(
     wide = x.to(_wide(x))
     member = _member(x, ids, offsets, inner, wide.dtype)
     count = (member.sum(1) * math.prod(x.shape[2:])).clamp(min=1)[:, None]
-    mean = member @ _over_pixels(wide) / count
-    centered = wide - (member.t() @ mean).view(*x.shape[:2], *(1,) * (x.dim() - 2))
-    return mean, member @ _over_pixels(centered.square()) / count
+    mean = sums_by_group(member, _over_pixels(wide)) / count
+    centered = wide - _rows(mean, x, ids, inner)
+    return mean, sums_by_group(member, _over_pixels(centered.square())) / count
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None, ids: Tensor | None, inner: int) -> Tensor:

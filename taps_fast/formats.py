@@ -123,7 +123,7 @@ class SignBits(Format):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wide = self.scale.dtype if dtype is None else dtype
-        return _scaled(self.scale, unpack_bits(self.codes, self.shape, torch.tensor([-1, 1], dtype=wide)))
+        return _scaled(self.scale, unpack_bits(self.codes, self.shape, wide))
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,16 +326,16 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded.view(flat.shape[0], padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(codes: Tensor, shape: Sequence[int], values: Tensor | None = None) -> Tensor:
-    """The boolean tensor of this shape that `pack_bits` was given, or ``values[bit]``."""
+def unpack_bits(codes: Tensor, shape: Sequence[int], signs: torch.dtype | None = None) -> Tensor:
+    """The boolean tensor of this shape that `pack_bits` was given, or ±1 of the dtype ``signs``."""
     out, into = _matrix(shape)
     byte = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None]
     bits = byte >> torch.arange(8, dtype=torch.int32, device=codes.device) & 1
     # A row of eight for each byte there is: one pass, where shifts take four.
-    table = bits.to(torch.uint8) if values is None else values.to(codes.device)[bits]
+    table = bits.to(torch.uint8) if signs is None else (2 * bits - 1).to(signs)
     found = torch.nn.functional.embedding(codes.to(torch.int32), table).view(out, codes.shape[1] * 8)
     found = found[:, :into].reshape(tuple(shape))
-    return found.bool() if values is None else found
+    return found.bool() if signs is None else found
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -226,7 +226,7 @@ def _compressed_linear(
     rest = [k for k in range(len(deltas)) if k not in apart]
     left = [(k, deltas[k]) for k in rest]
     kept = [d.dense(x.dtype) if isinstance(d, Format) and k not in coded else d for k, d in left]
-    coefficients = coeffs[..., rest] if apart else coeffs
+    coefficients = _compressed.columns(coeffs, rest)
     follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
     if coded:
         if bias is not None:

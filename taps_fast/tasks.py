@@ -118,10 +118,7 @@ def grouped(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def sums_of_rows(rows: Tensor, batch: Index, inner: int) -> Tensor:
-    """Σ over the rows [M, C] of each task, [T + 1, C] (last row: those of id -1); of all rows, [1, C], without tasks.
-
-    A product with the one-hot task matrix keeps the order of summation fixed, which index_add on a GPU does not.
-    """
+    """Σ over the rows [M, C] of each task, [T + 1, C] (last row: those of id -1); of all, [1, C], without tasks."""
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     ids, _, offsets = batch
     if ids is None or offsets is None:
@@ -131,7 +128,18 @@ def sums_of_rows(rows: Tensor, batch: Index, inner: int) -> Tensor:
         return rows.new_zeros(groups, rows.shape[1], dtype=wide)
     task = torch.remainder(ids[sample_of_row(rows.shape[0], ids.shape[0], inner, rows.device)], groups)
     member = task[None, :] == torch.arange(groups, device=rows.device)[:, None]
-    return member.to(wide) @ rows.to(wide)
+    return sums_by_group(member.to(wide), rows.to(wide))
+
+
+def sums_by_group(member: Tensor, rows: Tensor) -> Tensor:
+    """Σ over each group's rows [M, C], [G, C]; ``member`` [G, M] is 1 where a row belongs to the group, else 0.
+
+    A product keeps the order of summation fixed, which index_add on a GPU does not; but 0·NaN is NaN. So what is not
+    finite is counted apart, and makes the sum of its own group NaN.
+    """
+    finite = rows.isfinite()
+    spoilt = member @ (~finite).to(member.dtype)
+    return torch.where(spoilt > 0, torch.nan, member @ torch.where(finite, rows, 0))
 
 
 def picked(values: Tensor, places: Sequence[int]) -> Tensor:

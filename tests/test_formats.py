@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-from taps_fast import delta_conv2d, delta_linear
+from taps_fast import TaskBatch, _coded, delta_conv2d, delta_linear
 from taps_fast.formats import FORMATS, Format, Int8, LowRank, MaskBits, SignBits, compress, pack_bits, unpack_bits
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -202,6 +203,47 @@ def test_products_and_gradients(kinds, shape, mix, dtype, algorithm):
         assert_no_worse_than_torch(
             value, truth[name].double(), low[name], scale=size if name == "<P, Δ>" else None, name=name
         )
+
+
+class HostNumbers(TorchFunctionMode):
+    """Lists what is made from Python's numbers: on a GPU each is a copy that stalls, and none can be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        index = args[1] if function is torch.Tensor.__getitem__ else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        if function in (torch.tensor, torch.as_tensor) or any(isinstance(part, (list, range)) for part in parts):
+            self.found.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm", ["split", "blend"])
+@pytest.mark.parametrize("kinds, mix", [(MIXED, "all"), (MIXED, "own"), (("lowrank",) * 4, "own")], ids=str)
+def test_nothing_is_copied_from_the_host(kinds, mix, algorithm):
+    problem = Problem(kinds, (19, 65), mix, torch.float32)
+    problem.tasks = TaskBatch.from_ids(problem.tasks, 4)
+    if mix == "own" and kinds == MIXED:
+        problem.pairs = [(t, (t + 1) % 4) for t in range(1, 4)]
+    with HostNumbers() as mode:
+        y = problem.ours(algorithm=algorithm)
+        y.sum().backward()
+        index = problem.tasks.tensors
+        codes = [delta.codes for delta in problem.deltas if isinstance(delta, SignBits)]
+        if codes:
+            _coded.coded_fwd(y.detach(), problem.x, codes, None, torch.ones(4, 19), [0, -1, 0, 0], *index, 2, "bits")
+    assert not mode.found
+
+
+def test_a_gradient_that_diverged_spoils_the_scale_of_its_own_task():
+    problem = Problem(("bits",) * 4, (19, 65), "own", torch.float32)
+    y = problem.ours(algorithm="split")
+    dy = torch.ones_like(y)
+    dy[-1] = torch.nan  # a row of task 0
+    y.backward(dy)
+    assert [bool(delta.scale.grad.isnan()) for delta in problem.deltas] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "split", "blend"])

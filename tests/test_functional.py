@@ -381,3 +381,17 @@ def test_an_empty_batch() -> None:
     assert batch.offsets.tolist() == [0] * 5
     y = delta_linear(torch.randn(0, 3), torch.randn(4, 3), [], torch.ones(2, 0), tasks=TaskBatch.from_ids([], 2))
     assert y.shape == (0, 4)
+
+
+@pytest.mark.parametrize("diverged", (torch.nan, torch.inf))
+@pytest.mark.parametrize("conv", (False, True))
+def test_a_gradient_that_diverged_spoils_the_bias_of_its_own_task(conv: bool, diverged: float) -> None:
+    pixels = (3, 3) if conv else ()
+    x, base = torch.randn(4, 8, *pixels), torch.randn(6, 8, *pixels)
+    bias = torch.zeros(3, 6, requires_grad=True)
+    y = (delta_conv2d if conv else delta_linear)(x, base, [], torch.ones(2, 0), bias, tasks=torch.tensor([0, 1, -1, 0]))
+    dy = torch.ones_like(y)
+    dy[1] = diverged
+    y.backward(dy)
+    assert bias.grad is not None
+    assert bias.grad.isfinite().all(1).tolist() == [True, False, True]

@@ -75,6 +75,19 @@ def test_plain_torch_and_the_kernel_agree(num_parts, mask):
     assert OPS.fold_grad(dweights, flat, coeffs, parts, masks, False, False)[0].numel() == 0
 
 
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("module", [OPS, _fold], ids=("kernel", "plain"))
+def test_a_delta_of_coefficient_0_adds_nothing(module, num_parts):
+    """Not even where it holds infinity or NaN."""
+    bases, deltas, coeffs, parts, _, dweights = draw(torch.float32, 2, num_parts)
+    for each in deltas:
+        each[1].fill_(torch.nan)
+    coeffs[:, :, 1] = 0
+    flat, masks = [d for each in deltas for d in each], [torch.ones_like(base) for base in bases]
+    _, dmasks = module.fold_grad(dweights, flat, coeffs, parts, masks, False, True)
+    assert all(t.isfinite().all() for t in (*module.fold(bases, flat, coeffs, parts, []), *dmasks))
+
+
 @pytest.mark.parametrize("function", [OPS.fold_grad, _fold.fold_grad])
 def test_gradients_of_no_deltas(function):
     dcoeffs, dmasks = function([torch.ones(3)], [], torch.ones(1, 1, 0), [], [torch.ones(3)], False, True)

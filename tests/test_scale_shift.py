@@ -11,7 +11,7 @@ import torch
 from test_cpu_kernels import instruction_sets, run_python
 from torch import Tensor
 
-from taps_fast import TaskBatch, delta_conv2d, delta_linear, reference, scale_shift, testing
+from taps_fast import TaskBatch, _pointwise, delta_conv2d, delta_linear, reference, scale_shift, testing
 from taps_fast._problem import ACTIVATIONS
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -276,3 +276,13 @@ def test_second_derivatives_are_refused() -> None:
     y = scale_shift(x, torch.ones(3), activation="silu")
     with pytest.raises(RuntimeError, match="scale_shift: second derivatives need taps_fast.reference.scale_shift"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("module", (_pointwise, torch.ops.taps_fast), ids=("plain", "kernel"))
+def test_rows_that_diverged_spoil_the_sums_of_their_own_task(module: Any) -> None:
+    x = torch.randn(4, 6)
+    x[1] = torch.nan
+    index = TaskBatch.from_ids([0, 1, -1, 0], 2).tensors
+    found = (*module.moments(x, *index, 1), *module.scale_shift_sums(x, x, None, None, None, *index, 1, "none"))
+    for sums in found:
+        assert sums.isnan().any(1).tolist() == [False, True, False]

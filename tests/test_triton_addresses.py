@@ -169,6 +169,17 @@ def test_fold(dense, masked):
     assert dcoeffs.item() == (product * end(mask[0]) if mask else product).sum()
 
 
+def test_fold_writes_nothing_behind_a_weight(dense, room, monkeypatch):
+    """Whose last block is not whole, and ends beyond 2**31 elements."""
+    size = 2**31 + 64
+    base, delta, memory = dense(size), dense(size), room(size + 2**12)
+    memory[size:] = 5
+    monkeypatch.setattr(torch, "empty_like", lambda _: memory[:size])
+    (out,) = fold.fold([base], [delta], torch.full((1, 1, 1), 2.0, device=DEVICE), [], [])
+    assert torch.equal(end(out), end(base) + 2 * end(delta))
+    assert (memory[size:] == 5).all()
+
+
 @pytest.mark.parametrize("shape", ((5, WIDE), (5, 1, WIDE), (2**31 + 64, 1)), ids=str)
 def test_scale_shift(dense, shape):
     """Rows, planes, and more rows than 31 bits count."""

@@ -147,6 +147,20 @@ def test_another_tasks_nan_stays_its_own():
         assert y[ids != 0].isfinite().all()
 
 
+def test_a_gradient_that_diverged_spoils_its_own_task():
+    x, dy, (base, *deltas) = torch.randn(4, 8), torch.randn(4, 6), torch.randn(3, 6, 8)
+    dy[1] = torch.nan
+    x, dy, base, *deltas = (t.to(DEVICE) for t in (x, dy, base, *deltas))
+    index = TaskBatch.from_ids(torch.tensor([0, 1, -1, 0], device=DEVICE), 2).tensors
+    found = linear.linear_dw(
+        dy, x, base, deltas, torch.eye(2, device=DEVICE), None, *index, 1, [0, 3], [0, 1], True, False, True
+    )
+    dcoeffs, ddeltas, _, dbias = found
+    assert dcoeffs.isnan().tolist() == [[False, False], [False, True]]
+    assert [d.isnan().any().item() for d in ddeltas] == [False, True]
+    assert dbias.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_grouped_gemm_serves_merged_weights():
     """Rows of closed gates join the base's; both ways of multiplying by a bank of weights agree."""
     ids = (1, 3, -1, 1, 0, 0, 3, 1)

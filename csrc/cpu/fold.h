@@ -129,7 +129,10 @@ class FoldItemRun {
     each(n, [&](int64_t j, int64_t) { store(sum_ + j, Vec<C>{}); });
     for (int64_t k = 0; k < p_.num_deltas; k++) {
       each(n, [&](int64_t j, int64_t m) { store(one_ + j, get(delta(k) + begin + j, m)); });
-      for (int64_t i = 0; i < n; i++) sum_[i] += coeffs_[part[i] * p_.num_deltas + k] * one_[i];
+      for (int64_t i = 0; i < n; i++) {
+        const C c = coeffs_[part[i] * p_.num_deltas + k];
+        sum_[i] += c == C(0) ? C(0) : c * one_[i];
+      }
     }
   }
 
