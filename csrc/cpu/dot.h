@@ -3,6 +3,7 @@
 //   out[m, n] (+)= Σ_p a_m[p] · (Σ_t coeff_t · W_t[n, p])
 //
 // A term may be a masked tile: its bits lie along the depth as the weights do, so a vector's mask is one load.
+// Of a tile that several tasks mask, each input row has its own.
 //
 // Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
 // used at once: each is read once from memory for all rows, which is the byte limit of the problem. The inputs are
@@ -24,6 +25,15 @@ constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
 /// Weight rows that a tile of m input rows can afford.
 constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
 
+/// step(p, read) for every vector of elements along the depth; `read` loads one of S, zeros behind the depth's end.
+template <class S, class F>
+TAPS_INLINE void over_depth(int64_t depth, const F& step) {
+  constexpr int64_t span = kLanes<Compute<S>> * kDepths<Element<S>>;
+  int64_t p = 0;
+  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
+  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
+}
+
 /// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored. kMasked: the
 /// last term is a masked tile.
 template <class S, int kRows, int kTerms, bool kMasked>
@@ -31,7 +41,7 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
                           int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   using E = Element<S>;
-  constexpr int lanes = kLanes<C>, span = lanes * kDepths<E>, columns = dot_columns(kRows);
+  constexpr int lanes = kLanes<C>, columns = dot_columns(kRows);
   const S* w[kTerms][columns];
   const uint8_t* codes[columns];
   C coeff[kTerms][columns];
@@ -72,9 +82,7 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
       for (int n = 0; n < columns; n++) sum[m][n] = multiply_add<E>(sum[m][n], x, weight[n]);
     }
   };
-  int64_t p = 0;
-  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
-  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
+  over_depth<S>(depth, step);
 
   for (int m = 0; m < kRows; m++)
     for (int n = 0; n < columns; n++)
@@ -91,7 +99,7 @@ TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, 
                                  int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   using E = Element<S>;
-  constexpr int lanes = kLanes<C>, span = lanes * kDepths<E>, columns = dot_columns(kRows);
+  constexpr int lanes = kLanes<C>, columns = dot_columns(kRows);
   const S* w[columns];
   const uint8_t* codes[kRows];
   int64_t code_row[columns];
@@ -128,9 +136,7 @@ TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, 
         sum[m][n] = masked_multiply_add<S>(sum[m][n], x, codes[m] + code_row[n], column + p, weight[n]);
     }
   };
-  int64_t p = 0;
-  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
-  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
+  over_depth<S>(depth, step);
   for (int m = 0; m < kRows; m++)
     for (int n = 0; n < columns; n++)
       if (n < num_columns) {
@@ -155,10 +161,10 @@ void masked_dot_rows(const Element<S>* a, int64_t num_rows, const Term* const* m
 /// Interleaves row m < num_rows of a group as dot_rows reads it; `in` holds depth elements.
 template <class S>
 void interleave(Element<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {
-  constexpr int64_t lanes = kLanes<Compute<S>>, depths = kDepths<Element<S>>, span = lanes * depths;
-  int64_t p = 0;
-  for (; p + span <= depth; p += span) store(group + p / depths * num_rows + m * lanes, elements(in + p));
-  if (p < depth) store(group + p / depths * num_rows + m * lanes, elements(in + p, depth - p));
+  constexpr int64_t lanes = kLanes<Compute<S>>, depths = kDepths<Element<S>>;
+  over_depth<S>(depth, [&](int64_t p, auto read) __attribute__((always_inline)) {
+    store(group + p / depths * num_rows + m * lanes, read(in + p));
+  });
 }
 
 /// num_rows inputs, interleaved in groups of `part` <= kDotTile rows, times weight rows [row, row + num_columns), depth

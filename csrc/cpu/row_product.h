@@ -3,8 +3,9 @@
 // One item = a block of rows times a block of columns. It walks the depth in blocks and, inside a block, the passes
 // (groups of rows that share a sum of terms), so the base's part of the panel is still in L2 when the next task sums
 // its delta onto it. Per pass: pack the panel once, then register tiles, which meanwhile fetch the weights of the step
-// after; few rows skip the panel (dot.h forward, axpy.h for dx). Sums stay in a float32 tile until the last pass and
-// depth block, when bias is added, the result rounded once and scattered.
+// after; few rows skip the panel (dot.h forward, axpy.h for dx), and tasks that mask one tile share it (choose.h). Sums
+// stay in a float32 tile until the last pass and depth block, when bias is added, the result rounded once and
+// scattered.
 #pragma once
 
 #include "axpy.h"
