@@ -6,7 +6,7 @@
 faster), format / base, which is one F.linear of all rows, and a loop over weights merged beforehand / format. `masks`:
 8 tasks with bit masks on one shared delta against the same rows of one such task, and against F.linear on that task's
 merged weight. A cell whose result differs from the dense oracle's stops the run. Calls go round in weight sets, so that
-none is in the cache when it comes again.
+none is in the cache when it comes again. Deltas with codes come in a `taps_fast.stacked.Stack`, as in a prepared model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.timing import Stats, keep_memory, measure, weight_sets
 from taps_fast import TaskBatch, delta_linear
 from taps_fast.formats import Format, LowRank, MaskBits, compress
+from taps_fast.stacked import Stack
 
 RANK = 16
 
@@ -67,7 +68,7 @@ def formats(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
         for n in range(weight_sets(dense_bytes, True, "cpu")):
             base = draw(shape, dtype, 0.03)
             deltas = [draw(shape, dtype, 0.003) for _ in range(tasks)]
-            small: dict[str, list[Format]] = {name: [compress(d, name) for d in deltas] for name in ("bits", "int8")}
+            small: dict[str, Sequence[Format]] = {n: Stack([compress(d, n) for d in deltas]) for n in ("bits", "int8")}
             small["lowrank"] = [
                 LowRank.of(draw((shape[0], RANK), dtype, 0.01), draw((RANK, shape[1]), dtype, 0.01)) for _ in deltas
             ]
@@ -101,7 +102,7 @@ def masks(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
         calls: dict[str, list[Callable[[], object]]] = {}
         for n in range(weight_sets(2 * shape[0] * shape[1] * x.element_size(), True, "cpu")):
             base, tile = draw(shape, dtype, 0.03), draw(shape, dtype, 0.003)
-            deltas = [MaskBits.from_mask(torch.rand(shape) < 0.5, tile) for _ in range(tasks)]
+            deltas = Stack([MaskBits.from_mask(torch.rand(shape) < 0.5, tile) for _ in range(tasks)])
             eight, one = case(tasks, rows, deltas, x, base), case(1, tasks * rows, deltas[:1], x, base)
             merged = base + deltas[0].dense(dtype)
             if n == 0:

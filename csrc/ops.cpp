@@ -116,24 +116,35 @@ struct Codes {
     return own != dtype && (own == ScalarType::Byte || own == ScalarType::Char);
   }
 
-  Term term(Inputs& inputs, const Tensor& delta, size_t k, int64_t rows, int64_t cols, bool wide) const {
+  /// The terms of entry k: one, or as many as a stack holds.
+  void add(std::vector<Term>& terms, Inputs& inputs, const Tensor& delta, size_t k, int64_t rows, int64_t cols,
+           bool wide) const {
     const char* op = "linear_coded";
     const bool bits = delta.scalar_type() == ScalarType::Byte;
     Term term{{nullptr, 0}, 1.0, bits ? Coding::kSign : Coding::kInt8};
     term.code_stride = bits ? 8 * ceil_div(cols, 64) : cols;
     const Layout codes(delta), scale(scales[k]);
-    check(codes.dim == 2 && codes.sizes[0] == rows && codes.sizes[1] == term.code_stride, op,
-          ": codes must have shape [", rows, ", ", term.code_stride, "], got ", codes);
-    term.codes = static_cast<const uint8_t*>(inputs.vector("codes", delta, rows * term.code_stride, codes.dtype));
-    term.scale_step = scale.dim > 0;
-    term.scale =
-        inputs.vector("scales", scales[k], scale.dim ? rows : 1, wide ? ScalarType::Double : ScalarType::Float);
-    if (tile_of[k] < 0) return term;
-    check(bits && tile_of[k] < int64_t(tiles.size()), op, ": tile_of must be below ", tiles.size(),
-          " and name a tile for bits alone, got ", tile_of[k]);
-    term.coding = Coding::kMask;
-    term.matrix = inputs.matrix("tiles", tiles[tile_of[k]], rows, cols);
-    return term;
+    const int64_t stacked = codes.dim == 3, count = stacked ? codes.sizes[0] : 1, size = rows * term.code_stride;
+    check(codes.dim == 2 + stacked && codes.sizes[stacked] == rows && codes.sizes[stacked + 1] == term.code_stride, op,
+          ": codes must have shape [", rows, ", ", term.code_stride, "], or one more axis in front, got ", codes);
+    check(scale.dim == stacked || scale.dim == stacked + 1, op, ": scales must be one number or ", rows,
+          " a delta, got ", scale);
+    term.scale_step = scale.dim > stacked;
+    const int64_t scale_size = term.scale_step ? rows : 1;
+    const auto* code = static_cast<const uint8_t*>(inputs.vector("codes", delta, count * size, codes.dtype));
+    const auto* scale_data = static_cast<const char*>(
+        inputs.vector("scales", scales[k], count * scale_size, wide ? ScalarType::Double : ScalarType::Float));
+    if (tile_of[k] >= 0) {
+      check(bits && tile_of[k] < int64_t(tiles.size()), op, ": tile_of must be below ", tiles.size(),
+            " and name a tile for bits alone, got ", tile_of[k]);
+      term.coding = Coding::kMask;
+      term.matrix = inputs.matrix("tiles", tiles[tile_of[k]], rows, cols);
+    }
+    for (int64_t n = 0; n < count; n++) {
+      term.codes = code + n * size;
+      term.scale = scale_data + n * scale_size * (wide ? sizeof(double) : sizeof(float));
+      terms.push_back(term);
+    }
   }
 };
 
@@ -145,12 +156,13 @@ Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, con
   weight.base = inputs.matrix("base", base, layout, rows, cols);
   weight.deltas.reserve(deltas.size());
   weight.wide = layout.dtype == ScalarType::Double;
-  for (size_t k = 0; k < deltas.size(); k++)
-    weight.deltas.push_back(codes && codes->is_coded(deltas[k], layout.dtype)
-                                ? codes->term(inputs, deltas[k], k, rows, cols, weight.wide)
-                                : Term{inputs.matrix("deltas", deltas[k], rows, cols), 1.0});
+  for (size_t k = 0; k < deltas.size(); k++) {
+    if (codes && codes->is_coded(deltas[k], layout.dtype))
+      codes->add(weight.deltas, inputs, deltas[k], k, rows, cols, weight.wide);
+    else weight.deltas.push_back({inputs.matrix("deltas", deltas[k], rows, cols), 1.0});
+  }
   const ScalarType dtype = weight.wide ? ScalarType::Double : ScalarType::Float;
-  weight.coeffs = inputs.vector("coeffs", coeffs, tasks * deltas.size(), dtype);
+  weight.coeffs = inputs.vector("coeffs", coeffs, tasks * weight.deltas.size(), dtype);
   weight.base_coeffs = base_coeffs ? inputs.vector("base_coeffs", *base_coeffs, tasks, dtype) : nullptr;
   return weight;
 }

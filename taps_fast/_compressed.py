@@ -10,7 +10,7 @@ most one, and one grouped product serves all rows. With one delta a task there i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _ext
 from .formats import Delta, Format, Int8, LowRank, MaskBits, SignBits
+from .stacked import Stack
 from .tasks import Index, TaskBatch, sample_of_row, sums_of_rows
 
 ops = torch.ops.taps_fast
@@ -57,10 +58,12 @@ def decoded_by_kernel(
         return set()
     if torch.is_grad_enabled():
         tensors = [t for t in (x, base, coeffs, bias) if t is not None]
-        for delta in deltas:
-            tensors += delta.tensors.values() if isinstance(delta, Format) else [delta]
+        for delta in [deltas] if isinstance(deltas, Stack) else deltas:
+            tensors += delta.tensors.values() if isinstance(delta, Format | Stack) else [delta]
         if any(t.requires_grad for t in tensors):
             return set()
+    if isinstance(deltas, Stack):
+        return set(range(len(deltas)) if isinstance(deltas.like, CODED) else ())
     return {k for k, delta in enumerate(deltas) if isinstance(delta, CODED)}
 
 
@@ -80,18 +83,21 @@ def linear_coded(
     weights: list[Tensor] = []
     scales: list[Tensor] = []
     tiles: list[Tensor] = []
-    tile_of = [-1] * len(deltas)
-    for k, delta in enumerate(deltas):
-        if not isinstance(delta, CODED):
-            weights.append(cast(Tensor, delta))
+    tile_of: list[int] = []
+    for delta in [deltas] if isinstance(deltas, Stack) else deltas:
+        tile_of.append(-1)
+        if isinstance(delta, Tensor):
+            weights.append(delta)
             scales.append(coeffs)
             continue
-        weights.append(delta.codes)
-        scales.append(delta.scale if delta.scale.dtype == exact else delta.scale.to(exact))
-        if isinstance(delta, MaskBits):
-            tile_of[k] = next((n for n, tile in enumerate(tiles) if tile is delta.tile), len(tiles))
-            if tile_of[k] == len(tiles):
-                tiles.append(delta.tile)
+        fields = delta.tensors if isinstance(delta, Stack) else vars(delta)
+        weights.append(fields["codes"])
+        scale = fields["scale"]
+        scales.append(scale if scale.dtype == exact else scale.to(exact))
+        if "tile" in fields:
+            tile_of[-1] = next((n for n, tile in enumerate(tiles) if tile is fields["tile"]), len(tiles))
+            if tile_of[-1] == len(tiles):
+                tiles.append(fields["tile"])
     index: Index = (None, None, None) if batch is None else batch.tensors
     if base_coeffs is not None:
         base_coeffs = base_coeffs.to(exact)

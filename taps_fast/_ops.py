@@ -61,8 +61,9 @@ were out of range; if any were, order is not filled.
 
 A delta of `linear_coded` may be codes: uint8 for bits, int8 for bytes. It is then scales[k]∘D_k, with scales[k] [] or
 [O] in the dtype of coefficients (of a dense delta: not read) and D as below; tile_of[k] is -1, or a mask's place in
-``tiles``. Algorithm "split" decodes codes in registers beside one product of the base, "blend" into the panel that a
-weight is summed in, and "auto" chooses for each task by its rows.
+``tiles``. Codes and scales with one more axis in front, of n, are n deltas. Algorithm "split" decodes codes in
+registers beside one product of the base, "blend" into the panel that a weight is summed in, and "auto" chooses for each
+task by its rows.
 
 `coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
 task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"

@@ -195,8 +195,8 @@ def unprepare(model: PreparedModel) -> None:
     with torch.inference_mode(False):
         for layer, task in baked:
             layer.unbake(task)
-    for layer in model.conversion.layers.values():
-        layer.thaw()
+        for layer in model.conversion.layers.values():
+            layer.thaw()
     detach_regions(model.model)
     model.context.frozen = False
     model.prepared = None

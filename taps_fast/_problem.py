@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import Delta, Format
+from .stacked import Deltas, Stack
 from .tasks import TaskBatch
 
 IntPair = int | Sequence[int]
@@ -47,8 +48,10 @@ class Problem(NamedTuple):
     """Whether x and base are."""
 
 
-def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> list[Delta]:
-    """K deltas, from a sequence or from one tensor [K, …]."""
+def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> Deltas:
+    """K deltas, from a sequence or from one tensor [K, …]; a stack as it is."""
+    if isinstance(deltas, Stack):
+        return deltas
     if isinstance(deltas, Tensor):
         if deltas.dim() == 0:
             raise ValueError(f"{function}: deltas must be K tensors shaped like base or one [K, …], got a scalar")
@@ -57,13 +60,13 @@ def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> list[Delta
 
 
 def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], dims: int) -> None:
-    """base, deltas and x agree on shape, dtype and device."""
+    """base, deltas and x agree on shape, dtype and device. What holds for one part of a stack holds for all."""
     dtype, device, shape = x.dtype, x.device, base.shape
     if dtype not in DTYPES:
         raise TypeError(f"{function}: x must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if len(shape) != dims:
         raise ValueError(f"{function}: base must have {dims} dimensions, got shape {tuple(shape)}")
-    for k, weight in enumerate((base, *deltas)):
+    for k, weight in enumerate((base, *_checked(deltas))):
         if isinstance(weight, Format):
             _check_format(function, k - 1, weight, dtype, device, shape)
             continue
@@ -95,9 +98,13 @@ def _check_format(
             raise TypeError(f"{function}: deltas[{k}] must be {dtype} like x, got {value.dtype} ({kind}.{field})")
 
 
+def _checked(deltas: Sequence[Delta]) -> Sequence[Delta]:
+    return [deltas.like] if isinstance(deltas, Stack) else deltas
+
+
 def check_tensors(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], bias: Tensor | None) -> None:
     """Everything that must be a Tensor is one."""
-    for k, value in enumerate((x, base, bias, *deltas)):
+    for k, value in enumerate((x, base, bias, *_checked(deltas))):
         if (
             not isinstance(value, Tensor)
             and not (k == 2 and value is None)

@@ -1,7 +1,8 @@
 """Deltas that take less memory than a weight: one bit, one byte, or two thin matrices instead of each number.
 
 A format is a small immutable object with a `shape`. What it means is its `dense`: every faster way of using it
-is tested against that. `delta_linear` and `delta_conv2d` take formats wherever they take a delta, beside dense ones.
+is tested against that. `delta_linear` and `delta_conv2d` take formats wherever they take a delta, beside dense ones,
+and a `taps_fast.stacked.Stack` of many alike in place of a list.
 
     SignBits   scale · (bit ? +1 : -1)         1 bit a weight          BitDelta, arXiv 2402.10193
     MaskBits   scale · (bit ? tile : 0)        1 bit a weight a task   TALL-masks, arXiv 2405.07813; EMR, 2405.17461
@@ -57,15 +58,24 @@ class Format:
 
     def to(self: _Self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> _Self:
         """The same delta elsewhere, or for inputs of another dtype (codes and scales keep theirs)."""
-        moved: dict[str, Tensor] = {}
-        for name, value in self.tensors.items():
-            casts = value.is_floating_point() and name not in self.own_dtype
-            moved[name] = value.to(device=device, dtype=dtype if casts else None)
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **self.moved(self.tensors, device, dtype))  # type: ignore[arg-type]
+
+    @classmethod
+    def moved(
+        cls, tensors: dict[str, Tensor], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """What `to` makes of fields."""
+        casts = {name for name, t in tensors.items() if t.is_floating_point() and name not in cls.own_dtype}
+        return {n: t.to(device=device, dtype=dtype if n in casts else None) for n, t in tensors.items()}
 
     def detach(self: _Self) -> _Self:
         """The same values, in the same storage, of which nothing is recorded."""
         return replace(self, **{name: value.detach() for name, value in self.tensors.items()})  # type: ignore[arg-type]
+
+    def clone(self: _Self) -> _Self:
+        """The same values in storage of their own, but for what several deltas hold together."""
+        own = {name: value.clone() for name, value in self.tensors.items() if name not in self.shared}
+        return replace(self, **own)  # type: ignore[arg-type]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The delta itself, [O, …]; differentiable in whatever is trained."""

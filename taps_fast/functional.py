@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _compressed, _problem, reference
+from ._autocast import autocast
 from ._autograd import Call, Delta, Groups, forward
 from ._dispatch import as_rows, select, vendor_alone
 from ._problem import IntPair, Problem
 from .formats import Format
 from .norms import Tasks, follow, table
 from .norms import scale_shift as scale_shift
+from .stacked import Deltas, Stack
 from .tasks import Index
 
 
@@ -51,7 +53,8 @@ def delta_linear(
         x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
             take its dtype, as in ``F.linear``; coeffs never do.
         base: [O, I], the weight all tasks share.
-        deltas: K tensors [O, I] or formats of `taps_fast.formats`, or one tensor [K, O, I]. K = 0 is the base alone.
+        deltas: K tensors [O, I] or formats of `taps_fast.formats`, or one tensor [K, O, I] or one
+            `taps_fast.stacked.Stack`. K = 0 is the base alone.
         coeffs: [K], or [T, K] with tasks. Used in float32 (float64 when x is).
         bias: [O]; with tasks also [T, O] (rows of id -1 then have none) or [T + 1, O] (last row: id -1).
         tasks: integer ids [B], or a `TaskBatch`: sample b runs as task ``tasks[b]``, -1 as the base alone.
@@ -95,7 +98,7 @@ def delta_linear(
         activation=activation, backend=backend, algorithm=algorithm,
     )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, *weights = _autocast(x.device.type, x, base, bias, *weights)
+        x, base, bias, weights = autocast(x.device.type, x, base, bias, weights)
         with torch.autocast(x.device.type, enabled=False):
             return delta_linear(x, base, weights, coeffs, bias, **how)
     _problem.check_weight(name, x, base, weights, dims=2)
@@ -103,7 +106,7 @@ def delta_linear(
         raise ValueError(f"{name}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}")
     if x.dim() == 1:
         return delta_linear(x[None], base, weights, coeffs, bias, **how)[0]
-    if any(isinstance(delta, Format) for delta in weights):
+    if isinstance(weights, Stack) or any(isinstance(delta, Format) for delta in weights):
         return _compressed_linear(x, base, weights, coeffs, bias, **how)
     dense = cast("list[Tensor]", weights)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
@@ -140,7 +143,7 @@ def delta_conv2d(
     Args:
         x: [N, C, H, W] or [C, H, W]; dtypes and autocast as in `delta_linear`.
         base: [O, C / groups, kh, kw].
-        deltas: K tensors or formats shaped like base, or one tensor [K, ...]. Formats are made dense in scratch.
+        deltas: as in `delta_linear`, shaped like base. Formats are made dense in scratch.
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
@@ -175,7 +178,7 @@ def delta_conv2d(
         backend=backend, algorithm=algorithm,
     )  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, *weights = _autocast(x.device.type, x, base, bias, *weights)
+        x, base, bias, weights = autocast(x.device.type, x, base, bias, weights)
         with torch.autocast(x.device.type, enabled=False):
             return delta_conv2d(x, base, weights, coeffs, bias, stride, padding, dilation, groups, **how)
     _problem.check_weight(name, x, base, weights, dims=4)
@@ -197,7 +200,7 @@ def is_plain_conv2d(x: Tensor, base: Tensor, groups: int) -> bool:
 def _compressed_linear(
     x: Tensor,
     base: Tensor,
-    deltas: list[Tensor | Format],
+    deltas: Deltas,
     coeffs: Tensor,
     bias: Tensor | None,
     *,
@@ -221,11 +224,15 @@ def _compressed_linear(
     rows = x.shape[:-1].numel() // max(num_tasks or 1, 1)
     asked = "blend" if backend == "reference" else algorithm
     coded = _compressed.decoded_by_kernel(x, base, deltas, coeffs, bias, backend, algorithm)
-    apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
-    apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
-    rest = [k for k in range(len(deltas)) if k not in apart]
-    left = [(k, deltas[k]) for k in rest]
-    kept = [d.dense(x.dtype) if isinstance(d, Format) and k not in coded else d for k, d in left]
+    apart: list[int] = []
+    rest: Sequence[int] = range(len(deltas))
+    kept: Deltas = deltas
+    if len(coded) < len(deltas):
+        apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
+        apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
+        rest = [k for k in rest if k not in apart]
+        left = [(k, deltas[k]) for k in rest]
+        kept = [d.dense(x.dtype) if isinstance(d, Format) and k not in coded else d for k, d in left]
     coefficients = _compressed.columns(coeffs, rest)
     follows: dict[str, Any] = dict(scale=scale, shift=shift, activation=activation)
     if coded:
@@ -370,15 +377,3 @@ def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | N
     if x.requires_grad or base.requires_grad or coeffs.requires_grad or (bias is not None and bias.requires_grad):
         return True
     return any(delta.requires_grad for delta in deltas)
-
-
-def _autocast(device: str, *tensors: Tensor | Format | None) -> list[Any]:
-    """What autocast makes of the arguments of F.linear; float64 stays."""
-    dtype = torch.get_autocast_dtype(device)
-
-    def narrow(t: Tensor | Format | None) -> Tensor | Format | None:
-        if isinstance(t, Format):
-            return t.to(dtype=dtype)
-        return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-
-    return [narrow(t) for t in tensors]

@@ -290,7 +290,18 @@ def linear_arguments():
 @pytest.mark.parametrize(
     ("place", "value", "text"),
     [
-        (2, [torch.zeros(9, 8, dtype=torch.uint8)], r"linear_coded: codes must have shape \[9, 16\], got \[9, 8\]"),
+        (
+            2,
+            [torch.zeros(9, 8, dtype=torch.uint8)],
+            r"linear_coded: codes must have shape \[9, 16\], or one more axis in front, got \[9, 8\]",
+        ),
+        (
+            2,
+            [torch.zeros(1, 9, 8, dtype=torch.uint8)],
+            r"codes must have shape \[9, 16\], or one more axis in front, got",
+        ),
+        (2, [torch.zeros(2, 9, 16, dtype=torch.uint8)], r"scales must be one number or 9 a delta, got \[\]"),
+        (11, [torch.ones(9, 1)], r"linear_coded: scales must be one number or 9 a delta, got \[9, 1\]"),
         (11, [], "linear_coded: scales and tile_of must have an entry for each of 1 deltas, got 0 and 1"),
         (11, [torch.ones(4)], r"linear_coded: scales must have 9 elements, got \[4\]"),
         (13, [0], "linear_coded: tile_of must be below 0 and name a tile for bits alone, got 0"),

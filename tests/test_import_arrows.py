@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 # Each part, and the parts that it may import: user-facing parts first, what they are made of below.
-CALL = {"_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "tasks"}
-LAYERS = {"_problem", "formats", "functional", "nn", "norms", "tasks"}
+CALL = {
+    "_autocast", "_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "stacked", "tasks",
+}  # fmt: skip
+LAYERS = {"_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
     "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_regions", "_slices", "convert", "model",
     "peft", "sharing", "store",
@@ -32,8 +34,10 @@ MAY_IMPORT = {
     "_autograd": {"_ops", "_problem", "reference", "tasks"},
     "_dispatch": {"_ext", "_problem", "_tuned", "kernels"},
     "_coded": {"formats", "tasks"},
-    "_compressed": {"_ext", "_ops", "formats", "tasks"},
-    "_problem": {"formats", "tasks"},
+    "_compressed": {"_ext", "_ops", "formats", "stacked", "tasks"},
+    "_problem": {"formats", "stacked", "tasks"},
+    "_autocast": {"formats", "stacked"},
+    "stacked": {"formats"},
     "formats": set(),
     "tasks": {"_ext"},
     # All but the first two when an operator first runs.

@@ -12,12 +12,12 @@ namespace {
 
 /// e^x for x <= 0.
 TAPS_INLINE FloatVec exp_negative(FloatVec x) {
-  x = x < -87.0f ? FloatVec{} - 87.0f : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
   // Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
   const FloatVec shifted = x * 1.44269504f + 12582912.0f;
   const FloatVec n = shifted - 12582912.0f;
   const FloatVec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  FloatVec p = FloatVec{} + 1.9875691500e-4f;
+  FloatVec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -46,7 +46,7 @@ TAPS_INLINE V sigmoid(V u) {
 /// Φ(u), given e^(-u²/2).
 TAPS_INLINE FloatVec normal(FloatVec u, FloatVec bell) {
   const FloatVec t = 1 / (1 + 0.3275911f * 0.70710678f * magnitude(u));
-  FloatVec p = FloatVec{} + 1.061405429f;
+  FloatVec p = splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;

@@ -138,7 +138,7 @@ class CodedItem {
     const C* sums = sums_ + m * stride_;
     const C* scale = static_cast<const C*>(term.scale) + (p_.transposed ? term.scale_step * begin_ : 0);
     const bool each = p_.transposed && term.scale_step;
-    const V same = V{} + (p_.transposed ? static_cast<C>(term.coeff) * (each ? C(1) : *scale) : C(1));
+    const V same = splat(p_.transposed ? static_cast<C>(term.coeff) * (each ? C(1) : *scale) : C(1));
     const auto put = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
       const auto get = [&](const auto* q)
                            __attribute__((always_inline)) { return n < lanes ? load_partial(q, n) : load(q); };

@@ -43,13 +43,18 @@ TAPS_INLINE Vec<Compute<S>> masked_elements(const uint8_t* row, int64_t p, Vec<C
   return select_lanes<Compute<S>>(lane_bits<kLanes<Compute<S>>>(row, p), v, Vec<Compute<S>>{});
 }
 
-/// sum + x · v of the elements whose bits are set.
+/// sum + x · v of the elements whose bits are set. A test of a word of bits in every lane costs less than a load of
+/// lanes' bits, which takes turns with the multiplications.
 template <class S>
 TAPS_INLINE Vec<Compute<S>> masked_multiply_add(Vec<Compute<S>> sum, Vec<Compute<S>> x, const uint8_t* row, int64_t p,
                                                 Vec<Compute<S>> v) {
 #if defined(__AVX512F__)
-  if constexpr (kDepths<Element<S>> == 1 && sizeof(Compute<S>) == 4)
-    return (FloatVec)_mm512_mask3_fmadd_ps((__m512)x, (__m512)v, (__m512)sum, lane_bits<16>(row, p));
+  if constexpr (kDepths<Element<S>> == 1 && sizeof(Compute<S>) == 4) {
+    const auto lane = _mm512_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768);
+    const __m512i own = _mm512_sll_epi32(lane, _mm_cvtsi32_si128(p & 16));  // whole vectors: p is 0 or 16 in its word
+    const __mmask16 set = _mm512_test_epi32_mask(_mm512_set1_epi32(lane_bits<32>(row, p & ~31)), own);
+    return (FloatVec)_mm512_mask3_fmadd_ps((__m512)x, (__m512)v, (__m512)sum, set);
+  }
 #endif
   return multiply_add<Element<S>>(sum, x, masked_elements<S>(row, p, v));
 }
@@ -92,7 +97,7 @@ TAPS_INLINE Vec<Compute<S>> decode(const Term& term, int64_t row, int64_t column
   } else {
     const uint32_t bits = lane_bits<lanes>(codes, column);
     if constexpr (kCoding == Coding::kSign) {
-      return select_lanes<C>(bits, Vec<C>{} + C(1), Vec<C>{} - C(1));
+      return select_lanes<C>(bits, splat(C(1)), splat(C(-1)));
     } else {
       const S* tile = static_cast<const S*>(term.matrix.data) + row * term.matrix.stride + column;
       return select_lanes<C>(bits, kWhole ? load(tile) : load_partial(tile, n), Vec<C>{});

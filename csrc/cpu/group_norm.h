@@ -85,7 +85,7 @@ TAPS_INLINE Compute<S> sum_run(const S* x, int64_t n, const F& f) {
     for (int v = 0; v < kRunVectors; v++) sums[v] += f(load(x + j + v * lanes));
   for (; j + lanes <= n; j += lanes) sums[0] += f(load(x + j));
   Compute<S> sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; j < n; j++) sum += f(V{} + to_compute(x[j]))[0];
+  for (; j < n; j++) sum += f(splat(to_compute(x[j])))[0];
   return sum;
 }
 
@@ -103,8 +103,8 @@ struct Normalised {
   template <class Load>
   TAPS_INLINE V operator()(int64_t j, const Load& get) const {
     V y = (get(x + j) - mean) * rstd;
-    if (weight) y *= plane ? V{} + *weight : get(weight + j);
-    if (bias) y += plane ? V{} + *bias : get(bias + j);
+    if (weight) y *= plane ? splat(*weight) : get(weight + j);
+    if (bias) y += plane ? splat(*bias) : get(bias + j);
     return y;
   }
   TAPS_INLINE void put(int64_t j, V y) const { store(out + j, y); }

@@ -52,7 +52,7 @@ struct Line {
 
   template <class Load>
   TAPS_INLINE V at(const C* table, int64_t j, const Load& get) const {
-    if constexpr (kPlane) return V{} + *table;
+    if constexpr (kPlane) return splat(*table);
     else return get(table + j);
   }
   template <class Load>

@@ -221,6 +221,11 @@ TAPS_INLINE Vec<Compute<S>> elements(const S* p, int64_t n) {
   return elements(buffer);
 }
 
+/// x in every lane. Not 0 + x, which compilers must compute: of -0 it makes 0.
+template <class C>
+TAPS_INLINE Vec<C> splat(C x) {
+  return x - Vec<C>{};
+}
 /// An element of ones.
 template <class E>
 TAPS_INLINE E ones() {
@@ -228,7 +233,7 @@ TAPS_INLINE E ones() {
 }
 template <class E>
 TAPS_INLINE Vec<Compute<E>> broadcast(E x) {
-  return Vec<Compute<E>>{} + x;
+  return splat(x);
 }
 /// sum + a · b, lane by lane; for pairs both products of a lane.
 template <class E>

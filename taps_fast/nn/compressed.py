@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format
+from ..formats import Delta, Format
+from ..stacked import Stack, unlike
 
 
 class CompressedDelta(nn.Module):
@@ -43,6 +45,14 @@ class CompressedDelta(nn.Module):
             self._made = made  # checked once: a mixed batch asks for one of each task in each layer
         return self._made
 
+    def hold(self, format: Format) -> None:
+        """Takes the same values in other storage."""
+        for name, value in format.tensors.items():
+            if name in self._buffers:
+                self._buffers[name] = value
+            elif name not in format.shared:
+                self._parameters[name].data = value  # type: ignore[union-attr]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedDelta:
         """Scales keep their dtype: in half precision a small one could be lost."""
 
@@ -58,3 +68,26 @@ class CompressedDelta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind.name}, {tuple(self.shape)}"
+
+
+def value_of(held: Any) -> Delta:
+    """What a layer holds for a task, dense or in its format."""
+    return held.format if isinstance(held, CompressedDelta) else held
+
+
+def side_by_side(held: Sequence[Any]) -> Sequence[Delta]:
+    """The deltas that a layer holds: a stack if all are compressed and alike, and each then keeps a view of it."""
+    formats = [each.format.detach() for each in held if isinstance(each, CompressedDelta)]
+    if len(formats) < max(len(held), 2) or unlike(formats) is not None:
+        return [value_of(each) for each in held]
+    stack = Stack(formats)
+    for each, part in zip(held, stack, strict=True):
+        each.hold(part)
+    return stack
+
+
+def apart(held: Iterable[Any]) -> None:
+    """Gives every compressed delta storage of its own again."""
+    for each in held:
+        if isinstance(each, CompressedDelta):
+            each.hold(each.format.detach().clone())

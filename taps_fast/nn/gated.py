@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..formats import Delta
+from ..stacked import Stack
 from ..tasks import TaskBatch
 
 
@@ -14,7 +16,7 @@ class Gated(NamedTuple):
     """The arguments that `delta_linear` and `delta_conv2d` take for one selection."""
 
     base: Tensor
-    deltas: list[Delta]
+    deltas: Sequence[Delta]
     coeffs: Tensor
     bias: Tensor | None
     tasks: TaskBatch | None = None
@@ -22,7 +24,7 @@ class Gated(NamedTuple):
     base_coeffs: Tensor | None = None
 
     @property
-    def weight(self) -> tuple[Tensor, list[Delta], Tensor, Tensor | None]:
+    def weight(self) -> tuple[Tensor, Sequence[Delta], Tensor, Tensor | None]:
         """base, deltas, coeffs and bias."""
         return self[:4]
 
@@ -33,7 +35,7 @@ class Gated(NamedTuple):
     def detached(self) -> Gated:
         """The same values, of which nothing is recorded."""
         bias = None if self.bias is None else self.bias.detach()
-        deltas = [delta.detach() for delta in self.deltas]
+        deltas = self.deltas if isinstance(self.deltas, Stack) else [delta.detach() for delta in self.deltas]
         return self._replace(base=self.base.detach(), deltas=deltas, coeffs=self.coeffs.detach(), bias=bias)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Delta, Format
+from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
-from .compressed import CompressedDelta
+from .compressed import CompressedDelta, apart, side_by_side, value_of
 from .context import Layout, Located, Mix, Selection, TaskContext
 from .gated import Frozen, Gated
 from .mixed_weight import MixedWeight
@@ -121,7 +122,7 @@ class TapsLayer(Located, nn.Module):
 
     def delta(self, task: str) -> Delta:
         """The task's delta, dense or in its format."""
-        return _value(self.deltas[task])
+        return value_of(self.deltas[task])
 
     def set_delta(self, task: str, delta: Delta) -> None:
         """Replaces the delta of ``task``, which has one, by values of the same shape, dense or in a format."""
@@ -209,6 +210,7 @@ class TapsLayer(Located, nn.Module):
     def freeze(self, tasks: Sequence[str]) -> None:
         """Makes the tables of every selection of ``tasks`` once; until `thaw`, parameters are not looked at again."""
         opened = [task for task in tasks if self.is_open(task)]
+        deltas = side_by_side([self.deltas[task] for task in opened])  # first: single tasks see the same storage
         single = {task: self._single(task if task in opened else None).detached() for task in (None, *tasks)}
         coeffs = self._coefficients(opened)
         baked = torch.tensor([task in self.baked for task in opened], device=coeffs.device)
@@ -220,13 +222,14 @@ class TapsLayer(Located, nn.Module):
         bias = self.base_bias
         if bias is not None and opened:
             bias = torch.stack([b for task in (*tasks, None) if (b := single[task].bias) is not None])
-        deltas = [self.delta(task) for task in opened]
         base_coeffs = scales if self.baked else None
         mixed = Gated(self.base, deltas, table, bias, pairs=pairs, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
 
     def thaw(self) -> None:
         """Looks at the parameters again in every forward."""
+        if self.frozen is not None and isinstance(self.frozen.mixed.deltas, Stack):
+            apart(self.deltas.values())
         self.frozen = None
 
     @torch.no_grad()
@@ -273,7 +276,7 @@ class TapsLayer(Located, nn.Module):
                 rows[t] = bias + more[mix.tasks[t]]
             bias = torch.stack(rows)
         held = self.deltas
-        deltas = [_value(held[mix.tasks[t]]) for t in places]
+        deltas = [value_of(held[mix.tasks[t]]) for t in places]
         return Gated(self.base, deltas, _table(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
@@ -350,11 +353,6 @@ class TapsLayer(Located, nn.Module):
                 for key, value in getattr(self, name).state_dict(prefix=f"{prefix}{name}.").items():
                     state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _value(held: Any) -> Delta:
-    """A delta, dense or in its format."""
-    return held.format if isinstance(held, CompressedDelta) else held
 
 
 @functools.lru_cache(maxsize=4096)
