@@ -21,7 +21,6 @@ namespace taps_fast::cpu {
 namespace {
 
 constexpr int64_t kRowBuffers = max(kTileRows, kDotRows);
-constexpr int64_t kMostFetched = 4;  // segments fetched at a time: see tile_row
 
 template <class S>
 class RowWorker {
@@ -124,15 +123,20 @@ class RowWorker {
       } else {
         // What the tile writes and the next one reads arrives while the tile is summed.
         for (int64_t i = 0; i < n && finished; i++) prefetch(output(r + i) + s.col_begin, s.cols);
-        for (int64_t i = r + n; i < min(r + n + part, s.row_end); i++) prefetch(input(i) + s.depth_begin, s.depth);
         const int64_t length = ceil_div(s.depth, kDepths<E>);
         if constexpr (kInAmx<E>) {
+          for (int64_t i = r + n; i < min(r + n + part, s.row_end); i++) prefetch(input(i) + s.depth_begin, s.depth);
           for (int64_t i = 0; i < n; i++) interleave<S>(inputs_, kTileRows, i, input(r + i) + s.depth_begin, s.depth);
           tile_row(inputs_, n, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch);
         } else {
           const E* a[kTileRows];
-          for (int64_t i = 0; i < n; i++) a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
-          tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch);
+          const char* next[kTileRows];
+          for (int64_t i = 0; i < n; i++) {
+            a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
+            next[i] = reinterpret_cast<const char*>(input(min(r + n + i, s.row_end - 1)) + s.depth_begin);
+          }
+          tile_row<E, sizeof(S) * kDepths<E>>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale,
+                                              &ahead, fetch, next);
         }
       }
       if (finished)
@@ -292,10 +296,8 @@ class RowWorker {
       if (here) continue;
       ahead.add(m, row, column, sizeof(S));
     }
-    if (ahead.num_terms == 0 || ahead.lines == 0) return 0;
-    const int64_t tiles = row_tiles * (s.cols / kWidth);
-    const int64_t room = tiles * ceil_div(ceil_div(s.depth, kDepths<E> * kFetchDepth<E>), ahead.lines);
-    return room ? min(ceil_div(ahead.rows * ahead.num_terms, room), kMostFetched) : 0;
+    const int64_t steps = ceil_div(s.depth, kDepths<E> * kFetchDepth<E>);
+    return ahead.segments_at_once(row_tiles * (s.cols / kWidth) * ceil_div(steps, max(ahead.lines, 1)));
   }
 
   int64_t place(int64_t r) const { return p_.row_index ? p_.row_index[r] : r; }

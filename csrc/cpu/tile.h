@@ -13,9 +13,11 @@
 namespace taps_fast::cpu {
 namespace {
 
+constexpr int64_t kMostFetched = 4;  // segments fetched at a time: see tile_row
+
 /// Rows of weights to bring into L2, as segments that each are `lines` cache lines long.
 struct Ahead {
-  static constexpr int kMaxTerms = 4;
+  static constexpr int kMaxTerms = 9;
   static constexpr int64_t kLine = 64;
 
   const char* data[kMaxTerms];  // first segment of each matrix
@@ -31,6 +33,10 @@ struct Ahead {
     if (!m.data || num_terms == kMaxTerms) return;
     data[num_terms] = static_cast<const char*>(m.data) + (row * m.stride + column) * element_size;
     stride[num_terms++] = m.stride * element_size;
+  }
+  /// How many segments to fetch at a time, where `times` of them can be fetched one after the other.
+  int64_t segments_at_once(int64_t times) const {
+    return num_terms && lines && times ? min(ceil_div(rows * num_terms, times), kMostFetched) : 0;
   }
   bool done() const { return taken >= rows * num_terms; }
   /// The next segment; the last one again when none is left.
@@ -53,9 +59,10 @@ struct Ahead {
 template <class E>
 constexpr int64_t kFetchDepth = 1;
 
-template <class E, int kRows, int kVectors, int kFetch>
+/// kNextBytes: of an element where the next tile's rows lie, of which each then brings a line at a time; 0: no such.
+template <class E, int kRows, int kVectors, int kFetch, int kNextBytes>
 void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, int64_t out_stride, int64_t depth,
-          bool accumulate, Compute<E> scale, Ahead* ahead) {
+          bool accumulate, Compute<E> scale, Ahead* ahead, const char* const* next) {
   using C = Compute<E>;
   constexpr int lanes = kLanes<C>;
   Vec<C> sum[kRows][kVectors];
@@ -67,6 +74,10 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
     for (int j = 0; j < kVectors; j++) sum[i][j] = Vec<C>{};
   }
   const auto multiply = [&](int64_t p) __attribute__((always_inline)) {
+    if constexpr (kNextBytes > 0)
+      if (p % (Ahead::kLine / kNextBytes) == 0)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; i++) __builtin_prefetch(next[i] + p * kNextBytes, 0, 2);
     Vec<C> b[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) b[j] = load(strip + (p * kVectors + j) * lanes);
@@ -101,18 +112,19 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
     }
 }
 
-/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time.
-template <class E>
+/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time, and with
+/// kNextBytes as many rows from `next` on.
+template <class E, int kNextBytes = 0>
 void tile_row(const E* const* rows, int64_t num_rows, int64_t step, const E* panel, int64_t num_columns,
               Compute<E>* out, int64_t out_stride, int64_t depth, bool accumulate, Compute<E> scale = 1,
-              Ahead* ahead = nullptr, int64_t fetch = 0) {
+              Ahead* ahead = nullptr, int64_t fetch = 0, const char* const* next = nullptr) {
   constexpr int64_t lanes = kLanes<Compute<E>>, width = lanes * kStripVectors;
   with_constant<kTileRows>(num_rows, [&](auto r) {
     for (int64_t j = 0; j < num_columns; j += width) {
       const E* strip = panel + j * depth;
       const auto run = [&](auto vectors, auto fetched) {
-        tile<E, r.value, vectors.value, fetched.value>(rows, step, strip, out + j, out_stride, depth, accumulate, scale,
-                                                       ahead);
+        tile<E, r.value, vectors.value, fetched.value, kNextBytes>(rows, step, strip, out + j, out_stride, depth,
+                                                                   accumulate, scale, ahead, next);
       };
       if (num_columns - j < width) {
         with_constant<kStripVectors>(ceil_div(num_columns - j, lanes), [&](auto v) { run(v, Int<0>{}); });

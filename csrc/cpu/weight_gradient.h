@@ -19,6 +19,7 @@ template <class S, class E>
 class GradientItem {
   using C = Compute<S>;
   static constexpr int64_t kWidth = kLanes<C> * kStripVectors;
+  static constexpr int kSums = 4;  // additions that do not wait for each other
 
  public:
   GradientItem(const WeightGradient& problem, int64_t item, void* workspace) : p_(problem) {
@@ -64,17 +65,18 @@ class GradientItem {
     for (int64_t r = 0; r < rows_; r += kTileRows) {
       const int64_t n = min(kTileRows, rows_ - r);
       C* out = tile_ + r * tile_stride_;
-      for (int64_t i = 0; i < n && last; i++) prefetch_uses(r + i);
       const int64_t length = ceil_div(depth, kDepths<E>);
+      Ahead ahead;
+      const int64_t fetch = last ? look_ahead(ahead, r, n, length) : 0;
       if constexpr (kInAmx<E>) {
         copy_columns(copies_, left_ + r, width, n, length);
-        tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, nullptr, 0);
+        tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, &ahead, fetch);
       } else {
         const E* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
-        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate);
+        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate, 1, &ahead, fetch);
       }
-      for (int64_t i = 0; i < n && last; i++) use_row(r + i, out + i * tile_stride_);
+      if (last) use_rows(r, n, out);
     }
   }
 
@@ -85,9 +87,9 @@ class GradientItem {
     const Vec<C> one = broadcast(ones<E>());
     C* sums = static_cast<C*>(job_.sums) + row_begin_;
     for (int64_t r = 0; r < rows_; r += lanes) {
-      Vec<C> sum[4] = {};  // a chain of one addition after the other would wait for each
-      for (int64_t p = 0; p < length; p += 4)
-        for (int64_t i = 0; i < min(4, length - p); i++)
+      Vec<C> sum[kSums] = {};
+      for (int64_t p = 0; p < length; p += kSums)
+        for (int64_t i = 0; i < min(kSums, length - p); i++)
           sum[i] = multiply_add<E>(sum[i], load(left_ + (p + i) * width + r), one);
       const Vec<C> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       const int64_t n = min(lanes, rows_ - r);
@@ -97,34 +99,47 @@ class GradientItem {
 
   double& partial(const Dot& dot) { return p_.partials[dot.slot * tiles_ + tile_index_]; }
 
-  /// What use_row reads and writes.
-  void prefetch_uses(int64_t r) const {
+  /// Describes what use_rows reads and writes; returns how many segments to fetch at a time, so that all arrive in
+  /// time.
+  int64_t look_ahead(Ahead& ahead, int64_t r, int64_t num_rows, int64_t length) const {
+    ahead.rows = num_rows;
+    ahead.lines = ceil_div(cols_ * int64_t(sizeof(S)), Ahead::kLine);
     for (int64_t d = job_.dot_begin; d < job_.dot_end; d++)
-      prefetch(at<S>(p_.dots[d].matrix, row_begin_ + r, col_begin_), cols_);
-    for (int64_t t = job_.target_begin; t < job_.target_end; t++) {
-      const MutableMatrix& m = p_.targets[t].matrix;
-      prefetch(at<S>({m.data, m.stride}, row_begin_ + r, col_begin_), cols_);
-    }
+      ahead.add(p_.dots[d].matrix, row_begin_ + r, col_begin_, sizeof(S));
+    for (int64_t t = job_.target_begin; t < job_.target_end; t++)
+      ahead.add({p_.targets[t].matrix.data, p_.targets[t].matrix.stride}, row_begin_ + r, col_begin_, sizeof(S));
+    return ahead.segments_at_once(cols_ / kWidth * ceil_div(ceil_div(length, kFetchDepth<E>), ahead.lines));
   }
 
-  void use_row(int64_t r, const C* row) {
+  /// Rows [r, r + num_rows) of the tile are complete: dots and copies of them. A dot's products are summed in several
+  /// lanes of several vectors before they meet in a double.
+  void use_rows(int64_t r, int64_t num_rows, const C* rows) {
     constexpr int64_t lanes = kLanes<C>;
     for (int64_t d = job_.dot_begin; d < job_.dot_end; d++) {
       const Matrix& m = p_.dots[d].matrix;
-      const S* w = at<S>(m, row_begin_ + r, col_begin_);
-      Vec<C> sum{};
-      int64_t j = 0;
-      for (; j + lanes <= cols_; j += lanes) sum += load(row + j) * load(w + j);
-      if (j < cols_) sum += load_partial(row + j, cols_ - j) * load_partial(w + j, cols_ - j);
-      partial(p_.dots[d]) += sum_lanes(sum);
+      Vec<C> sum[kSums] = {};
+      for (int64_t i = 0; i < num_rows; i++) {
+        const C* row = rows + i * tile_stride_;
+        const S* w = at<S>(m, row_begin_ + r + i, col_begin_);
+        int64_t j = 0;
+        for (; j + kSums * lanes <= cols_; j += kSums * lanes)
+#pragma GCC unroll 4
+          for (int v = 0; v < kSums; v++) sum[v] += load(row + j + v * lanes) * load(w + j + v * lanes);
+        for (; j + lanes <= cols_; j += lanes) sum[0] += load(row + j) * load(w + j);
+        if (j < cols_) sum[0] += load_partial(row + j, cols_ - j) * load_partial(w + j, cols_ - j);
+      }
+      partial(p_.dots[d]) += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
     for (int64_t t = job_.target_begin; t < job_.target_end; t++) {
       const Target& target = p_.targets[t];
-      S* out = static_cast<S*>(target.matrix.data) + (row_begin_ + r) * target.matrix.stride + col_begin_;
       const C factor = static_cast<C>(target.factor);
-      int64_t j = 0;
-      for (; j + lanes <= cols_; j += lanes) store(out + j, factor * load(row + j));
-      if (j < cols_) store_partial(out + j, factor * load(row + j), cols_ - j);
+      for (int64_t i = 0; i < num_rows; i++) {
+        const C* row = rows + i * tile_stride_;
+        S* out = static_cast<S*>(target.matrix.data) + (row_begin_ + r + i) * target.matrix.stride + col_begin_;
+        int64_t j = 0;
+        for (; j + lanes <= cols_; j += lanes) store(out + j, factor * load(row + j));
+        if (j < cols_) store_partial(out + j, factor * load(row + j), cols_ - j);
+      }
     }
   }
 
