@@ -98,7 +98,6 @@ class RowWorker {
     const bool few = num_rows <= kDotRows && s.depth > 0 && all_dense_or_masked(terms, num_terms);
     const int64_t part = few ? num_rows : tile_part(num_rows);
     Ahead ahead;
-    int64_t fetch = 0;
     C scale = 1;
     if (!few && num_terms > 0) {
       Term alone = terms[0];  // a single term is packed as it is, and scaled where pairs would have rounded it
@@ -110,7 +109,7 @@ class RowWorker {
       const Term* packed = exact ? &alone : terms;
       if (p_.transposed) pack_transposed<S>(panel_, packed, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
       else pack_straight<S>(panel_, kWidth, packed, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
-      if (next.item < items_) fetch = look_ahead(ahead, s, next, ceil_div(num_rows, part));
+      if (next.item < items_) look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
     for (int64_t r = s.row_begin; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
@@ -123,7 +122,7 @@ class RowWorker {
       } else {
         // What the tile writes and the next one reads arrives while the tile is summed.
         for (int64_t i = 0; i < n && finished; i++) prefetch(output(r + i) + s.col_begin, s.cols);
-        const int64_t length = ceil_div(s.depth, kDepths<E>);
+        const int64_t length = ceil_div(s.depth, kDepths<E>), fetch = ahead.at_once(ceil_div(s.row_end - r, part));
         if constexpr (kInAmx<E>) {
           for (int64_t i = r + n; i < min(r + n + part, s.row_end); i++) prefetch(input(i) + s.depth_begin, s.depth);
           for (int64_t i = 0; i < n; i++) interleave<S>(inputs_, kTileRows, i, input(r + i) + s.depth_begin, s.depth);
@@ -278,8 +277,8 @@ class RowWorker {
     return kInAmx<E> ? min(num_rows, kTileRows) : even_part(num_rows, kTileRows);
   }
 
-  /// Describes the next step's weights; returns how many segments to fetch at a time, so that all arrive in time.
-  int64_t look_ahead(Ahead& ahead, const Step& s, const Step& next, int64_t row_tiles) const {
+  /// Describes the next step's weights, and when to fetch them.
+  void look_ahead(Ahead& ahead, const Step& s, const Step& next, int64_t row_tiles) const {
     const Pass& pass = p_.passes[next.pass];
     const int64_t row = p_.transposed ? next.col_begin : next.depth_begin;
     const int64_t column = p_.transposed ? next.depth_begin : next.col_begin;
@@ -297,7 +296,7 @@ class RowWorker {
       ahead.add(m, row, column, sizeof(S));
     }
     const int64_t steps = ceil_div(s.depth, kDepths<E> * kFetchDepth<E>);
-    return ahead.segments_at_once(row_tiles * (s.cols / kWidth) * ceil_div(steps, max(ahead.lines, 1)));
+    ahead.spread(s.cols / kWidth * ceil_div(steps, max(ahead.lines, 1)), row_tiles);
   }
 
   int64_t place(int64_t r) const { return p_.row_index ? p_.row_index[r] : r; }

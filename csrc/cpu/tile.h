@@ -34,10 +34,16 @@ struct Ahead {
     data[num_terms] = static_cast<const char*>(m.data) + (row * m.stride + column) * element_size;
     stride[num_terms++] = m.stride * element_size;
   }
-  /// How many segments to fetch at a time, where `times` of them can be fetched one after the other.
-  int64_t segments_at_once(int64_t times) const {
-    return num_terms && lines && times ? min(ceil_div(rows * num_terms, times), kMostFetched) : 0;
+  /// Spreads the segments over the last tiles of `tiles`, each of which can fetch `each` one after the other: what
+  /// comes too early is gone from L2 when it is needed.
+  void spread(int64_t each, int64_t tiles) {
+    const int64_t segments = rows * num_terms;
+    if (!segments || !lines || !each) return;
+    at_once_ = min(ceil_div(segments, each * tiles), kMostFetched);
+    last_tiles_ = ceil_div(segments, each * at_once_) + 1;
   }
+  /// How many segments to fetch at a time, tiles_left tiles before they are needed.
+  int64_t at_once(int64_t tiles_left) const { return tiles_left <= last_tiles_ ? at_once_ : 0; }
   bool done() const { return taken >= rows * num_terms; }
   /// The next segment; the last one again when none is left.
   const char* take() {
@@ -53,6 +59,9 @@ struct Ahead {
       line = line + 1 < lines ? line + 1 : 0;
     }
   }
+
+ private:
+  int64_t at_once_ = 0, last_tiles_ = 0;
 };
 
 /// Elements of depth that a strip's tile multiplies between two fetches.
@@ -112,8 +121,8 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
     }
 }
 
-/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time, and with
-/// kNextBytes as many rows from `next` on.
+/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time, and
+/// with kNextBytes as many rows from `next` on.
 template <class E, int kNextBytes = 0>
 void tile_row(const E* const* rows, int64_t num_rows, int64_t step, const E* panel, int64_t num_columns,
               Compute<E>* out, int64_t out_stride, int64_t depth, bool accumulate, Compute<E> scale = 1,

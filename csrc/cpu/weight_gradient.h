@@ -67,7 +67,8 @@ class GradientItem {
       C* out = tile_ + r * tile_stride_;
       const int64_t length = ceil_div(depth, kDepths<E>);
       Ahead ahead;
-      const int64_t fetch = last ? look_ahead(ahead, r, n, length) : 0;
+      if (last) look_ahead(ahead, r, n, length);
+      const int64_t fetch = ahead.at_once(1);
       if constexpr (kInAmx<E>) {
         copy_columns(copies_, left_ + r, width, n, length);
         tile_row(copies_, n, right_, cols_, out, tile_stride_, length, accumulate, 1, &ahead, fetch);
@@ -99,16 +100,15 @@ class GradientItem {
 
   double& partial(const Dot& dot) { return p_.partials[dot.slot * tiles_ + tile_index_]; }
 
-  /// Describes what use_rows reads and writes; returns how many segments to fetch at a time, so that all arrive in
-  /// time.
-  int64_t look_ahead(Ahead& ahead, int64_t r, int64_t num_rows, int64_t length) const {
+  /// Describes what use_rows reads and writes.
+  void look_ahead(Ahead& ahead, int64_t r, int64_t num_rows, int64_t length) const {
     ahead.rows = num_rows;
     ahead.lines = ceil_div(cols_ * int64_t(sizeof(S)), Ahead::kLine);
     for (int64_t d = job_.dot_begin; d < job_.dot_end; d++)
       ahead.add(p_.dots[d].matrix, row_begin_ + r, col_begin_, sizeof(S));
     for (int64_t t = job_.target_begin; t < job_.target_end; t++)
       ahead.add({p_.targets[t].matrix.data, p_.targets[t].matrix.stride}, row_begin_ + r, col_begin_, sizeof(S));
-    return ahead.segments_at_once(cols_ / kWidth * ceil_div(ceil_div(length, kFetchDepth<E>), ahead.lines));
+    ahead.spread(cols_ / kWidth * ceil_div(ceil_div(length, kFetchDepth<E>), ahead.lines), 1);
   }
 
   /// Rows [r, r + num_rows) of the tile are complete: dots and copies of them. A dot's products are summed in several
