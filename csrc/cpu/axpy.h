@@ -1,7 +1,7 @@
 // Few rows of dx: out[m, :] += Σ_p a_m[p] · (Σ_t coeff_t · W_t[p, :]), along the weights' rows and without a panel.
 //
 // kAxpyDepth weight rows at a time are summed in registers and spread over all outputs, which stay in L1; the weights
-// stream past once. Any number of rows runs the same code.
+// stream past once.
 #pragma once
 
 #include "simd.h"
@@ -10,6 +10,9 @@ namespace taps_fast::cpu {
 namespace {
 
 constexpr int kAxpyDepth = 4;
+/// Most rows that take this path: more, and pairs sooner, gain from a panel.
+template <class E>
+constexpr int64_t kAxpyRows = kDepths<E> == 2 ? 8 : kRegisters == 32 ? 16 : 8;
 
 /// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs.
 template <class S, int kDepth, int kTerms>

@@ -16,7 +16,7 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int kDotRows = kRegisters == 32 ? 12 : 8;  // most rows that take this path
+constexpr int kDotRows = kRegisters == 32 ? 16 : 8;  // most rows that take this path
 constexpr int kDotTile = kRegisters == 32 ? 12 : 4;  // most rows that keep their sums in registers
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>

@@ -95,7 +95,8 @@ class RowWorker {
     const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
     const bool codes = has_codes(terms, num_terms);
-    const bool few = num_rows <= kDotRows && s.depth > 0 && all_dense_or_masked(terms, num_terms);
+    const int64_t most_few = p_.transposed ? kDotRows : kAxpyRows<E>;
+    const bool few = num_rows <= most_few && s.depth > 0 && all_dense_or_masked(terms, num_terms);
     const int64_t part = few ? num_rows : tile_part(num_rows);
     Ahead ahead;
     C scale = 1;
@@ -256,7 +257,7 @@ class RowWorker {
   void few_rows(const Step& s, const Term* terms, int64_t num_terms, C* out, bool accumulate) {
     const int64_t num_rows = s.row_end - s.row_begin;
     if (!p_.transposed) {
-      const S* a[kDotRows];
+      const S* a[kAxpyRows<E>];
       for (int64_t i = 0; i < num_rows; i++) a[i] = input(s.row_begin + i) + s.depth_begin;
       return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
                           accumulate);
