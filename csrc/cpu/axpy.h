@@ -12,7 +12,9 @@ namespace {
 constexpr int kAxpyDepth = 4;
 /// Most rows that take this path: more, and pairs sooner, gain from a panel.
 template <class E>
-constexpr int64_t kAxpyRows = kDepths<E> == 2 ? 8 : kRegisters == 32 ? 16 : 8;
+constexpr int64_t kAxpyRows = kDepths<E> == 2    ? 8
+                              : kRegisters == 32 ? 16
+                                                 : 8;
 
 /// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs.
 template <class S, int kDepth, int kTerms>

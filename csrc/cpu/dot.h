@@ -2,7 +2,7 @@
 //
 //   out[m, n] (+)= Σ_p a_m[p] · (Σ_t coeff_t · W_t[n, p])
 //
-// A term may be a masked tile: its bits lie along the depth as the weights do, so a vector's mask is one load.
+// A term may be a masked tile, whose bits lie along the depth as the weights do.
 // Of a tile that several tasks mask, each input row has its own.
 //
 // Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
@@ -16,7 +16,11 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int kDotRows = kRegisters == 32 ? 16 : 8;  // most rows that take this path
+/// Most rows that take this path; pairs are packed in less time.
+template <class E>
+constexpr int64_t kDotRows = kRegisters != 32  ? 8
+                             : kDepths<E> == 2 ? 14
+                                               : 16;
 constexpr int kDotTile = kRegisters == 32 ? 12 : 4;  // most rows that keep their sums in registers
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>

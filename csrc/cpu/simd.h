@@ -120,9 +120,24 @@ TAPS_INLINE V read(const T* p) {
 
 TAPS_INLINE FloatVec load(const float* p) { return read<FloatVec>(p); }
 TAPS_INLINE DoubleVec load(const double* p) { return read<DoubleVec>(p); }
-TAPS_INLINE FloatVec load(const BFloat16* p) {
-  return (FloatVec)(__builtin_convertvector(read<HalfVec>(p), WordVec) << 16);
+/// 16 bits as 32, and back. GCC makes two halves of what the instruction sets convert at once.
+TAPS_INLINE WordVec to_words(HalfVec v) {
+#if defined(__AVX512F__)
+  return (WordVec)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (WordVec)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, WordVec);
+#endif
 }
+TAPS_INLINE HalfVec to_halves(WordVec v) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, HalfVec);
+#endif
+}
+TAPS_INLINE FloatVec load(const BFloat16* p) { return (FloatVec)(to_words(read<HalfVec>(p)) << 16); }
 TAPS_INLINE FloatVec load(const Float16* p) {
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_cvtph_ps(read<__m256i>(p));
@@ -130,7 +145,7 @@ TAPS_INLINE FloatVec load(const Float16* p) {
   return (FloatVec)_mm256_cvtph_ps(read<__m128i>(p));
 #else
   // Scaling by 2^112 rebiases normal and subnormal numbers alike; infinities and NaNs keep a full exponent.
-  const WordVec half = __builtin_convertvector(read<HalfVec>(p), WordVec);
+  const WordVec half = to_words(read<HalfVec>(p));
   const WordVec magnitude = (half & 0x7fff) << 13;
   const WordVec finite = (WordVec)((FloatVec)magnitude * 0x1p112f);
   const WordVec special = (WordVec)((half & 0x7c00) == 0x7c00) & 0x7f800000;
@@ -159,7 +174,7 @@ TAPS_INLINE void store(BFloat16* p, FloatVec v) {
   const WordVec bits = (WordVec)v;
   const WordVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const WordVec nan = (WordVec)(v != v);
-  const HalfVec half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), HalfVec);
+  const HalfVec half = to_halves((nan & (bits >> 16 | 0x40)) | (~nan & rounded));
 #endif
   __builtin_memcpy(p, &half, sizeof half);
 }
@@ -178,7 +193,7 @@ TAPS_INLINE void store(Float16* p, FloatVec v) {
   const WordVec subnormal = (WordVec)((FloatVec)magnitude + 0.5f) - 0x3f000000;
   const WordVec infinite = 0x7c00 | (nan & 0x200);
   const WordVec finite = (small & subnormal) | (~small & normal);
-  const HalfVec half = __builtin_convertvector(sign | (large & infinite) | (~large & finite), HalfVec);
+  const HalfVec half = to_halves(sign | (large & infinite) | (~large & finite));
 #endif
   __builtin_memcpy(p, &half, sizeof half);
 }
