@@ -106,6 +106,10 @@ class LayerProblem:
         delta = self.deltas[slot - 1]
         return self.base + (self.gates[slot - 1].to(self.dtype) * delta if self.train else delta)
 
+    def merged(self) -> list[Tensor]:
+        """The weight of every slot."""
+        return [self.summed(slot) for slot in range(len(self.deltas) + 1 if self.mixed else 1)]
+
     def with_sum(self, slot: int, x: Tensor) -> Tensor:
         """The plain layer with the weight of a slot."""
         return self.product(x, self.summed(slot))

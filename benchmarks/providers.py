@@ -326,14 +326,14 @@ provider("task-by-task", "baseline", ("linear", "conv2d"), phase="train", mixed=
 
 @layer("merged-loop", "merged", phase="forward")
 def _merged_loop(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
-    weights = [p.summed(slot) for slot in range(len(p.deltas) + 1)] if p.mixed else [p.summed(0)]
+    weights = p.merged()
     return lambda: p.by_group(lambda slot, x: p.product(x, weights[slot])), weights
 
 
 @layer("merged-grouped_mm", "merged", ("linear",), phase="forward", mixed=True)
 def _merged_grouped(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """The fair one: all tasks in one ``F.grouped_mm``."""
-    weights = torch.stack([p.summed(slot) for slot in range(len(p.deltas) + 1)])
+    weights = torch.stack(p.merged())
 
     def forward() -> Tensor:
         order, _, ends = _segments(p)
@@ -345,7 +345,7 @@ def _merged_grouped(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
 @layer("merged-grouped-conv", "merged", ("conv2d",), phase="forward", mixed=True)
 def _grouped_conv(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """The batch as the groups of one convolution."""
-    weights = torch.stack([p.summed(slot) for slot in range(len(p.deltas) + 1)])
+    weights = torch.stack(p.merged())
 
     def forward() -> Tensor:
         n = p.x.shape[0]
@@ -364,7 +364,7 @@ def _flashinfer(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """FlashInfer's SegmentGEMM (CUDA, 16 bit)."""
     from flashinfer import SegmentGEMMWrapper
 
-    weights = torch.stack([p.summed(slot) for slot in range(len(p.deltas) + 1)])
+    weights = torch.stack(p.merged())
     gemm = SegmentGEMMWrapper(torch.empty(128 << 20, dtype=torch.int8, device=p.device))
 
     def forward() -> Tensor:
@@ -381,7 +381,7 @@ def _scattermoe(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """ScatterMoE's parallel_linear with one expert a row (CUDA)."""
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
-    weights = torch.stack([p.summed(slot).t() for slot in range(len(p.deltas) + 1)])
+    weights = torch.stack(p.merged()).mT.contiguous()
 
     def forward() -> Tensor:
         slots = p.slot[p.ids].repeat_interleave(p.x[0, ..., 0].numel())

@@ -10,6 +10,7 @@
 
 #include "blend.h"
 #include "decode.h"
+#include "transpose.h"
 
 namespace taps_fast::cpu {
 namespace {

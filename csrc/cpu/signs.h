@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace taps_fast::cpu {
 namespace {

@@ -10,6 +10,7 @@
 
 #include "amx.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace taps_fast::cpu {
 namespace {
