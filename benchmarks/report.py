@@ -9,6 +9,7 @@ A table stands between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from . import results
 from .results import CHECKOUT, FOLDER, Record
-from .workloads import SUITES, unknown
+from .workloads import SELECTIONS, SUITES, unknown
 
 PAGES = (CHECKOUT / "README.md", CHECKOUT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n)(.*?)(<!-- /benchmarks:\2 -->)", re.DOTALL)
@@ -205,7 +206,7 @@ def summary(records: list[Record]) -> list[str]:
     def rows() -> Iterator[list[str]]:
         for suite in SUITES:
             found = cells(records, suite)
-            if suite == "quick" or not found:
+            if suite in SELECTIONS or not found:
                 continue
             row = [suite, str(len(found))]
             for kind in ("baseline", "merged"):
@@ -248,11 +249,37 @@ TABLES: dict[str, Callable[[list[Record]], list[str]]] = {
     "learn": learn,
     "scaling": scaling,
     "absent": absent,
-    **{name: layers(name) for name in SUITES if name not in (*NETWORKS, "learn", "scaling", "quick")},
+    **{name: layers(name) for name in SUITES if name not in (*NETWORKS, "learn", "scaling", *SELECTIONS)},
 }
+GPU = "gpu"
+"""The one table that is made from what `benchmarks.gpu` wrote, the others being of CPUs."""
 
 
-def filled(page: str, devices: dict[str, list[Record]]) -> str:
+def gpu(records: list[Record]) -> list[str]:
+    """One row a workload: calls one after another, and as a replayed graph, in which the host takes no part."""
+
+    def replayed(workload: str, provider: str) -> Record | None:
+        same = (r for r in records if r["graph"] and r["status"] == "ok" and r["workload"] == workload)
+        return next((r for r in same if r["provider"] == provider), None)
+
+    def row(cell: Cell) -> list[str]:
+        mine, rival, merged = ours(cell), best(cell, "baseline"), best(cell, "merged")
+        assert mine is not None
+        graph, floor = replayed(mine["workload"], "taps_fast"), replayed(mine["workload"], "base")
+        return [
+            f"`{mine['workload']}`",
+            f"{1e3 * mine['median_ms']:.0f}" + (f", {mine['backend']}/{mine['algorithm']}" if mine["backend"] else ""),
+            _times(speedup(cell, rival), rival and rival["provider"]),
+            _times(speedup(cell, merged), merged and merged["provider"]),
+            "–" if graph is None else f"{1e3 * graph['median_ms']:.0f}",
+            "–" if graph is None or floor is None else f"{graph['median_ms'] / floor['median_ms']:.2f}",
+        ]
+
+    header = "workload | ours, µs | × best of base + deltas | × best of merged | replayed, µs | over the base's replay"
+    return _rows(header, (row(cell) for cell in cells(records, GPU)))
+
+
+def filled(page: str, devices: dict[str, list[Record]], gpus: dict[str, list[Record]]) -> str:
     """``page`` with every table made anew.
 
     Raises:
@@ -260,9 +287,10 @@ def filled(page: str, devices: dict[str, list[Record]]) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        if match[2] not in TABLES:
-            raise unknown("table", match[2], TABLES)
-        parts = [["", f"**{name}**", "", *TABLES[match[2]](records), ""] for name, records in devices.items()]
+        if match[2] not in (*TABLES, GPU):
+            raise unknown("table", match[2], (*TABLES, GPU))
+        make, found = (gpu, gpus) if match[2] == GPU else (TABLES[match[2]], devices)
+        parts = [["", f"**{name}**", "", *make(records), ""] for name, records in found.items()]
         lines = [line for part in parts for line in part] or ["", "No results yet.", ""]
         return match[1] + "\n".join(lines) + "\n" + match[4]
 
@@ -278,6 +306,11 @@ def load(paths: Sequence[Path]) -> dict[str, list[Record]]:
     return devices
 
 
+def load_gpus(paths: Iterable[Path]) -> dict[str, list[Record]]:
+    """The same of files of `benchmarks.gpu`."""
+    return {found["device"]: found["records"] for found in (json.loads(path.read_text()) for path in paths)}
+
+
 def main(argv: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -288,7 +321,8 @@ def main(argv: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> in
     chosen = parser.parse_args(argv)
     try:
         devices = load(chosen.files or sorted(FOLDER.glob("*.jsonl")))
-        new = {page: filled(page.read_text(), devices) for page in pages}
+        gpus = load_gpus([] if chosen.files else sorted(FOLDER.glob("gpu-*.json")))
+        new = {page: filled(page.read_text(), devices, gpus) for page in pages}
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -287,6 +287,22 @@ def _quick() -> Iterator[Workload]:
     yield Workload("tiny", 8, 1, gates=100, phase="train")
 
 
+def _gpu() -> Iterator[Workload]:
+    """What a GPU lent for minutes has time for, the most telling first: few rows, many rows, training, float32."""
+    for samples, tasks in ((8, 8), (64, 8), (1, 1), (512, 8), (64, 1), (32, 32), (512, 1), (4096, 8), (4096, 1)):
+        yield Workload("llama_8b.q", samples, tasks, gates=100, dtype="bfloat16")
+    for tasks, phase in ((1, "train"), (8, "train"), (8, "forward")):
+        yield Workload("vit_b.fc1", 8, tasks, gates=100, dtype="bfloat16", phase=phase)
+    for phase in PHASES:
+        yield Workload("vit_b.fc1", 16, None, dtype="bfloat16", phase=phase)
+    for samples, tasks in ((8, 8), (512, 1), (64, 8), (4096, 1), (512, 8)):
+        yield Workload("rows.768x3072", samples, tasks, gates=100)
+    for layer in ("resnet50.layer3.3x3.nhwc", "resnet50.layer4.3x3.nhwc"):
+        yield Workload(layer, 8, 8, gates=100, dtype="bfloat16")
+    for samples, tasks in ((8, 8), (64, 8)):
+        yield Workload("llama_8b.down", samples, tasks, dtype="bfloat16")
+
+
 SUITES = {
     "linear": _linear,
     "rows": _rows,
@@ -302,7 +318,10 @@ SUITES = {
     "learn": _learn,
     "scaling": _scaling,
     "quick": _quick,
+    "gpu": _gpu,
 }
+SELECTIONS = ("quick", "gpu")
+"""Suites that are a choice from what the others show."""
 
 
 class UnknownName(ValueError):
@@ -317,13 +336,13 @@ def unknown(what: str, got: str, known: Iterable[str]) -> UnknownName:
 
 
 def workloads(patterns: Sequence[str] = ()) -> list[Workload]:
-    """The workloads named: suites, layers, or shell patterns of names; without any, every suite but quick.
+    """The workloads named: suites, layers, or shell patterns of names; without any, every suite but `SELECTIONS`.
 
     Raises:
         UnknownName: a pattern that fits none.
     """
-    full = [w for name, suite in SUITES.items() if name != "quick" for w in suite()]
-    everything = full + list(_quick())
+    full = [w for name, suite in SUITES.items() if name not in SELECTIONS for w in suite()]
+    everything = full + [w for name in SELECTIONS for w in SUITES[name]()]
     chosen: list[Workload] = [] if patterns else full
     for pattern in patterns:
         if pattern in SUITES:

@@ -108,6 +108,13 @@ def capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that waits by itself for those before it: their ends overlap, on chips that know how."""
+    if capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     if device.type != "cuda":

@@ -6,6 +6,18 @@ source is what lets a baked task (base coefficient 0) skip it, and a closed gate
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def take_turn(EARLY: tl.constexpr):
+    """First of all in a kernel that starts EARLY, while those before it in the stream end: waits for what they wrote.
+
+    Then lets the next kernel start, if that is one that waits too. Launch it with `_configs.early`.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -31,17 +43,17 @@ def at_address(address, dtype: tl.constexpr, power: tl.constexpr):
 
 
 @triton.jit
-def locate(position, ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED: tl.constexpr):
+def locate(position, ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED: tl.constexpr, AGAIN: tl.constexpr = False):
     """(row, task) of each position in the grouped order, in which the rows of a task are neighbours.
 
     Positions run through samples in ``order``; the rows of one sample follow each other. With one weight for all
-    rows, positions are rows and the task is 0.
+    rows, positions are rows and the task is 0. What is found AGAIN after a loop takes no registers in it.
     """
     if MIXED:
-        sample = tl.load(order_ptr + position // rows_per_sample)
+        sample = tl.load(order_ptr + position // rows_per_sample, volatile=AGAIN)
         within = position % rows_per_sample
         row = ((within // inner).to(tl.int64) * B + sample) * inner + within % inner
-        task = tl.load(ids_ptr + sample).to(tl.int32)
+        task = tl.load(ids_ptr + sample, volatile=AGAIN).to(tl.int32)
     else:
         row = position.to(tl.int64)
         task = position * 0

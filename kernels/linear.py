@@ -120,6 +120,10 @@ def _split(
         return y
     config = _configs.choose(kernel, M, x.element_size(), _configs.capability(x.device))
     tiles = cdiv(M, config.block_m) * cdiv(out_features, config.block_o)
+    precision = _configs.precision(x.dtype)
+    packed = x.dtype == torch.float32 and precision == "ieee"
+    if packed:
+        x = _packed(x, rows)
     splits = _configs.splits(tiles, cdiv(I, config.block_i), _configs.processors(x.device))
     target = y if splits == 1 else torch.empty(splits, M, out_features, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
@@ -156,14 +160,28 @@ def _split(
         BAKED=weight.base_coeffs is not None,
         BIAS=has_bias if splits == 1 else 0,
         TABLE=weight.pointers.table,
-        PRECISION=_configs.precision(x.dtype),
+        PRECISION=precision,
+        PACKED=packed,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
+        **_configs.early(x.device),
     )
     if splits > 1:
         sum_splits(y, target, bias, rows.ids, weight.tasks, rows.samples, rows.inner)
     return y
+
+
+def _packed(x: Tensor, rows: Rows) -> Tensor:
+    """x [M, I] in the grouped order, neighbouring rows side by side in memory.
+
+    Products on ordinary units read x along the rows from shared memory; as x lies, all of those would share a bank.
+    """
+    M, I = x.shape
+    columns = x.new_empty(I, 16 * cdiv(M, 16))[:, :M]
+    if rows.mixed:
+        x = x[_rows_in_group_order(rows, rows.offsets.shape[0] - 1)[0]]
+    return columns.copy_(x.t()).t()
 
 
 def sum_splits(
@@ -189,6 +207,7 @@ def sum_splits(
         MIXED=ids is not None,
         BIAS=0 if bias is None else bias.dim(),
         num_warps=4,
+        **_configs.early(y.device),
     )
 
 

@@ -90,7 +90,7 @@ def linear_coded(
             weights.append(delta)
             scales.append(coeffs)
             continue
-        fields = delta.tensors if isinstance(delta, Stack) else vars(delta)
+        fields = delta.tensors
         weights.append(fields["codes"])
         scale = fields["scale"]
         scales.append(scale if scale.dtype == exact else scale.to(exact))

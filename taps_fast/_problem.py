@@ -89,9 +89,7 @@ def _check_format(
             f"{function}: deltas[{k}] must be {tuple(shape)} like base, got {tuple(format.shape)} ({kind})"
         )
     own = format.own_dtype
-    for field, value in vars(format).items():
-        if not isinstance(value, Tensor):
-            continue
+    for field, value in format.tensors.items():
         if value.device != device:
             raise ValueError(f"{function}: deltas[{k}] must be on {device} like x, got {value.device} ({kind}.{field})")
         if value.dtype != dtype and value.is_floating_point() and field not in own:

@@ -45,7 +45,8 @@ class Format:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        held = {name: getattr(self, name) for name in self.__match_args__}  # not vars: older compilers cannot read it
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
     @property
     def bytes(self) -> int:

@@ -97,8 +97,8 @@ def test_tables_follow_the_results(tmp_path, records, capsys):
 
 def test_every_table_has_its_place():
     page = report.PAGES[-1].read_text()
-    assert set(report.TABLES) == {name for _, name, _, _ in report.MARKED.findall(page)}
-    assert set(workloads.SUITES) - {"quick"} <= set(report.TABLES)
+    assert {*report.TABLES, report.GPU} == {name for _, name, _, _ in report.MARKED.findall(page)}
+    assert set(workloads.SUITES) - set(workloads.SELECTIONS) <= set(report.TABLES)
 
 
 def test_the_page_of_networks_is_what_its_results_say():

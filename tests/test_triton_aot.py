@@ -86,12 +86,22 @@ def test_good_code_passes():
         ({"atomics": 1}, "1 atomic operations"),
         ({"warnings": ("C7515",)}, "C7515"),
         ({"hazards": 1}, "wgmma may still read"),
+        ({"early": 1}, "earlier kernels may still write"),
+        ({"early": -1}, "it never waits for them"),
     ),
     ids=str,
 )
 def test_each_gate_can_fail(fact, reason):
     (found,) = aot.failures(LAUNCH, replace(GOOD, **fact))
     assert reason in found
+
+
+def test_a_few_registers_may_spill_beside_products_on_ordinary_units():
+    launch = replace(LAUNCH, signature=(("x_ptr", "*fp32"),))
+    facts = replace(GOOD, spills=aot.SPILLS)
+    assert aot.failures(launch, facts) == []
+    assert aot.failures(LAUNCH, facts) and aot.failures(launch, replace(facts, spills_in_loops=1))
+    assert aot.failures(launch, replace(facts, spills=aot.SPILLS + 4))
 
 
 def test_atomics_are_found_in_machine_code():

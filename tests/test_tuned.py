@@ -104,7 +104,7 @@ def test_choosing_for_a_gpu_can_be_traced(on_hopper):
     """torch.compile takes the crossover for a constant; it does not read files."""
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        return x * (2 if _dispatch.select(problem(x.shape[0])).algorithm == "split" else 3)
+        return x * (2 if _dispatch.select(problem(x.shape[0]), "triton").algorithm == "split" else 3)
 
     compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=False)
     assert compiled(torch.ones(4)).eq(2).all()
