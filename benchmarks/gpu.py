@@ -39,7 +39,7 @@ SECONDS = "0.05"
 NOT_STARTED, CUT_SHORT = -1, 124
 """Instead of an exit status: the time was up before it, or while it ran."""
 LEGAL = (0, NOT_STARTED, CUT_SHORT)
-MOST_SHARDS, THREADS = 12, "2"
+MOST_SHARDS, THREADS = 15, "2"
 """Processes that run the tests, and threads of each: most of the time they compile or wait for the device."""
 PATH = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests")])
 """Where tests find the package, which is not installed, and the plugin; also in processes that they start elsewhere."""
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * chosen.minutes
     report: Report = {"build": build(0.3 * 60 * chosen.minutes)}
     print("built; " + "; ".join(f"{n} left out: {why}" for n, why in report["build"]["left_out"].items()), flush=True)
-    shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 1) * 3 // 4))
+    shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 1) - 1))
     files = tests(report["build"]["left_out"])
     report["tests"] = test(0.65 * (end - time.monotonic()) - GRACE, shards, files)
     report["bench"] = bench(end - time.monotonic() - 10, WORK / "bench.jsonl")

@@ -36,7 +36,7 @@ class LayerProblem:
         self.dtype: torch.dtype = getattr(torch, workload.dtype)
         self.train = workload.phase == "train"
         self.mixed = workload.tasks is not None
-        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(seed), device=device)
         fan_in = math.prod(self.layer.shape[1:])
         is_open = workload.open_tasks()
         self.owner = list(range(workload.tasks or 0)) if self.train else is_open

@@ -67,9 +67,11 @@ def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any
     """The configs worth timing: rows in one block where they are few, tiles that the chip holds."""
     from taps_fast.kernels._configs import Config
 
-    steps = (64, 128) if itemsize == 2 else (32, 64)
+    steps = (64, 128) if itemsize == 2 else (16, 32)
     if kernel == "dw":
-        blocks: Iterable[tuple[int, int, int]] = itertools.product((steps[0] // 2, steps[0]), (64, 128), (64, 128, 256))
+        blocks: Iterable[tuple[int, int, int]] = itertools.product(
+            (32, 64) if itemsize == 2 else steps, (64, 128), (64, 128, 256)
+        )
     else:
         blocks = itertools.product((64, 128) if rows is None else (rows,), (64, 128), steps)
     for (m, o, i), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):
@@ -262,6 +264,8 @@ def _compile(kernel: str, dtype: torch.dtype, rows: int | None, config: Any) -> 
 
 def search_configs(gpu: Measured, arch: str, kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
     """The best config of each kernel and number of rows, once for each size of element."""
+    from taps_fast.kernels import _configs
+
     searched = set()
     for kernel, name in itertools.product(kernels, dtypes):
         itemsize, dtype = _tuned.ITEMSIZE[name], getattr(torch, name)
@@ -270,11 +274,12 @@ def search_configs(gpu: Measured, arch: str, kernels: Sequence[str], dtypes: Seq
         searched.add((kernel, itemsize))
         for rows in BUCKETS[kernel]:
             options = list(candidates(kernel, itemsize, rows, gpu.fits(kernel, itemsize)))
-            present = gpu.present(kernel, itemsize, rows)
+            entry = kernel if kernel == "conv" else _configs.named(kernel, dtype)
+            present = gpu.present(entry, itemsize, rows)
             gpu.prepare(kernel, dtype, rows, [*options, present])
             config = best(options, present, gpu.config_timer(kernel, dtype, rows))
-            print(f"{kernel}, {itemsize} bytes, rows {'more' if rows is None else f'<= {rows}'}: {config}", flush=True)
-            yield entry_of(config, kernel, arch, itemsize, rows)
+            print(f"{entry}, {itemsize} bytes, rows {'more' if rows is None else f'<= {rows}'}: {config}", flush=True)
+            yield entry_of(config, entry, arch, itemsize, rows)
 
 
 def search_crossovers(gpu: Measured, arch: str, device: str, dtypes: Sequence[str]) -> Iterator[Entry]:

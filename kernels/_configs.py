@@ -22,7 +22,9 @@ SHARED_BYTES = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448,
 """Shared memory one program may use; SHARED_BYTES_ELSEWHERE on any other chip."""
 SHARED_BYTES_ELSEWHERE = 101376
 
-KERNELS = ("split", "dx", "dw", "conv")
+IEEE = ".ieee"
+"""Ends the name of a kernel's entries for products on ordinary units, whose best tiles are others."""
+KERNELS = ("split", "dx", "dw", "conv", "split.ieee", "dx.ieee", "dw.ieee")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,9 @@ class Config:
 
     def shared_bytes(self, kernel: str, itemsize: int) -> int:
         """Both operands of one step, once a stage."""
-        reduced = self.block_m if kernel == "dw" else self.block_i
-        kept = self.block_o + self.block_i if kernel == "dw" else self.block_o + self.block_m
+        rows_are_reduced = kernel.removesuffix(IEEE) == "dw"
+        reduced = self.block_m if rows_are_reduced else self.block_i
+        kept = self.block_o + (self.block_i if rows_are_reduced else self.block_m)
         return self.stages * reduced * kept * itemsize
 
 
@@ -78,7 +81,7 @@ def fitted(config: Config, kernel: str, itemsize: int, capability: Capability) -
     while not supports(config, kernel, itemsize, capability):
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
-        elif kernel == "dw":
+        elif kernel.removesuffix(IEEE) == "dw":
             config = replace(config, block_m=config.block_m // 2)
         else:
             config = replace(config, block_i=config.block_i // 2)
@@ -88,7 +91,7 @@ def fitted(config: Config, kernel: str, itemsize: int, capability: Capability) -
 def shipped(capability: Capability) -> Iterator[tuple[str, int, Config]]:
     """(kernel, bytes an element, config) of everything `choose` can return on a chip."""
     for kernel in KERNELS:
-        for itemsize in (2, 4):
+        for itemsize in (4,) if kernel.endswith(IEEE) else (2, 4):
             for _, config in entries(kernel, itemsize, capability):
                 yield kernel, itemsize, fitted(config, kernel, itemsize, capability)
 
@@ -108,13 +111,6 @@ def capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
 
 
-def early(device: torch.device) -> dict[str, bool]:
-    """How to launch a kernel that waits by itself for those before it: their ends overlap, on chips that know how."""
-    if capability(device) < (9, 0):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
-
-
 @functools.cache
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
@@ -125,6 +121,11 @@ def processors(device: torch.device) -> int:
 def precision(dtype: torch.dtype, vendor: Any = torch.backends.cuda.matmul) -> str:
     """float32 products use tf32 only where torch's own GEMM, or what else ``vendor`` stands for, would."""
     return "tf32" if dtype == torch.float32 and vendor.fp32_precision == "tf32" else "ieee"
+
+
+def named(kernel: str, dtype: torch.dtype) -> str:
+    """What the entries of a kernel of matrices are called for products as torch's setting wants them."""
+    return kernel + IEEE if dtype == torch.float32 and precision(dtype) == "ieee" else kernel
 
 
 def version() -> tuple[int, int]:

@@ -85,7 +85,7 @@ def use_product(
     with no rows (``empty``) are not read.
     """
     # In halves where the product alone takes most registers.
-    parts: tl.constexpr = 2 if product.shape[1] * dtype.primitive_bitwidth > 128 * 16 else 1
+    parts: tl.constexpr = 2 if product.shape[1] > 128 else 1
     width: tl.constexpr = product.shape[1] // parts
     ri = first + tl.arange(0, width)
     if parts == 2:

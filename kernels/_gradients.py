@@ -118,7 +118,7 @@ def _dw_by_task(
     O = dy.shape[1]
     count = weight.count - 1
     device, itemsize = x.device, x.element_size()
-    config = _configs.choose("dw", M, itemsize, _configs.capability(device))
+    config = _configs.choose(_configs.named("dw", x.dtype), M, itemsize, _configs.capability(device))
     tiles = cdiv(O, config.block_o) * cdiv(I, config.block_i)
     splits = 1
     if not rows.mixed:
@@ -203,7 +203,7 @@ def _dw_shared(
     """outputs[n] = Σ over tasks of the gradient of source ``wanted[n]``."""
     M, I = x.shape
     O = dy.shape[1]
-    config = _configs.choose("dw", M, x.element_size(), _configs.capability(x.device))
+    config = _configs.choose(_configs.named("dw", x.dtype), M, x.element_size(), _configs.capability(x.device))
     config = replace(config, block_i=min(config.block_i, 128))  # it holds a sum beside each task's product
     into = pointers(outputs)
     tiles = cdiv(O, config.block_o) * cdiv(I, config.block_i)

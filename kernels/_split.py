@@ -7,7 +7,7 @@ the weight's strides exchanged, so that there I is the layer's out features and 
 import triton
 import triton.language as tl
 
-from ._tiles import coefficient, inside, locate, places, rounds, source_at, take_turn, weighted
+from ._tiles import coefficient, inside, locate, places, rounds, source_at, weighted
 
 
 @triton.jit
@@ -46,14 +46,12 @@ def split_kernel(
     TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y[r, o] = Σ_s c[t(r), s] · Σ_i x[r, i] · W_s[o, i] + bias[t(r), o], over sources s that the block's rows use.
 
     With SPLITS > 1, program s of them sums its range of i into y[s] (float32, no bias), for `sum_splits_kernel`.
     PACKED: the rows of x are in the grouped order.
     """
-    take_turn(EARLY)
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_o = tl.cdiv(O, BLOCK_O)
@@ -99,9 +97,10 @@ def split_kernel(
                 product = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
 
     y = tl.trans(acc)  # [BLOCK_M, BLOCK_O]
-    position = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = position < M
-    row, task = locate(tl.where(real, position, 0), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED, AGAIN=True)
+    if PACKED:  # nothing in the loop needs rows, which would take its registers
+        position = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        real = position < M
+        row, task = locate(tl.where(real, position, 0), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED, True)
     real_y = real[:, None] & (ro < O)[None, :]
     if BIAS:
         y += bias_tile(bias_ptr, task, ro, O, T, BIAS)
@@ -135,10 +134,8 @@ def sum_splits_kernel(
     BLOCK_O: tl.constexpr,
     MIXED: tl.constexpr,
     BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y[r, o] = Σ_s partial[s, r, o] + bias[t(r), o], summed in the order of s."""
-    take_turn(EARLY)
     blocks_m = tl.cdiv(M, BLOCK_M)
     rm = (tl.program_id(0) % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     ro = (tl.program_id(0) // blocks_m) * BLOCK_O + tl.arange(0, BLOCK_O)

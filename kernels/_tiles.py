@@ -6,18 +6,6 @@ source is what lets a baked task (base coefficient 0) skip it, and a closed gate
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def take_turn(EARLY: tl.constexpr):
-    """First of all in a kernel that starts EARLY, while those before it in the stream end: waits for what they wrote.
-
-    Then lets the next kernel start, if that is one that waits too. Launch it with `_configs.early`.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -118,10 +118,10 @@ def _split(
     (M, I), out_features = x.shape, y.shape[1]
     if y.numel() == 0:
         return y
-    config = _configs.choose(kernel, M, x.element_size(), _configs.capability(x.device))
+    name = _configs.named(kernel, x.dtype)
+    config = _configs.choose(name, M, x.element_size(), _configs.capability(x.device))
     tiles = cdiv(M, config.block_m) * cdiv(out_features, config.block_o)
-    precision = _configs.precision(x.dtype)
-    packed = x.dtype == torch.float32 and precision == "ieee"
+    packed = name.endswith(_configs.IEEE)
     if packed:
         x = _packed(x, rows)
     splits = _configs.splits(tiles, cdiv(I, config.block_i), _configs.processors(x.device))
@@ -160,12 +160,11 @@ def _split(
         BAKED=weight.base_coeffs is not None,
         BIAS=has_bias if splits == 1 else 0,
         TABLE=weight.pointers.table,
-        PRECISION=precision,
+        PRECISION=_configs.precision(x.dtype),
         PACKED=packed,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
-        **_configs.early(x.device),
     )
     if splits > 1:
         sum_splits(y, target, bias, rows.ids, weight.tasks, rows.samples, rows.inner)
@@ -207,7 +206,6 @@ def sum_splits(
         MIXED=ids is not None,
         BIAS=0 if bias is None else bias.dim(),
         num_warps=4,
-        **_configs.early(y.device),
     )
 
 

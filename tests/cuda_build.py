@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -81,9 +83,9 @@ def build() -> tuple[Path, str]:
     host = ["c++", "-O2", "-fPIC", "-Wall", "-Wextra", *rules.CXX, *rules.STABLE]
     host += [word for path in include_paths() for word in ("-isystem", path)]
     shared = [text.read_bytes() for text in sorted(headers)]
-    objects, log = [], ""
     BUILD.mkdir(parents=True, exist_ok=True)
-    for source in sources:
+
+    def compiled(source: Path) -> Path:
         command = nvcc if source.suffix == ".cu" else host
         made_from = hashlib.sha256(b"\0".join([repr(command).encode(), source.read_bytes(), *shared])).hexdigest()[:16]
         target = BUILD / f"{source.stem}-{made_from}.o"
@@ -93,8 +95,11 @@ def build() -> tuple[Path, str]:
                 old.unlink()
             text = _run([*command, "-c", source, "-o", target])
             said.write_text(text)
-        objects.append(target)
-        log += said.read_text()
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    log = "".join(target.with_suffix(".log").read_text() for target in objects)
     made_from = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = BUILD / f"_C_cuda-{made_from}.so"
     if not library.is_file():

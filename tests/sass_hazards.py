@@ -1,4 +1,4 @@
-"""Reads machine code: spills inside loops, memory used too early, registers overwritten under an asynchronous wgmma.
+"""Reads machine code: spills inside loops, and registers overwritten while an asynchronous wgmma may read them.
 
 A wgmma whose left operand lives in registers reads them after the instruction has issued, until a wait retires its
 group. Several compilers of recent years reuse those registers too early; neither they nor the hardware report it.
@@ -54,14 +54,6 @@ def hazards(sass: str) -> list[Hazard]:
                 if written & registers:
                     found[instruction.address, reader.address] = Hazard(instruction, reader)
     return list(found.values())
-
-
-def used_too_early(sass: str) -> list[str]:
-    """What a kernel that waits for those before it does to memory before it has waited, but for filling L2."""
-    code = [instruction.text for instruction in _parsed(sass)]
-    waits = [n for n, text in enumerate(code) if text.startswith("ACQBULK")]
-    before = code[: waits[0]] if waits else []
-    return [text for text in before if re.match(r"(LD|ST|LDG|STG|LDGSTS|RED|ATOMG?|UTMA\w*|UBLKCP)\b", text)]
 
 
 def innermost_loops(code: list[Instruction], holding: re.Pattern[str]) -> list[tuple[int, int]]:

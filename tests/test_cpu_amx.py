@@ -6,6 +6,8 @@ test_cpu_kernels.py runs the kernels as they are.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -55,20 +57,28 @@ def check_all() -> None:
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated() -> Path:
     """A folder with the package, whose library has the twin. Objects that do not depend on it are the checkout's."""
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no avx512bf16, which AMX is emulated with")
-    folder = tmp_path_factory.mktemp("amx")
+    flags = os.environ.get("CXXFLAGS", "-O2 -Wall -Wextra -Werror")
+    folder = ROOT / "build" / f"amx-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # test processes share it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(folder, flags)
+    return folder / "lib"
+
+
+def _build(folder: Path, flags: str) -> None:
     for objects in (ROOT / "build").glob("temp.*"):
         # The copies keep their times, and so stay newer than the sources.
-        shutil.copytree(objects, folder / objects.name, ignore=shutil.ignore_patterns("dispatch.*", "*_avx512amx.*"))
-    flags = os.environ.get("CXXFLAGS", "-O2 -Wall -Wextra -Werror")
+        ignored = shutil.ignore_patterns("dispatch.*", "*_avx512amx.*")
+        shutil.copytree(objects, folder / objects.name, ignore=ignored, dirs_exist_ok=True)
     environment = os.environ | {"CXXFLAGS": f"{flags} {DEFINE}", "TAPS_FAST_EXT": "require"}
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder), "--build-lib", f"{folder}/lib"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "lib"
 
 
 def run_emulated(folder: Path, code: str, **environment: str) -> str:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import cuda_build
 import emulator
 import pytest
-from sass_hazards import used_too_early
 
 pytestmark = pytest.mark.nvcc
 GOOD = cuda_build.Facts("stream_kernel", "90a", "", registers=80, spills=0)
@@ -71,9 +70,6 @@ def test_machine_code_is_what_the_source_means(code):
         assert bool(re.search(r"\bFFMA\b", text)), (chip, kernel)
         assert bool(re.search(r"\bLDGSTS\.E\.BYPASS\.LTC256B\.128", text)) == aligned, (chip, kernel)
         assert bool(re.search(r"\bUCGABAR_ARV\b|\bUCGABAR", text)) == (chip != "80"), (chip, kernel)
-        # It starts while the kernels before it end, and reads nothing of theirs before it has waited.
-        assert ("ACQBULK" in text) == (chip != "80"), (chip, kernel)
-        assert used_too_early(text) == [], (chip, kernel)
 
 
 def test_it_loads_into_any_pytorch_and_registers_its_kernels(built):

@@ -90,10 +90,6 @@ def test_blocks_of_a_cluster_read_each_other(settings, order):
     assert np.isnan(emulated.cluster_without_barrier(x, 4, blocks=4)).any()
 
 
-def test_a_kernel_that_starts_early_waits_before_it_reads():
-    assert (emulated.early(np.full(4, 7, dtype=np.float32), 1) == 7).all()
-
-
 @pytest.mark.parametrize(
     ("probe", "text"),
     (
@@ -102,11 +98,6 @@ def test_a_kernel_that_starts_early_waits_before_it_reads():
         ("writes_input", "a write outside of the outputs (thread 0 of block 0)"),
         ("misaligned_copy", "a global address that is not a multiple of its size (thread 0 of block 0)"),
         ("writes_beyond_shared", "a write beyond the block's shared memory"),
-        ("early_reads", "memory is used that the kernels ahead may still write (thread 0 of block 0)"),
-        ("early_lets_go", "the next kernel is let go before those ahead are waited for"),
-        ("early_never_waits", "a thread ends that has not waited for the kernels ahead"),
-        ("prefetches_beyond", "a read outside of the inputs"),
-        ("misaligned_prefetch", "a prefetch that is not of whole vectors"),
     ),
 )
 def test_what_would_be_a_fault_is_an_error(probe, text):

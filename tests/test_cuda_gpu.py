@@ -229,7 +229,10 @@ def test_compute_sanitizer_finds_nothing(tool):
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         pytest.skip("needs compute-sanitizer")
-    subset = "test_many_deltas or test_plan_sorts or (test_norms and dtype1) or (test_real_sizes and 768)"
+    # racecheck of release 2025.3 fails by itself ("Internal Sanitizer Error: … failed to handle a hardware exception")
+    # on these sizes in 16 bits, in which memcheck finds nothing.
+    sizes = "test_real_sizes and 768 and dtype0" if tool == "racecheck" else "test_real_sizes and 768"
+    subset = f"test_many_deltas or test_plan_sorts or (test_norms and dtype1) or ({sizes})"
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "86", "--kernel-name", "kns=taps_fast"]
         + [sys.executable, "-m", "pytest", "-q", Path(__file__)]

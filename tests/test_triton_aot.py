@@ -86,8 +86,6 @@ def test_good_code_passes():
         ({"atomics": 1}, "1 atomic operations"),
         ({"warnings": ("C7515",)}, "C7515"),
         ({"hazards": 1}, "wgmma may still read"),
-        ({"early": 1}, "earlier kernels may still write"),
-        ({"early": -1}, "it never waits for them"),
     ),
     ids=str,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sass_hazards import hazards, spills_in_loops, used_too_early
+from sass_hazards import hazards, spills_in_loops
 from triton_shim import DEVICE, INTERPRETED
 
 
@@ -113,16 +113,3 @@ def test_spills_count_in_loops_that_multiply():
     assert spills_in_loops(SASS.format(between=inside, pending="0x0"), "HGMMA") == 1
     assert spills_in_loops(SASS.format(between=outside, pending="0x0"), "HGMMA") == 0
     assert spills_in_loops(SASS.format(between=inside, pending="0x0"), "FFMA") == 0
-
-
-def test_memory_is_not_used_before_earlier_kernels_are_waited_for():
-    lines = ["S2R R0, SR_TID.X", "UBLKPF.L2 [UR4], UR6", "ACQBULK", "LDG.E R2, [R4.64]", "STG.E [R4.64], R2"]
-    early = ["LDG.E.U16.CONSTANT R2, [R4.64]", "@P0 LDGSTS.E.BYPASS.LTC256B.128 [R2], [R4.64]", "STG.E [R4.64], R2"]
-
-    def sass(code):
-        return "".join(f"        /*{16 * n:04x}*/                   {text} ;\n" for n, text in enumerate(code))
-
-    assert used_too_early(sass(lines)) == []
-    assert used_too_early(sass(lines[3:])) == []  # it starts like any other
-    found = used_too_early(sass(early + lines))
-    assert found == [text.removeprefix("@P0 ") for text in early]

@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(capsys):
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))
-@pytest.mark.parametrize("kernel", _configs.KERNELS)
+@pytest.mark.parametrize("kernel", tune.BUCKETS)
 def test_candidates_fit_and_are_few(kernel, itemsize):
     def fits(config):
         return _configs.supports(config, kernel, itemsize, HOPPER)

@@ -38,7 +38,7 @@ __device__ __forceinline__ void from_wide(float x, BFloat16& y) {
 }
 __device__ __forceinline__ void from_wide(float x, Half& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
-/// Memory that no kernel writes while this one runs; nothing that an earlier kernel made, in one that starts early.
+/// Memory that no kernel writes while this one runs.
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
   if constexpr (sizeof(T) == 2) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ T load(const T* p) {
   }
 }
 
-/// Memory that nobody but this thread writes from here on.
+/// Memory that nobody but this thread may write meanwhile.
 template <class T>
 __device__ __forceinline__ T load_own(const T* p) {
   return *p;
@@ -93,30 +93,6 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-/// Of a kernel that is started before the kernels ahead of it have ended: waits until they have, and all they wrote is
-/// seen. Nothing may be read or written before, and the kernel behind is let go only after. No more than a hint
-/// where nothing overlaps.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/// Once each block has said so or ended, the next kernel may start, if it is one that waits by itself.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-/// Has memory fetched to L2, which all writers share: so also before it may be read. Address and size are multiples
-/// of 16.
-__device__ __forceinline__ void prefetch(const void* p, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
 }
 
 /// d[16, 8] += a[16, 16] · b[16, 8] in float32, by a warp. Of lane 4g + q, with pairs (k, k + 1) in one register:

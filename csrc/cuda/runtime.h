@@ -5,17 +5,15 @@
 
 namespace taps_fast::cuda {
 
-/// A grid of blocks of threads; `cluster` neighbouring blocks can read each other's shared memory. A kernel that
-/// `starts_early` does so while those before it in the stream end, and waits for them itself, where the device can.
+/// A grid of blocks of threads; `cluster` neighbouring blocks can read each other's shared memory.
 struct Grid {
   int64_t blocks;
   int threads, cluster, shared_bytes;
-  bool starts_early = false;
 };
 
 struct Device {
   int processors;
-  bool has_clusters;  // and early starts
+  bool has_clusters;
 };
 
 }  // namespace taps_fast::cuda
@@ -57,23 +55,16 @@ const char* launch_grid(const Grid& grid, const Problem& problem, void* stream) 
     if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (grid.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  }
-  if (grid.starts_early && current_device().has_clusters) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1;
   if (cudaLaunchKernelEx(&config, kernel, problem) == cudaSuccess) return nullptr;
   return cudaGetErrorString(cudaGetLastError());
 }

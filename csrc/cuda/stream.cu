@@ -17,7 +17,6 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStepBytes = 64;  // of each row
 constexpr int kMaxCluster = 8;  // what every GPU with clusters can hold
-constexpr int kAheadBytes = 2048;  // of each row: all blocks' together fit in L2 several times
 
 // At least 64 KB of copies under way in a processor that holds two blocks or more; a smaller GPU's 99 KB hold one.
 template <int kTiles>
@@ -45,13 +44,13 @@ struct Layout {
 };
 
 __device__ int task_of(const StreamProblem& p, int row) {
-  return p.ids ? static_cast<int>(load_own(p.ids + row / p.inner % p.batch)) : 0;
+  return p.ids ? static_cast<int>(load(p.ids + row / p.inner % p.batch)) : 0;
 }
 
 __device__ float coefficient(const StreamProblem& p, int source, int task) {
   if (task < 0) return source == 0 ? 1.f : 0.f;
-  if (source == 0) return p.base_coeffs ? load_own(p.base_coeffs + task) : 1.f;
-  return load_own(p.coeffs + int64_t{task} * (p.num_sources - 1) + source - 1);
+  if (source == 0) return p.base_coeffs ? load(p.base_coeffs + task) : 1.f;
+  return load(p.coeffs + int64_t{task} * (p.num_sources - 1) + source - 1);
 }
 
 /// Fills c[source][row], 0 for rows that do not exist, and lists the sources that any row uses.
@@ -89,7 +88,7 @@ __device__ __forceinline__ void fetch(uint4* to, const T* row, int i, int size, 
   } else {
     T values[kElements];
 #pragma unroll
-    for (int e = 0; e < kElements; e++) values[e] = exists && i + e < size ? load_own(row + i + e) : T{};
+    for (int e = 0; e < kElements; e++) values[e] = exists && i + e < size ? load(row + i + e) : T{};
     memcpy(to, values, 16);
   }
 }
@@ -130,14 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     if (++slot_in == kRing) slot_in = 0;
   };
 
-  // A base that is not scaled is every row's first source: the beginning of its rows is on its way to L2 while the
-  // kernels before this one end, and to the ring while the list is made.
-  if constexpr (kAligned)
-    if (!p.base_coeffs && split == 0 && mine > 0 && lane < kOutputs && out0 + lane < p.out_features)
-      prefetch(static_cast<const T*>(p.sources[0]) + (out0 + lane) * p.weight_stride,
-               std::min<int64_t>(kAheadBytes, int64_t{p.in_features} * sizeof(T)));
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+  // A base that is not scaled is every row's first source: it is on its way while the list is made.
   const int early = p.base_coeffs ? 0 : std::min(kRing - 1, mine);
   for (int step = 0; step < early; step++) {
     fetch_step(0);
@@ -191,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
   if (n < kSums && n * p.cluster / kSums == rank && row < p.rows && o < p.out_features) {
     if (p.bias) {
       const int task = p.bias_stride ? task_of(p, row) : 0;
-      sum += to_wide(load_own(static_cast<const T*>(p.bias) + (task < 0 ? p.tasks : task) * p.bias_stride + o));
+      sum += to_wide(load(static_cast<const T*>(p.bias) + (task < 0 ? p.tasks : task) * p.bias_stride + o));
     }
     T y;
     from_wide(sum, y);
@@ -223,7 +215,7 @@ void start(StreamProblem& p, void* cuda_stream) {
   const int64_t tiles = (p.out_features + kOutputs - 1) / kOutputs;
   p.row_blocks = (p.rows + 8 * kTiles - 1) / (8 * kTiles);
   p.cluster = choose_cluster(current_device(), tiles * p.row_blocks, p.in_features * sizeof(T) / kStepBytes);
-  const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<kTiles>::bytes(p.num_sources), true};
+  const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<kTiles>::bytes(p.num_sources)};
   const char* error = is_aligned(p) ? launch<stream_kernel<T, kTiles, true>>(grid, p, cuda_stream)
                                     : launch<stream_kernel<T, kTiles, false>>(grid, p, cuda_stream);
   check(!error, "linear_stream: stream_kernel did not start: ", error ? error : "", " (", name(p.dtype), ", rows ",

@@ -90,16 +90,6 @@ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
   });
 }
 
-inline void wait_for_earlier_kernels() { emulator::current().early = false; }
-inline void let_next_kernel_start() {
-  if (emulator::current().early) emulator::fail("the next kernel is let go before those ahead are waited for");
-}
-
-inline void prefetch(const void* p, int bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes % 16) emulator::fail("a prefetch that is not of whole vectors");
-  emulator::find(p, bytes, false);
-}
-
 inline void cluster_sync() { emulator::meet(emulator::cluster_barrier()); }
 
 inline float cluster_load(const float* shared, int rank) {

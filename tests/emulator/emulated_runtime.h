@@ -11,8 +11,7 @@ inline Device current_device() { return {emulator::settings.processors, emulator
 template <auto kernel, class Problem>
 const char* launch_grid(const Grid& grid, const Problem& problem, void*) {
   emulator::Settings& now = emulator::settings;
-  const emulator::Launch launch{static_cast<int>(grid.blocks), grid.threads, grid.cluster, grid.shared_bytes,
-                                grid.starts_early};
+  const emulator::Launch launch{static_cast<int>(grid.blocks), grid.threads, grid.cluster, grid.shared_bytes};
   now.launches.push_back(launch);
   if (!now.refuse.empty()) return now.refuse.c_str();
   if (grid.shared_bytes > now.shared_limit) return "too much shared memory";

@@ -67,7 +67,6 @@ struct Fiber {
   std::vector<Copy> copies;
   int groups;                                   // of copies, closed so far
   int exchanges;                                // warp instructions so far
-  bool early;                                   // the kernels ahead may not have ended
   std::array<std::array<uint32_t, 8>, 2> lane;  // what other lanes read, of this instruction and the one before
 };
 
@@ -80,7 +79,6 @@ struct Block {
 
 struct Launch {
   int blocks, threads, cluster, shared_bytes;
-  bool starts_early;
 };
 
 /// What the tests set and read.
@@ -105,9 +103,7 @@ Block& block(unsigned rank);
 Barrier& cluster_barrier();
 [[noreturn]] void fail(const std::string& what);
 void meet(Barrier& barrier);
-/// Checks that `bytes` at `p` lie in one piece of an extent.
-void find(const void* p, int bytes, bool write);
-/// And that they are aligned to their size, and that nobody else may still write them.
+/// Checks that `bytes` at `p` lie in one piece of an extent and are aligned to their size.
 void touch(const void* p, int bytes, bool write);
 void finish_copies(Fiber& fiber, int pending);
 

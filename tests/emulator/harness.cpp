@@ -14,14 +14,13 @@ namespace {
 using Floats = py::array_t<float, py::array::c_style>;
 
 template <auto kernel>
-void probe(py::module_& m, const char* name, bool starts_early = false) {
+void probe(py::module_& m, const char* name) {
   m.def(
       name,
-      [starts_early](const Floats& in, int size_out, int threads, int64_t blocks) {
+      [](const Floats& in, int size_out, int threads, int64_t blocks) {
         Floats out(size_out);
         const Probe p{in.data(), static_cast<int>(in.size()), out.mutable_data(), size_out};
-        const Grid grid{blocks, threads, static_cast<int>(blocks), 2048, starts_early};
-        const char* error = launch<kernel>(grid, p, nullptr);
+        const char* error = launch<kernel>(Grid{blocks, threads, static_cast<int>(blocks), 2048}, p, nullptr);
         if (error) throw std::runtime_error(error);
         return out;
       },
@@ -65,10 +64,4 @@ PYBIND11_MODULE(emulated, m) {
   probe<probe_writes_input>(m, "writes_input");
   probe<probe_misaligned_copy>(m, "misaligned_copy");
   probe<probe_writes_beyond_shared>(m, "writes_beyond_shared");
-  probe<probe_early>(m, "early", true);
-  probe<probe_early_reads>(m, "early_reads", true);
-  probe<probe_early_lets_go>(m, "early_lets_go", true);
-  probe<probe_early_never_waits>(m, "early_never_waits", true);
-  probe<probe_prefetches_beyond>(m, "prefetches_beyond");
-  probe<probe_misaligned_prefetch>(m, "misaligned_prefetch");
 }

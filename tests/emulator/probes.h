@@ -88,23 +88,4 @@ inline void probe_misaligned_copy(Probe p) {
 }
 inline void probe_writes_beyond_shared(Probe) { shared_floats()[512] = 1.f; }
 
-/// out = in, by a kernel that starts early.
-inline void probe_early(Probe p) {
-  prefetch(p.in, 16);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  store(p.out, load(p.in));
-}
-inline void probe_early_reads(Probe p) {
-  store(p.out, load(p.in));
-  wait_for_earlier_kernels();
-}
-inline void probe_early_lets_go(Probe) {
-  let_next_kernel_start();
-  wait_for_earlier_kernels();
-}
-inline void probe_early_never_waits(Probe) {}
-inline void probe_prefetches_beyond(Probe p) { prefetch(p.in, 4 * p.size_in + 16); }
-inline void probe_misaligned_prefetch(Probe p) { prefetch(p.in + 1, 16); }
-
 }  // namespace taps_fast::cuda
