@@ -19,6 +19,8 @@ class Rows(NamedTuple):
     offsets: Tensor | None
     count: int
     inner: int
+    place: Tensor | None = None
+    """int64 [M]: the row at each position of the grouped order, where it is known."""
 
     @property
     def mixed(self) -> bool:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from taps_fast import _tuned
+from taps_fast import _ext, _tuned
+from taps_fast.tasks import PLAN_SAMPLES, PLAN_TASKS
 from taps_fast.tasks import grouped as group_by_task
 
 from . import _configs
@@ -179,7 +180,7 @@ def _packed(x: Tensor, rows: Rows) -> Tensor:
     M, I = x.shape
     columns = x.new_empty(I, 16 * cdiv(M, 16))[:, :M]
     if rows.mixed:
-        x = x[_rows_in_group_order(rows, rows.offsets.shape[0] - 1)[0]]
+        x = x[_rows_in_group_order(rows)[0] if rows.place is None else rows.place]
     return columns.copy_(x.t()).t()
 
 
@@ -230,31 +231,34 @@ def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, 
     return y
 
 
-def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, slotted: Rows, axis: int) -> None:
-    """``slotted``: the same rows, where each id is that of the weight in the bank."""
+def _mixed_product(y: Tensor, x: Tensor, weight: Weight, rows: Rows, ends: Tensor, axis: int) -> None:
+    """``rows``: each id is that of the weight in the bank. ``ends``: positions before each group's end."""
     features, summed = y.shape[1], x.shape[1]
     part = part_of(features, summed, weight.tasks + 1, x.element_size())
     grouped = _grouped_mm_fits(x, summed, features, weight.tasks + 1)
     if grouped:
-        place, ends = _rows_in_group_order(rows, weight.tasks + 1)
-        x = x[place]
+        x = x[rows.place]
     for first in range(0, features, part):
         count = min(part, features - first)
         bank = merged(weight, rows, first, count, features=axis)
         bank = bank if axis else bank.transpose(1, 2)  # [T + 1, in, out]
         own = y[:, first : first + count]
         if grouped:
-            own[place] = F.grouped_mm(x, bank, offs=ends)
+            own[rows.place] = F.grouped_mm(x, bank, offs=ends)
         else:
             stride = bank.stride()[:0:-1]
-            _split("dx" if axis else "split", own, x, Weight.of_bank(bank, stride), slotted, None, *stride)
+            _split("dx" if axis else "split", own, x, Weight.of_bank(bank, stride), rows, None, *stride)
 
 
-def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Rows]:
+def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Tensor]:
     """The rows with the samples of tasks whose gates are all closed among the base's: one GEMM serves them.
 
-    And the same with the number of each one's group for its id.
+    Each id is the number of its group. And int32 [T + 1]: positions before each group's end.
     """
+    if _planned_by_extension(rows, weight.tasks):
+        plan = torch.ops.taps_fast.layer_plan(rows.ids, weight.coeffs, weight.base_coeffs, rows.count, rows.inner)
+        slots, order, offsets, place, ends = plan
+        return rows._replace(ids=slots, order=order, offsets=offsets, place=place), ends
     ids, slots = torch.empty_like(rows.ids), torch.empty_like(rows.ids)
     count, block = weight.count - 1, 128
     joined_ids_kernel[grid(cdiv(rows.samples, block))](
@@ -271,12 +275,20 @@ def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Rows]:
         num_warps=4,
     )
     order, offsets, _ = group_by_task(ids, weight.tasks)
-    joined = rows._replace(ids=ids, order=order, offsets=offsets)
-    return joined, joined._replace(ids=slots)
+    joined = rows._replace(ids=slots, order=order, offsets=offsets)
+    place, ends = _rows_in_group_order(joined)
+    return joined._replace(place=place), ends
 
 
-def _rows_in_group_order(rows: Rows, groups: int) -> tuple[Tensor, Tensor]:
+def _planned_by_extension(rows: Rows, tasks: int) -> bool:
+    """Whether one block of the CUDA extension does it all: fewer launches, until there is too much for a block."""
+    small = max(rows.count, rows.samples) <= PLAN_SAMPLES and tasks <= PLAN_TASKS
+    return small and rows.ids is not None and rows.ids.is_cuda and _ext.cuda_refusal() is None
+
+
+def _rows_in_group_order(rows: Rows) -> tuple[Tensor, Tensor]:
     """int64 [M]: the row at each position of the grouped order. int32 [groups]: positions before each group's end."""
+    groups = rows.offsets.shape[0] - 1
     place = torch.empty(rows.count, dtype=torch.int64, device=rows.order.device)
     ends = torch.empty(groups, dtype=torch.int32, device=rows.order.device)
     block = 512

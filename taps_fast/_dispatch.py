@@ -65,9 +65,9 @@ def as_rows(problem: Problem) -> Problem:
 STREAM_ROWS, STREAM_ROWS_FLOAT32 = 16, 64
 """Rows up to which the C++ kernel's launch and loads beat Triton's; the second of a mixed batch of float32.
 
-Beyond 16 each weight is read again for every further 16 rows. In float32, whose products Triton leaves far from the
-chip's rate, that is cheaper still: 64 rows of 1, 2, 8 and 32 tasks, 768 x 3072, took 56, 60, 70 and 115 µs on an H200,
-"split" 140, 143, 225 and 655 (benchmarks/results/gpu-nvidia-h200.json).
+Beyond 16 each weight is read again for every further 16 rows. In float32, whose products keep the ordinary units busy
+whichever way, that costs little: 8 and 64 rows of 8 tasks, 768 x 3072, took 57 and 161 µs on an H200, "split" 96 and
+158 (benchmarks/results/gpu-nvidia-h200.json).
 """
 STREAM_DELTAS = 255
 """Deltas whose addresses fit one launch: kMaxSources - 1 of csrc/cuda/stream.h."""
@@ -127,8 +127,17 @@ def _streams(problem: Problem) -> bool:
     return problem.rows <= (STREAM_ROWS_FLOAT32 if more else STREAM_ROWS)
 
 
+IMPLICIT_DELTAS = 4
+"""Deltas of 16 bits from which the implicit product of a mixed batch pays however many pixels a task has.
+
+It multiplies each image twice, while merging convolves all images with the base and with each delta. Eight images of
+eight tasks, 3 x 3, took 56 µs for 243 at 256 channels of 14 x 14 and 64 for 333 at 512 of 7 x 7, on an H200
+(benchmarks/results/gpu-nvidia-h200.json).
+"""
+
+
 def _small_images(problem: Problem) -> bool:
-    """Whether the implicit product of a mixed batch is wanted: few pixels a task, and loads 16 bytes wide.
+    """Whether the implicit product of a mixed batch is wanted: few pixels a task or many deltas, loads 16 bytes wide.
 
     A task in the batch has at least an image.
     """
@@ -136,6 +145,8 @@ def _small_images(problem: Problem) -> bool:
         return False
     if problem.shape[1] * problem.dtype.itemsize % 16:
         return False
+    if problem.dtype.itemsize == 2 and problem.num_deltas >= IMPLICIT_DELTAS:
+        return True
     tasks = min(max(problem.num_tasks or 1, 1), max(problem.rows, 1))
     return problem.rows * problem.pixels < _crossover(problem).rows * tasks
 
@@ -149,7 +160,8 @@ def _split_why(problem: Problem) -> str:
     if problem.op == "conv2d":
         return (
             "an implicit product for each image with its task's deltas alone; by itself in mixed batches on channels "
-            f"last of fewer than {rows} output pixels a task ({source})"
+            f"last of fewer than {rows} output pixels a task ({source}), or of {IMPLICIT_DELTAS} deltas and more in 16 "
+            "bits"
         )
     return f"two products into one accumulator: bound by bytes while rows a task < {rows} ({source})"
 

@@ -57,7 +57,10 @@ composes them of the operators above elsewhere. Each list has T + 1 vectors of C
 
 `task_plan` makes a `TaskBatch` on the device in one launch: order, offsets, inverse (where in order a sample is) and
 valid, one bool: whether every id was in range. `sort_tasks` makes one on the host: order, offsets, and how many ids
-were out of range; if any were, order is not filled.
+were out of range; if any were, order is not filled. `layer_plan` is what a layer's grouped product wants, in one
+launch: tasks whose weight is the base's count as the base. slots [B] (a sample's group), order and offsets as in a
+`TaskBatch` of those groups, place [rows] (the row at each position of the grouped order), ends int32 [T + 1] (positions
+before each group's end).
 
 A delta of `linear_coded` may be codes: uint8 for bits, int8 for bytes. It is then scales[k]∘D_k, with scales[k] [] or
 [O] in the dtype of coefficients (of a dense delta: not read) and D as below; tile_of[k] is -1, or a mask's place in
@@ -108,6 +111,8 @@ SCHEMAS = {
     "int[] tile_of) -> Tensor",
     "sort_tasks": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, int)",
     "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "layer_plan": "(Tensor ids, Tensor coeffs, Tensor? base_coeffs, int rows, int inner)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dx": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
@@ -230,6 +235,14 @@ def task_plan(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return torch.empty_like(ids), ids.new_empty(num_tasks + 2), torch.empty_like(ids), valid
 
 
+def layer_plan(
+    ids: Tensor, coeffs: Tensor, base_coeffs: Tensor | None, rows: int, inner: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tasks = coeffs.shape[0]
+    ends = ids.new_empty(tasks + 1, dtype=torch.int32)
+    return torch.empty_like(ids), torch.empty_like(ids), ids.new_empty(tasks + 2), ids.new_empty(rows), ends
+
+
 def _weight_gradients(
     base: Tensor, coeffs: Tensor, pairs: list[int], ddeltas_for: list[int], need_dcoeffs: bool, need_dbase: bool
 ) -> Gradients:
@@ -272,7 +285,7 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-_COMPILED = {"linear_stream", "linear_coded", "task_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
+_COMPILED = {"linear_stream", "linear_coded", "task_plan", "layer_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

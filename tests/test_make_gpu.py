@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import launches
 import pytest
@@ -249,6 +250,21 @@ def test_when_the_time_is_up_the_report_says_how_many_were_not_reached(tmp_path)
     assert (report["exit"], report["unreached"], report["gpu"]) == (2, 2, {"test_a.py::test_d": "passed"}), log
     report, log = counted_run(tmp_path, "--shard", "1/2")
     assert (report["exit"], report["unreached"], report["outcomes"]) == (0, 0, {"passed": 1}), log
+
+
+def test_nothing_is_counted_while_the_clock_runs():
+    triton = pytest.importorskip("triton")
+    counted, hook = launches.Launches().install(), triton.knobs.runtime.launch_enter_hook
+    launch = SimpleNamespace(get=lambda: {"name": "split_kernel"})
+    try:
+        hook(launch)
+        with counted.paused():
+            hook(launch)
+        assert counted == {"split_kernel": 1}
+        hook(launch)
+        assert counted == {"split_kernel": 2}
+    finally:
+        hook.remove(counted._count)
 
 
 def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path):

@@ -192,35 +192,45 @@ def on_hopper(monkeypatch):
     monkeypatch.setitem(_dispatch._REASONS, "triton", conv2d.not_supported_reasons)
 
 
+FEW = GOOD._replace(num_deltas=2)
+
+
 def test_small_images_of_a_mixed_batch_take_it(on_hopper):
     """140 pixels a task: 600 TFLOP/s·2 bytes / (2·4.3 TB/s)."""
-    assert _dispatch._select(GOOD, None, "auto") == ("triton", "split")
-    text = _dispatch.explain(GOOD)
+    assert _dispatch._select(FEW, None, "auto") == ("triton", "split")
+    text = _dispatch.explain(FEW)
     assert "->  triton    split  an implicit product" in text
     assert (
-        "fewer than 140 output pixels a task (modelled for sm_90 from 4.3 TB/s and 600 TFLOP/s, not measured)" in text
+        "fewer than 140 output pixels a task (modelled for sm_90 from 4.3 TB/s and 600 TFLOP/s, not measured), or of 4 "
+        "deltas and more in 16 bits" in text
     )
     assert "no  triton    merge  serves delta_linear only" in text
-    assert _dispatch._select(GOOD._replace(rows=16), None, "auto") == ("triton", "split")
-    assert _dispatch._select(GOOD._replace(num_tasks=100), None, "auto") == ("triton", "split")
+    assert _dispatch._select(FEW._replace(rows=16), None, "auto") == ("triton", "split")
+    assert _dispatch._select(FEW._replace(num_tasks=100), None, "auto") == ("triton", "split")
+
+
+def test_many_deltas_take_it_whatever_the_images(on_hopper):
+    for change in (dict(rows=24), dict(num_tasks=2), dict(pixels=196), dict(num_deltas=4, pixels=3136)):
+        assert _dispatch._select(GOOD._replace(**change), None, "auto") == ("triton", "split")
 
 
 @pytest.mark.parametrize(
-    "change",
+    "problem",
     (
-        dict(rows=24),
-        dict(num_tasks=2),
-        dict(num_tasks=None),
-        dict(num_deltas=0),
-        dict(pixels=196),
-        dict(channels_last=False),
-        dict(shape=(512, 508, 3, 3)),
-        dict(shape=(512, 512, 1, 1), row_taps=1),
+        FEW._replace(rows=24),
+        FEW._replace(num_tasks=2),
+        FEW._replace(pixels=196),
+        GOOD._replace(num_deltas=3, pixels=196),
+        GOOD._replace(dtype=torch.float32, pixels=196),
+        GOOD._replace(num_tasks=None),
+        GOOD._replace(num_deltas=0),
+        GOOD._replace(channels_last=False),
+        GOOD._replace(shape=(512, 508, 3, 3)),
+        GOOD._replace(shape=(512, 512, 1, 1), row_taps=1),
     ),
     ids=str,
 )
-def test_everything_else_stays_where_it_was(on_hopper, change):
-    problem = GOOD._replace(**change)
+def test_everything_else_stays_where_it_was(on_hopper, problem):
     assert _dispatch._select(problem, None, "auto").backend in ("aten", "linear")
     assert _dispatch._select(problem, "triton", "auto") == ("triton", "split")
     assert "yes triton    split" in _dispatch.explain(problem)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
+import cuda_build
 import pytest
 import torch
 import torch.nn.functional as F
 from taps_fast.kernels import _configs, linear
 from triton_shim import to_tf32
 
+from taps_fast import _ext
 from taps_fast.functional import delta_linear
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import assert_no_worse_than_torch
@@ -170,3 +174,26 @@ def test_tensors_decide_the_device():
         y = delta_linear(x, base, [], torch.empty(0, device=last), backend="triton", algorithm="split")
     assert y.device == last
     assert_no_worse_than_torch(y, x.double() @ base.double().T, x @ base.T)
+
+
+@pytest.mark.parametrize(
+    ("samples", "num_tasks", "deltas", "inner"), ((1, 1, 1, 1), (13, 5, 0, 7), (300, 70, 33, 3), (4096, 256, 256, 16))
+)
+@pytest.mark.parametrize("baked", (False, True))
+def test_plan_of_a_layer_is_that_of_separate_kernels(monkeypatch, samples, num_tasks, deltas, inner, baked):
+    if reason := _ext.cuda_refusal():
+        assert cuda_build.toolkit(torch.version.cuda) is None or shutil.which("c++") is None, reason
+        pytest.skip("needs nvcc")
+    base = torch.ones(8, 8, device="cuda")
+    coeffs = (torch.rand(num_tasks, deltas, device="cuda") < 0.02).float()
+    base_coeffs = torch.randint(0, 2, (num_tasks,), device="cuda").float() if baked else None
+    weight = linear.Weight.of(base, [base] * deltas, coeffs, base_coeffs)
+    index = TaskBatch.from_ids(torch.randint(-1, num_tasks, (samples,), device="cuda"), num_tasks).tensors
+    rows = linear.Rows(*index, samples * inner, inner)
+    assert linear._planned_by_extension(rows, num_tasks)
+    one, ends = linear._joined(weight, rows)
+    monkeypatch.setattr(linear, "_planned_by_extension", lambda rows, tasks: False)
+    plain, plain_ends = linear._joined(weight, rows)
+    assert torch.equal(ends, plain_ends)
+    for got, want in zip(one[:3] + one[-1:], plain[:3] + plain[-1:], strict=True):
+        assert torch.equal(got, want)

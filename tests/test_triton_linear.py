@@ -174,16 +174,14 @@ def test_grouped_gemm_serves_merged_weights():
     assert_close_to_oracle(case, "triton", "merge", DEVICE)
     index = TaskBatch.from_ids(torch.tensor(ids, device=DEVICE), 4).tensors
     rows = linear.Rows(*index, n.x.shape[0], 2)
-    joined, slotted = linear._joined(linear.Weight.of(n.base, n.deltas, n.coeffs, None), rows)
-    assert joined.ids.tolist() == [-1, 3, -1, -1, 0, 0, 3, -1]
-    assert slotted.ids.tolist() == [0, 4, 0, 0, 1, 1, 4, 0]
-    assert joined.offsets.tolist() == slotted.offsets.tolist() == [0, 4, 6, 6, 6, 8]
+    joined, _ = linear._joined(linear.Weight.of(n.base, n.deltas, n.coeffs, None), rows)
+    assert joined.ids.tolist() == [0, 4, 0, 0, 1, 1, 4, 0]
+    assert joined.offsets.tolist() == [0, 4, 6, 6, 6, 8]
     baked = torch.tensor([1.0, 0.5, 1.0, 0.0], device=DEVICE)
-    joined, _ = linear._joined(linear.Weight.of(n.base, n.deltas, n.coeffs, baked), rows)
-    assert joined.ids.tolist() == [1, 3, -1, 1, 0, 0, 3, 1]
-    place, ends = linear._rows_in_group_order(joined, 5)
+    joined, ends = linear._joined(linear.Weight.of(n.base, n.deltas, n.coeffs, baked), rows)
+    assert joined.ids.tolist() == [2, 4, 0, 2, 1, 1, 4, 2]
     samples = [2, 4, 5, 0, 3, 7, 1, 6]
-    assert place.tolist() == [2 * s + r for s in samples for r in range(2)]
+    assert joined.place.tolist() == [2 * s + r for s in samples for r in range(2)]
     assert ends.tolist() == [2, 6, 12, 12, 16]
 
 

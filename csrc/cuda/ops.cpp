@@ -97,12 +97,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_plan(const Tensor& ids, int64_t 
   return {order, offsets, inverse, valid};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_plan(const Tensor& ids, const Tensor& coeffs,
+                                                              const OptionalTensor& base_coeffs, int64_t rows,
+                                                              int64_t inner) {
+  const char* op = "layer_plan";
+  check(ids.dim() == 1, op, ": ids must have 1 dimension, got ", shape_of(ids));
+  check(coeffs.dim() == 2, op, ": coeffs must have 2 dimensions, got ", shape_of(coeffs));
+  check(coeffs.size(0) <= kMaxLayerTasks, op, ": coeffs must be of at most ", kMaxLayerTasks, " tasks, got ",
+        coeffs.size(0));
+  Inputs inputs(op, ids);
+  PlanProblem p = {};
+  p.layer = true;
+  p.samples = to_int(op, "samples", ids.size(0));
+  p.tasks = static_cast<int>(coeffs.size(0));
+  p.deltas = to_int(op, "deltas", coeffs.size(1));
+  p.rows = to_int(op, "rows", rows);
+  p.inner = to_int(op, "inner", inner);
+  check(inner >= 1 && rows >= 0 && (p.samples ? rows % (inner * p.samples) == 0 : rows == 0), op,
+        ": rows must be a multiple of inner times the batch, got ", rows, " (inner ", inner, ", batch ", p.samples,
+        ")");
+  p.ids = inputs.integers("ids", ids, p.samples);
+  const auto floats = [&](const char* name, const Tensor& t, int64_t size) {
+    return static_cast<const float*>(inputs.vector(name, t, size, ScalarType::Float));
+  };
+  p.coeffs = floats("coeffs", coeffs, int64_t{p.tasks} * p.deltas);
+  if (base_coeffs) p.base_coeffs = floats("base_coeffs", *base_coeffs, p.tasks);
+  Tensor slots = torch::stable::new_empty(ids, {p.samples});
+  Tensor order = torch::stable::new_empty(ids, {p.samples});
+  Tensor offsets = torch::stable::new_empty(ids, {p.tasks + 2});
+  Tensor place = torch::stable::new_empty(ids, {rows});
+  Tensor ends = torch::stable::new_empty(ids, {p.tasks + 1}, ScalarType::Int);
+  p.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
+  p.order = static_cast<int64_t*>(order.mutable_data_ptr());
+  p.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  p.place = static_cast<int64_t*>(place.mutable_data_ptr());
+  p.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
+  const Current current(ids);
+  plan(p, current.stream);
+  return {slots, order, offsets, place, ends};
+}
+
 }  // namespace
 }  // namespace taps_fast::cuda
 
 TAPS_FAST_IMPL(m) {
   m.impl("linear_stream", TORCH_BOX(&taps_fast::cuda::linear_stream));
   m.impl("task_plan", TORCH_BOX(&taps_fast::cuda::task_plan));
+  m.impl("layer_plan", TORCH_BOX(&taps_fast::cuda::layer_plan));
 }
 
 #ifndef TAPS_FAST_EMULATED

@@ -15,16 +15,36 @@ constexpr int kMaxWarps = 32;
 constexpr int kAhead = 4;  // loads on their way together: the kernel waits for little else
 constexpr int kMaxSharedBytes = 96 * 1024;
 
-/// counts[warp][group], with one more group for lanes beyond the batch; then a word for each warp.
-constexpr int shared_bytes(int warps, int tasks) { return (warps * (tasks + 2) + kMaxWarps) * 4; }
-static_assert(shared_bytes(1, kMaxTasks) <= kMaxSharedBytes);
+/// counts[warp][group], with one more group for lanes beyond the batch; a word for each warp; of a layer, a byte for
+/// each task.
+constexpr int shared_bytes(int warps, int tasks, bool layer) {
+  return (warps * (tasks + 2) + kMaxWarps) * 4 + (layer ? tasks : 0);
+}
+static_assert(shared_bytes(1, kMaxTasks, false) <= kMaxSharedBytes);
+static_assert(shared_bytes(1, kMaxLayerTasks, true) <= kMaxSharedBytes);
+
+__device__ uint8_t* own_weight(const PlanProblem& p) {
+  return dynamic_shared() + shared_bytes(p.warps, p.tasks, false);
+}
+
+/// Whether each task's weight differs from the base's; a warp looks at a task.
+__device__ void find_own_weights(const PlanProblem& p) {
+  const int lane = threadIdx.x % 32;
+  for (int task = threadIdx.x / 32; task < p.tasks; task += p.warps) {
+    bool own = p.base_coeffs && load(p.base_coeffs + task) != 1.f;
+    for (int k = lane; k < p.deltas; k += 32) own |= load(p.coeffs + int64_t{task} * p.deltas + k) != 0.f;
+    const unsigned any = __ballot_sync(~0u, own);
+    if (lane == 0) own_weight(p)[task] = any != 0;
+  }
+}
 
 __device__ int group_of(const PlanProblem& p, int sample, int end, bool* bad) {
   if (sample >= end) return p.tasks + 1;
   const int64_t id = load(p.ids + sample);
   const bool in_range = -1 <= id && id < p.tasks;
   *bad |= !in_range;
-  return in_range ? static_cast<int>(id) + 1 : 0;
+  if (!in_range || id < 0 || (p.layer && !own_weight(p)[id])) return 0;
+  return static_cast<int>(id) + 1;
 }
 
 /// The lanes whose group is the same as this one's: one vote for each bit of a group's number, of which there are fewer
@@ -66,6 +86,19 @@ __device__ int sum_before(int value, int* warp_sums) {
   return sum - value;
 }
 
+/// Of order and offsets, which this block has just written, the rows' own.
+__device__ void place_rows(const PlanProblem& p, int threads, int groups) {
+  __syncthreads();
+  const int each = p.samples ? p.rows / p.samples : 0;
+  for (int position = threadIdx.x; position < p.rows; position += threads) {
+    const int within = position % each;
+    const int64_t outer = int64_t{within / p.inner} * p.samples + load_own(p.order + position / each);
+    store(p.place + position, outer * p.inner + within % p.inner);
+  }
+  for (int g = threadIdx.x; g < groups; g += threads)
+    store(p.ends + g, static_cast<int32_t>(load_own(p.offsets + g + 1) * each));
+}
+
 __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_constant__ PlanProblem p) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * p.warps;
   const unsigned below = (1u << lane) - 1;
@@ -76,6 +109,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   const int begin = warp * stretch, end = std::min(begin + stretch, p.samples);
 
   for (int n = thread; n < p.warps * columns; n += threads) counts[n] = 0;
+  if (p.layer) find_own_weights(p);
   __syncthreads();
   bool bad = false;
   walk(p, begin, end, &bad, [&](int, int group) {
@@ -107,7 +141,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   }
   if (thread == 0) {
     store(p.offsets + groups, int64_t{p.samples});
-    store(p.valid, !bad);
+    if (p.valid) store(p.valid, !bad);
   }
   __syncthreads();
 
@@ -119,19 +153,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
     __syncwarp();
     if (sample < end) {
       store(p.order + at, int64_t{sample});
-      store(p.inverse + sample, int64_t{at});
+      if (p.inverse) store(p.inverse + sample, int64_t{at});
+      if (p.slots) store(p.slots + sample, int64_t{group});
     }
   });
+  if (p.layer) place_rows(p, threads, groups);
 }
 
 }  // namespace
 
 void plan(PlanProblem p, void* cuda_stream) {
-  p.warps = std::clamp((p.samples + 31) / 32, 1, kMaxWarps);
-  while (p.warps > 1 && shared_bytes(p.warps, p.tasks) > kMaxSharedBytes) p.warps--;
-  const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks)};
+  const int64_t items = p.layer ? std::max<int64_t>({p.samples, p.rows, 32 * int64_t{p.tasks}}) : p.samples;
+  p.warps = static_cast<int>(std::clamp<int64_t>((items + 31) / 32, 1, kMaxWarps));
+  while (p.warps > 1 && shared_bytes(p.warps, p.tasks, p.layer) > kMaxSharedBytes) p.warps--;
+  const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks, p.layer)};
   const char* error = launch<plan_kernel>(grid, p, cuda_stream);
-  check(!error, "task_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples, " samples, ", p.tasks,
+  check(!error, p.layer ? "layer" : "task", "_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples, " samples, ", p.tasks,
         " tasks; ", p.warps, " warps, ", grid.shared_bytes, " bytes of shared memory)");
 }
 

@@ -33,6 +33,7 @@ SOURCES = [
 OPERATORS = (
     "linear_stream",
     "task_plan",
+    "layer_plan",
     "scale_shift",
     "scale_shift_",
     "scale_shift_dx",

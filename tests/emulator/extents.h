@@ -27,13 +27,21 @@ inline std::vector<emulator::Extent> extents(const StreamProblem& p) {
 }
 
 inline std::vector<emulator::Extent> extents(const PlanProblem& p) {
-  return {
+  std::vector<emulator::Extent> memory = {
       {p.ids, 1, 0, 8 * p.samples},
       {p.order, 1, 0, 8 * p.samples, true},
-      {p.inverse, 1, 0, 8 * p.samples, true},
       {p.offsets, 1, 0, 8 * (p.tasks + 2), true},
-      {p.valid, 1, 0, 1, true},
   };
+  if (p.inverse) memory.push_back({p.inverse, 1, 0, 8 * p.samples, true});
+  if (p.valid) memory.push_back({p.valid, 1, 0, 1, true});
+  if (p.layer) {
+    memory.push_back({p.coeffs, 1, 0, 4 * int64_t{p.tasks} * p.deltas});
+    memory.push_back({p.slots, 1, 0, 8 * p.samples, true});
+    memory.push_back({p.place, 1, 0, 8 * int64_t{p.rows}, true});
+    memory.push_back({p.ends, 1, 0, 4 * (p.tasks + 1), true});
+  }
+  if (p.base_coeffs) memory.push_back({p.base_coeffs, 1, 0, 4 * p.tasks});
+  return memory;
 }
 
 inline void add_lines(std::vector<emulator::Extent>& memory, const Lines& in) {
