@@ -36,18 +36,21 @@ def forward(
     coeffs: Tensor,
     base_coeffs: Tensor | None,
     bias: Tensor | None,
-    call: Call,
+    batch: Index,
+    inner: int,
+    algorithm: str,
+    conv: tuple[Any, ...],
 ) -> Tensor:
-    """The forward operator, without autograd."""
-    if call.algorithm == "stream":
-        streamed: Tensor = ops.linear_stream(x, base, deltas, coeffs, base_coeffs, bias, call.batch[0], call.inner)
+    """The forward operator, without autograd. The last four are fields of `Call`, which only gradients need."""
+    if algorithm == "stream":
+        streamed: Tensor = ops.linear_stream(x, base, deltas, coeffs, base_coeffs, bias, batch[0], inner)
         return streamed
-    if call.algorithm == "implicit":
-        *how, _ = call.conv  # which has no groups
-        y: Tensor = ops.conv2d_implicit(x, base, deltas, coeffs, base_coeffs, bias, *how, call.batch[0], call.inner)
+    if algorithm == "implicit":
+        *how, _ = conv  # which has no groups
+        y: Tensor = ops.conv2d_implicit(x, base, deltas, coeffs, base_coeffs, bias, *how, batch[0], inner)
         return y
-    op = ops.conv2d_fwd if call.conv else ops.linear_fwd
-    y = op(x, base, deltas, coeffs, base_coeffs, bias, *call.conv, *call.batch, call.inner, call.algorithm)
+    op = ops.conv2d_fwd if conv else ops.linear_fwd
+    y = op(x, base, deltas, coeffs, base_coeffs, bias, *conv, *batch, inner, algorithm)
     return y
 
 
@@ -68,7 +71,9 @@ class Delta(torch.autograd.Function):
         ctx.call = call
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.batch, *deltas)
-        return forward(x, base, list(deltas), coeffs, base_coeffs, bias, call)
+        return forward(
+            x, base, list(deltas), coeffs, base_coeffs, bias, call.batch, call.inner, call.algorithm, call.conv
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -49,14 +49,45 @@ class Problem(NamedTuple):
 
 
 def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> Deltas:
-    """K deltas, from a sequence or from one tensor [K, …]; a stack as it is."""
-    if isinstance(deltas, Stack):
+    """K deltas, from a sequence or from one tensor [K, …]; a list or a stack as it is."""
+    if isinstance(deltas, (list, Stack)):
         return deltas
     if isinstance(deltas, Tensor):
         if deltas.dim() == 0:
             raise ValueError(f"{function}: deltas must be K tensors shaped like base or one [K, …], got a scalar")
         return list(deltas.unbind())
     return list(deltas)
+
+
+def is_dense_linear(x: Tensor, base: Tensor, deltas: Deltas, bias: Tensor | None) -> bool:
+    """Whether rows meet a matrix that fits them and dense deltas, as in most calls: nothing to refuse or to change.
+
+    If not, `check_tensors`, `check_weight` and `check_features` say what is wrong, if anything is.
+    """
+    return are_alike(x, base, deltas, bias, dims=2) and x.dim() > 1 and x.shape[-1] == base.shape[1]
+
+
+def are_alike(x: Tensor, base: Tensor, deltas: Deltas, bias: Tensor | None, dims: int) -> bool:
+    """Whether all are tensors that agree as `check_weight` says, no format among them: the quick test before it."""
+    if not (isinstance(x, Tensor) and isinstance(base, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        return False
+    if not isinstance(deltas, list):
+        return False
+    dtype, device, shape = x.dtype, x.device, base.shape
+    if dtype not in DTYPES or len(shape) != dims or base.dtype != dtype or base.device != device:
+        return False
+    for delta in deltas:
+        if not isinstance(delta, Tensor) or delta.dtype != dtype or delta.device != device or delta.shape != shape:
+            return False
+    return True
+
+
+def check_features(function: str, x: Tensor, base: Tensor) -> None:
+    """The last axis of x is what a linear layer's base multiplies."""
+    if x.dim() == 0 or x.shape[-1] != base.shape[1]:
+        raise ValueError(
+            f"{function}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}"
+        )
 
 
 def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta], dims: int) -> None:
@@ -123,10 +154,11 @@ def check_coeffs(
         raise TypeError(f"{function}: coeffs must be a floating-point tensor, got {coeffs.dtype}")
     if coeffs.device != x.device:
         raise ValueError(f"{function}: coeffs must be on {x.device} like x, got {coeffs.device}")
-    want = f"[T, {num_deltas}], one row a task" if mixed else f"[{num_deltas}], one number a delta"
-    if coeffs.dim() != (2 if mixed else 1) or coeffs.shape[-1] != num_deltas:
-        raise ValueError(f"{function}: coeffs must be {want}, got {tuple(coeffs.shape)} (tasks given: {mixed})")
-    num_tasks = coeffs.shape[0] if mixed else None
+    shape = coeffs.shape
+    if len(shape) != (2 if mixed else 1) or shape[-1] != num_deltas:
+        want = f"[T, {num_deltas}], one row a task" if mixed else f"[{num_deltas}], one number a delta"
+        raise ValueError(f"{function}: coeffs must be {want}, got {tuple(shape)} (tasks given: {mixed})")
+    num_tasks = shape[0] if mixed else None
     if base_coeffs is not None:
         if base_coeffs.requires_grad:
             raise ValueError(f"{function}: base_coeffs must not require a gradient: it is data, 1 or 0 a task")

@@ -18,7 +18,7 @@ from ._problem import IntPair, Problem
 from .formats import Format
 from .norms import Tasks, follow, table
 from .norms import scale_shift as scale_shift
-from .stacked import Deltas, Stack
+from .stacked import Deltas
 from .tasks import Index
 
 
@@ -92,26 +92,31 @@ def delta_linear(
     """
     name = "delta_linear"
     weights = _problem.unbind_deltas(name, deltas)
-    _problem.check_tensors(name, x, base, weights, bias)
-    how: dict[str, Any] = dict(
-        tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, scale=scale, shift=shift,
-        activation=activation, backend=backend, algorithm=algorithm,
-    )  # fmt: skip
-    if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, weights = autocast(x.device.type, x, base, bias, weights)
-        with torch.autocast(x.device.type, enabled=False):
-            return delta_linear(x, base, weights, coeffs, bias, **how)
-    _problem.check_weight(name, x, base, weights, dims=2)
-    if x.dim() == 0 or x.shape[-1] != base.shape[1]:
-        raise ValueError(f"{name}: x must be [..., {base.shape[1]}] for base {tuple(base.shape)}, got {tuple(x.shape)}")
-    if x.dim() == 1:
-        return delta_linear(x[None], base, weights, coeffs, bias, **how)[0]
-    if isinstance(weights, Stack) or any(isinstance(delta, Format) for delta in weights):
+    if not _problem.is_dense_linear(x, base, weights, bias) or torch.is_autocast_enabled(device := x.device.type):
+        how: dict[str, Any] = dict(
+            tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, batch_dim=batch_dim, scale=scale, shift=shift,
+            activation=activation, backend=backend, algorithm=algorithm,
+        )  # fmt: skip
+        _problem.check_tensors(name, x, base, weights, bias)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x, base, bias, weights = autocast(device, x, base, bias, weights)
+            with torch.autocast(device, enabled=False):
+                return delta_linear(x, base, weights, coeffs, bias, **how)
+        _problem.check_weight(name, x, base, weights, dims=2)
+        _problem.check_features(name, x, base)
+        if x.dim() == 1:
+            return delta_linear(x[None], base, weights, coeffs, bias, **how)[0]
         return _compressed_linear(x, base, weights, coeffs, bias, **how)
     dense = cast("list[Tensor]", weights)
-    rows = x if x.dim() == 2 else x.flatten(0, -2)
-    y = _run(name, rows, x, base, dense, coeffs, bias, axes=x.dim() - 1, **how)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], base.shape[0])
+    axes = x.dim() - 1
+    rows = x if axes == 1 else x.flatten(0, -2)
+    y = _run(
+        name, device, rows, x, base, dense, coeffs, bias, tasks=tasks, base_coeffs=base_coeffs, pairs=pairs,
+        batch_dim=batch_dim, axes=axes, scale=scale, shift=shift, activation=activation, backend=backend,
+        algorithm=algorithm,
+    )  # fmt: skip
+    return y if axes == 1 else y.view(*x.shape[:-1], base.shape[0])
 
 
 def delta_conv2d(
@@ -172,16 +177,20 @@ def delta_conv2d(
     """
     name = "delta_conv2d"
     weights = _problem.unbind_deltas(name, deltas)
-    _problem.check_tensors(name, x, base, weights, bias)
+    alike = _problem.are_alike(x, base, weights, bias, dims=4)
+    if not alike:
+        _problem.check_tensors(name, x, base, weights, bias)
+    device = x.device.type
     how: dict[str, Any] = dict(
         tasks=tasks, base_coeffs=base_coeffs, pairs=pairs, scale=scale, shift=shift, activation=activation,
         backend=backend, algorithm=algorithm,
     )  # fmt: skip
-    if torch.is_autocast_enabled(x.device.type):
-        x, base, bias, weights = autocast(x.device.type, x, base, bias, weights)
-        with torch.autocast(x.device.type, enabled=False):
+    if torch.is_autocast_enabled(device):
+        x, base, bias, weights = autocast(device, x, base, bias, weights)
+        with torch.autocast(device, enabled=False):
             return delta_conv2d(x, base, weights, coeffs, bias, stride, padding, dilation, groups, **how)
-    _problem.check_weight(name, x, base, weights, dims=4)
+    if not alike:
+        _problem.check_weight(name, x, base, weights, dims=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"{name}: x must be [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
     if x.dim() == 3:
@@ -189,7 +198,7 @@ def delta_conv2d(
         return delta_conv2d(x, base, weights, coeffs, bias, stride, padding, dilation, groups, **how)[0]
     x, *conv = _problem.check_conv(name, x, base, stride, padding, dilation, groups)
     dense = [delta.dense(x.dtype) if isinstance(delta, Format) else delta for delta in weights]
-    return _run(name, x, x, base, dense, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
+    return _run(name, device, x, x, base, dense, coeffs, bias, batch_dim=0, axes=1, conv=tuple(conv), **how)
 
 
 def is_plain_conv2d(x: Tensor, base: Tensor, groups: int) -> bool:
@@ -264,6 +273,7 @@ def _compressed_linear(
 
 def _run(
     name: str,
+    device: str,
     rows: Tensor,
     x: Tensor,
     base: Tensor,
@@ -285,19 +295,21 @@ def _run(
 ) -> Tensor:
     """Checks what both operations share, chooses, and runs. Every microsecond here is paid by every layer."""
     num_tasks = _problem.check_coeffs(name, coeffs, base_coeffs, len(deltas), x, tasks is not None)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype, shape = x.dtype, base.shape
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
     if coeffs.dtype != exact or not coeffs.is_contiguous():
         coeffs = coeffs.to(exact).contiguous()
     if base_coeffs is not None:
         base_coeffs = base_coeffs.to(device=x.device, dtype=exact).contiguous()
     if bias is not None:
-        _problem.check_bias(name, bias, base.shape[0], num_tasks, x)
+        _problem.check_bias(name, bias, shape[0], num_tasks, x)
         if bias.dim() == 2 and bias.shape[0] == num_tasks:
             bias = F.pad(bias, (0, 0, 0, 1))
     follows = scale is not None or shift is not None or activation is not None
+    tables: tuple[Tensor | None, Tensor | None] = (None, None)
     if follows:
-        _problem.check_epilogue(name, scale, shift, activation, base.shape[0], num_tasks, x)
-    tables = (table(scale, num_tasks, 1.0, exact), table(shift, num_tasks, 0.0, exact))
+        _problem.check_epilogue(name, scale, shift, activation, shape[0], num_tasks, x)
+        tables = (table(scale, num_tasks, 1.0, exact), table(shift, num_tasks, 0.0, exact))
     index: Index = (None, None, None)
     inner = 1
     batch = None
@@ -314,30 +326,30 @@ def _run(
     if conv:
         last = _is_channels_last(x)
         weights_last = base.is_contiguous(memory_format=torch.channels_last)
-        taps = _problem.row_taps(base.shape, conv[1], conv[2], conv[3], last, weights_last)
-        area = math.prod(_problem.output_size(x.shape[2:], base.shape[2:], *conv[:3]))
+        taps = _problem.row_taps(shape, conv[1], conv[2], conv[3], last, weights_last)
+        area = math.prod(_problem.output_size(x.shape[2:], shape[2:], *conv[:3]))
     problem = Problem(
         "conv2d" if conv else "linear",
-        x.device.type,
-        x.dtype,
-        base.shape,
+        device,
+        dtype,
+        shape,
         rows.shape[0],
         len(deltas),
         None if one else num_tasks,
         grad,
         conv[3] if conv else 1,
         taps,
-        last and base.shape[:2] == (conv[3], 1),
+        last and shape[:2] == (conv[3], 1),
         area,
         last and weights_last,
     )
     choice, pixels = select(problem, backend, algorithm), None
     if choice.backend == "linear":
-        pixels = _patches(x, base.shape[2:], conv[0], conv[1])
+        pixels = _patches(x, shape[2:], conv[0], conv[1])
         base, *deltas = (weight.movedim(1, -1).flatten(1) for weight in (base, *deltas))
         rows, conv, inner = pixels.flatten(0, -2), (), inner * area
         choice = select(as_rows(problem))
-    if choice == ("aten", "merge") and one:
+    if one and choice == ("aten", "merge"):
         y = F.conv2d(x, base, bias, *conv)  # one weight as it is: nothing of ours to do
     elif choice.backend == "reference":
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
@@ -345,18 +357,18 @@ def _run(
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     else:
         # The kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
-        own = {"cpu": "depthwise", "triton": "implicit"} if conv else {}
-        call = Call(index, inner, flat, own.get(choice.backend, choice.algorithm), conv)
-        summed = coeffs
-        if one:
-            call, summed = call._replace(batch=(None, None, None), inner=1), coeffs.flatten()
+        own = {"cpu": "depthwise", "triton": "implicit"}.get(choice.backend) if conv else None
+        kernel = own or choice.algorithm
+        where = ((None, None, None), 1) if one else (index, inner)
+        summed = coeffs.flatten() if one else coeffs
         if grad:
+            call = Call(*where, flat, kernel, conv)
             y = cast(Tensor, Delta.apply(call, rows, base, summed, base_coeffs, bias, *deltas))  # type: ignore[no-untyped-call]
         else:
-            y = forward(rows, base, deltas, summed, base_coeffs, bias, call)
+            y = forward(rows, base, deltas, summed, base_coeffs, bias, *where, kernel, conv)
     if follows:
         y = follow(y, *tables, Groups(index, inner, activation or "none"), owned=True)
-    return y if pixels is None else y.view(*pixels.shape[:-1], base.shape[0]).movedim(-1, 1)
+    return y if pixels is None else y.view(*pixels.shape[:-1], shape[0]).movedim(-1, 1)
 
 
 def _patches(x: Tensor, kernel: torch.Size, stride: list[int], padding: list[int]) -> Tensor:
@@ -376,4 +388,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def _any_requires_grad(x: Tensor, base: Tensor, coeffs: Tensor, bias: Tensor | None, deltas: list[Tensor]) -> bool:
     if x.requires_grad or base.requires_grad or coeffs.requires_grad or (bias is not None and bias.requires_grad):
         return True
-    return any(delta.requires_grad for delta in deltas)
+    for delta in deltas:  # a generator for any() would cost as much again
+        if delta.requires_grad:
+            return True
+    return False

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "_pointwise": {"tasks"},
     "_ext": set(),
     "_tuned": set(),
-    "kernels": {"_problem", "_tuned", "tasks"},
+    "kernels": {"_ext", "_problem", "_tuned", "tasks"},
 }
 
 
