@@ -69,9 +69,8 @@ def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any
 
     steps = (64, 128) if itemsize == 2 else (16, 32)
     if kernel == "dw":
-        blocks: Iterable[tuple[int, int, int]] = itertools.product(
-            (32, 64) if itemsize == 2 else steps, (64, 128), (64, 128, 256)
-        )
+        reduced = (32, 64) if itemsize == 2 else steps
+        blocks: Iterable[tuple[int, int, int]] = itertools.product(reduced, (64, 128), (64, 128, 256))
     else:
         blocks = itertools.product((64, 128) if rows is None else (rows,), (64, 128), steps)
     for (m, o, i), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):

@@ -168,8 +168,8 @@ void plan(PlanProblem p, void* cuda_stream) {
   while (p.warps > 1 && shared_bytes(p.warps, p.tasks, p.layer) > kMaxSharedBytes) p.warps--;
   const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks, p.layer)};
   const char* error = launch<plan_kernel>(grid, p, cuda_stream);
-  check(!error, p.layer ? "layer" : "task", "_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples, " samples, ", p.tasks,
-        " tasks; ", p.warps, " warps, ", grid.shared_bytes, " bytes of shared memory)");
+  check(!error, p.layer ? "layer" : "task", "_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples,
+        " samples, ", p.tasks, " tasks; ", p.warps, " warps, ", grid.shared_bytes, " bytes of shared memory)");
 }
 
 }  // namespace taps_fast::cuda
