@@ -159,8 +159,9 @@ def _split_why(problem: Problem) -> str:
     rows, source = _crossover(problem)
     if problem.op == "conv2d":
         return (
-            "an implicit product for each image with its task's deltas alone; by itself in mixed batches on channels last, "
-            f"of fewer than {rows} output pixels a task ({source}), or in 16 bits of {IMPLICIT_DELTAS} deltas or more"
+            "an implicit product for each image with its task's deltas alone; by itself in mixed batches on channels "
+            f"last of fewer than {rows} output pixels a task ({source}), or in 16 bits of {IMPLICIT_DELTAS} deltas "
+            "or more"
         )
     return f"two products into one accumulator: bound by bytes while rows a task < {rows} ({source})"
 

@@ -201,8 +201,8 @@ def test_small_images_of_a_mixed_batch_take_it(on_hopper):
     text = _dispatch.explain(FEW)
     assert "->  triton    split  an implicit product" in text
     assert (
-        "fewer than 140 output pixels a task (modelled for sm_90 from 4.3 TB/s and 600 TFLOP/s, not measured), or in 16 "
-        "bits of 4 deltas or more" in text
+        "fewer than 140 output pixels a task (modelled for sm_90 from 4.3 TB/s and 600 TFLOP/s, not measured), or in "
+        "16 bits of 4 deltas or more" in text
     )
     assert "no  triton    merge  serves delta_linear only" in text
     assert _dispatch._select(FEW._replace(rows=16), None, "auto") == ("triton", "split")
