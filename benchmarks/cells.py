@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from . import serving, timing  # noqa: F401  (serving registers the networks' providers)
+from . import peers, serving, timing  # noqa: F401  (peers and serving register providers)
 from .layers import LayerProblem
 from .limits import Limits, bound
 from .models import NetworkProblem

@@ -244,7 +244,7 @@ def _two(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     return forward, [p.base, *p.deltas]
 
 
-def _segments(p: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+def segments(p: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted order of the samples, their slots, and rows before the end of each slot (int32), on the device."""
     slots, order = p.slot[p.ids].sort(stable=True)
     rows = p.x[0, ..., 0].numel()
@@ -253,7 +253,7 @@ def _segments(p: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
     return order, slots, (ends * rows).int()
 
 
-def _unsorted(p: LayerProblem, y: Tensor, order: Tensor) -> Tensor:
+def unsorted(p: LayerProblem, y: Tensor, order: Tensor) -> Tensor:
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return y.unflatten(0, p.x.shape[:-1])[back]
@@ -268,7 +268,7 @@ def _base_grouped(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
         y = p.product(p.x, p.base)
         if not p.deltas:
             return y
-        order, slots, ends = _segments(p)
+        order, slots, ends = segments(p)
         closed = int((slots == 0).sum())
         order, slots = order[closed:], slots[closed:]
         if not len(order):
@@ -288,10 +288,10 @@ def _sum_grouped(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     """W + c·D of all tasks at once, then one ``F.grouped_mm``."""
 
     def forward() -> Tensor:
-        order, _, ends = _segments(p)
+        order, _, ends = segments(p)
         weights = p.base + p.gates.to(p.dtype)[:, None, None] * torch.stack(p.deltas)
         y = F.grouped_mm(p.x[order].flatten(0, -2), weights.transpose(1, 2), offs=ends[1:])
-        return _unsorted(p, y, order)
+        return unsorted(p, y, order)
 
     return forward, [p.base, *p.deltas]
 
@@ -336,8 +336,8 @@ def _merged_grouped(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
     weights = torch.stack(p.merged())
 
     def forward() -> Tensor:
-        order, _, ends = _segments(p)
-        return _unsorted(p, F.grouped_mm(p.x[order].flatten(0, -2), weights.transpose(1, 2), offs=ends), order)
+        order, _, ends = segments(p)
+        return unsorted(p, F.grouped_mm(p.x[order].flatten(0, -2), weights.transpose(1, 2), offs=ends), order)
 
     return forward, [weights]
 
@@ -352,41 +352,6 @@ def _grouped_conv(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
         conv = p.conv | {"groups": n * p.conv["groups"]}
         y = F.conv2d(p.x.reshape(1, -1, *p.x.shape[2:]), weights[p.slot[p.ids]].flatten(0, 1), **conv)
         return y.reshape(n, -1, *y.shape[2:])
-
-    return forward, [weights]
-
-
-_FLASHINFER = installed("flashinfer", "flashinfer-python")
-
-
-@layer("merged-flashinfer", "merged", ("linear",), phase="forward", mixed=True, absent=_FLASHINFER)
-def _flashinfer(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
-    """FlashInfer's SegmentGEMM (CUDA, 16 bit)."""
-    from flashinfer import SegmentGEMMWrapper
-
-    weights = torch.stack(p.merged())
-    gemm = SegmentGEMMWrapper(torch.empty(128 << 20, dtype=torch.int8, device=p.device))
-
-    def forward() -> Tensor:
-        order, _, ends = _segments(p)
-        lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
-        y = gemm.run(p.x[order].flatten(0, -2), weights, len(weights), weight_column_major=True, seg_lens=lengths)
-        return _unsorted(p, y, order)
-
-    return forward, [weights]
-
-
-@layer("merged-scattermoe", "merged", ("linear",), phase="forward", mixed=True, absent=installed("scattermoe"))
-def _scattermoe(p: LayerProblem) -> tuple[Forward, Sequence[Tensor]]:
-    """ScatterMoE's parallel_linear with one expert a row (CUDA)."""
-    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
-
-    weights = torch.stack(p.merged()).mT.contiguous()
-
-    def forward() -> Tensor:
-        slots = p.slot[p.ids].repeat_interleave(p.x[0, ..., 0].numel())
-        y = parallel_linear(p.x.flatten(0, -2), weights, 1, *flatten_sort_count(slots[:, None], len(weights)))
-        return y.unflatten(0, p.x.shape[:-1])
 
     return forward, [weights]
 
