@@ -142,15 +142,15 @@ class TapsLayer(Located, nn.Module):
 
     def is_open(self, task: str) -> bool:
         """Whether the task's delta takes part; reads the score."""
-        return bool(self._places([task]))
+        return bool(self._places([task], self.deltas.each([task])))
 
-    def _places(self, tasks: Sequence[str]) -> list[int]:
-        """Which of ``tasks`` have an open gate; reads the scores."""
-        deltas, scores = self.deltas, self.scores
+    def _places(self, tasks: Sequence[str], deltas: Sequence[Any]) -> list[int]:
+        """Which of ``tasks``, which own ``deltas``, have an open gate; reads the scores."""
         if self.gate == "raw":
-            return [t for t, task in enumerate(tasks) if task in deltas]
+            return [t for t, delta in enumerate(deltas) if delta is not None]
         least = ctypes.c_float(self.threshold).value  # float32 against float32, as in `gates.coefficients`
-        return [t for t, task in enumerate(tasks) if task in deltas and scores[task].item() >= least]
+        scores = self.scores.each(tasks)
+        return [t for t, delta in enumerate(deltas) if delta is not None and scores[t].item() >= least]
 
     @property
     def fan_in(self) -> int:
@@ -223,7 +223,7 @@ class TapsLayer(Located, nn.Module):
         if bias is not None and opened:
             bias = torch.stack([b for task in (*tasks, None) if (b := single[task].bias) is not None])
         base_coeffs = scales if self.baked else None
-        mixed = Gated(self.base, deltas, table, bias, pairs=pairs, base_coeffs=base_coeffs).detached()
+        mixed = Gated(self.base, deltas, table, bias, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
 
     def thaw(self) -> None:
@@ -262,21 +262,24 @@ class TapsLayer(Located, nn.Module):
         dtype, bias, mix = self.base.dtype, self.base_bias, selection.mixed
         if mix is None:
             task = selection.task
-            if task is None or not self.is_open(task):
-                return self._single(None if task is None or task in self.scores else task)
+            if task is None:
+                return self._single(None)
+            held = self.deltas.each((task,))
+            if not self._places((task,), held):
+                return self._single(None if task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated(self.base, [self.delta(task)], _table(dtype, 1, (0,)).view(1), bias)
-        places = self._places(mix.tasks)
+            return Gated(self.base, [value_of(held[0])], _table(dtype, 1, (0,)).view(1), bias)
+        held = self.deltas.each(mix.tasks)
+        places = self._places(mix.tasks, held)
         if not places:
             return self._single(None)
         if bias is not None:
-            rows, more = [bias] * (len(mix.tasks) + 1), self.bias_deltas
+            rows, more = [torch.zeros_like(bias)] * (len(mix.tasks) + 1), self.bias_deltas.each(mix.tasks)
             for t in places:
-                rows[t] = bias + more[mix.tasks[t]]
-            bias = torch.stack(rows)
-        held = self.deltas
-        deltas = [value_of(held[mix.tasks[t]]) for t in places]
+                rows[t] = more[t]
+            bias = torch.stack(rows).add_(bias)
+        deltas = [value_of(held[t]) for t in places]
         return Gated(self.base, deltas, _table(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:

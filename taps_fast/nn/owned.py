@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ class Owned(nn.ParameterDict):
             found = self._modules.get(task)
         # FSDP and parametrizations may have put something else in its place.
         return super().__getitem__(task) if found is None else found
+
+    def each(self, tasks: Sequence[str]) -> list[Any]:
+        """What each of ``tasks`` owns, None where that is nothing."""
+        found: list[Any] = list(map(self._parameters.get, tasks))
+        for t, own in enumerate(found):
+            if own is None and tasks[t] in self:
+                found[t] = self[tasks[t]]
+        return found
 
 
 class Scores(Owned):
