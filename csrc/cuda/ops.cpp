@@ -2,6 +2,8 @@
 // starts. libtorch's stable ABI only, so one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
+#include <initializer_list>
+#include <optional>
 #include <tuple>
 
 #include "architectures.h"
@@ -75,6 +77,15 @@ Tensor linear_stream(const Tensor& x, const Tensor& base, const std::vector<Tens
   return y;
 }
 
+/// A result of an operator, and where its kernel writes it.
+template <class T>
+Tensor result(const Tensor& like, std::initializer_list<int64_t> shape, T** data,
+              std::optional<ScalarType> type = std::nullopt) {
+  Tensor made = torch::stable::new_empty(like, shape, type);
+  *data = static_cast<T*>(made.mutable_data_ptr());
+  return made;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_plan(const Tensor& ids, int64_t num_tasks) {
   const char* op = "task_plan";
   check(ids.dim() == 1, op, ": ids must have 1 dimension, got ", shape_of(ids));
@@ -84,14 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_plan(const Tensor& ids, int64_t 
   p.samples = to_int(op, "samples", ids.size(0));
   p.tasks = static_cast<int>(num_tasks);
   p.ids = inputs.integers("ids", ids, p.samples);
-  Tensor order = torch::stable::new_empty(ids, {p.samples});
-  Tensor offsets = torch::stable::new_empty(ids, {num_tasks + 2});
-  Tensor inverse = torch::stable::new_empty(ids, {p.samples});
-  Tensor valid = torch::stable::new_empty(ids, {}, ScalarType::Bool);
-  p.order = static_cast<int64_t*>(order.mutable_data_ptr());
-  p.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
-  p.inverse = static_cast<int64_t*>(inverse.mutable_data_ptr());
-  p.valid = static_cast<bool*>(valid.mutable_data_ptr());
+  Tensor order = result(ids, {p.samples}, &p.order);
+  Tensor offsets = result(ids, {num_tasks + 2}, &p.offsets);
+  Tensor inverse = result(ids, {p.samples}, &p.inverse);
+  Tensor valid = result(ids, {}, &p.valid, ScalarType::Bool);
   const Current current(ids);
   plan(p, current.stream);
   return {order, offsets, inverse, valid};
@@ -122,16 +129,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_plan(const Tensor& ids,
   };
   p.coeffs = floats("coeffs", coeffs, int64_t{p.tasks} * p.deltas);
   if (base_coeffs) p.base_coeffs = floats("base_coeffs", *base_coeffs, p.tasks);
-  Tensor slots = torch::stable::new_empty(ids, {p.samples});
-  Tensor order = torch::stable::new_empty(ids, {p.samples});
-  Tensor offsets = torch::stable::new_empty(ids, {p.tasks + 2});
-  Tensor place = torch::stable::new_empty(ids, {rows});
-  Tensor ends = torch::stable::new_empty(ids, {p.tasks + 1}, ScalarType::Int);
-  p.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
-  p.order = static_cast<int64_t*>(order.mutable_data_ptr());
-  p.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
-  p.place = static_cast<int64_t*>(place.mutable_data_ptr());
-  p.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
+  Tensor slots = result(ids, {p.samples}, &p.slots);
+  Tensor order = result(ids, {p.samples}, &p.order);
+  Tensor offsets = result(ids, {p.tasks + 2}, &p.offsets);
+  Tensor place = result(ids, {rows}, &p.place);
+  Tensor ends = result(ids, {p.tasks + 1}, &p.ends, ScalarType::Int);
   const Current current(ids);
   plan(p, current.stream);
   return {slots, order, offsets, place, ends};

@@ -1,6 +1,6 @@
 // See plan.h for what is computed. One block: the batch is small, and a second launch costs more than the sort. Each
 // warp counts the samples of its own stretch of the batch by group, the counts become places, and the warps walk
-// their stretches again to fill them. Lanes of one group are found by a warp match, which keeps their order.
+// their stretches again to fill them. Lanes of one group are found by votes, which keep their order.
 #include <algorithm>
 
 #include "../common/check.h"
