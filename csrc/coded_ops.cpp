@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "common/text.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
@@ -31,7 +32,8 @@ constexpr int64_t kMostColumns = 256;  // so that a tile that masks share stays 
 constexpr int64_t kMostSignColumns = 1024;  // one table serves them all
 constexpr int64_t kItemsPerThread = 4;
 
-Coding coding_of(const char* op, const std::string& format) {
+Coding coding_of(const char* op, StringHandle handle) {
+  const std::string format = take(handle);
   if (format == "bits") return Coding::kSign;
   if (format == "mask") return Coding::kMask;
   check(format == "int8", op, ": format must be bits, mask or int8, got '", format, "'");
@@ -58,7 +60,7 @@ struct Arguments {
   const std::vector<int64_t>& which;
   const OptionalTensor &ids, &order, &offsets;
   int64_t inner, in_features;
-  const std::string& format;
+  Coding coding;
 };
 
 const Tensor& matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t cols, ScalarType type) {
@@ -83,7 +85,7 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
   p.wide_out = out.scalar_type() != type;
   p.out_features = out_features;
   p.in_features = a.in_features;
-  Term like{{nullptr, a.in_features}, 1.0, coding_of(op, a.format), nullptr, 0, nullptr, 1};
+  Term like{{nullptr, a.in_features}, 1.0, a.coding, nullptr, 0, nullptr, 1};
   const bool bits = like.coding != Coding::kInt8;
   like.code_stride = bits ? 8 * ceil_div(a.in_features, 64) : a.in_features;
   for (const Tensor& codes : a.codes)
@@ -136,7 +138,8 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
 
 Tensor coded_fwd(const Tensor& y, const Tensor& x, const Tensors& codes, const OptionalTensor& tile,
                  const Tensor& factors, const std::vector<int64_t>& which, const OptionalTensor& ids,
-                 const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, const std::string& format) {
+                 const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle format) {
+  const Coding coding = coding_of("coded_fwd", format);
   check(x.dim() == 2, "coded_fwd: x must have 2 dimensions");
   matrix("coded_fwd", "y", y, x.size(0), factors.size(1), y.scalar_type());
   check(y.scalar_type() == x.scalar_type() || y.scalar_type() == factors.scalar_type(),
@@ -144,16 +147,17 @@ Tensor coded_fwd(const Tensor& y, const Tensor& x, const Tensors& codes, const O
   Tensor out = torch::stable::new_empty(y, y.sizes());
   const int64_t size = y.scalar_type() == ScalarType::Double ? 8 : y.scalar_type() == ScalarType::Float ? 4 : 2;
   if (y.numel()) std::memcpy(out.mutable_data_ptr(), y.const_data_ptr(), y.numel() * size);
-  run({"coded_fwd", codes, tile, factors, which, ids, order, offsets, inner, x.size(1), format}, true, x, out);
+  run({"coded_fwd", codes, tile, factors, which, ids, order, offsets, inner, x.size(1), coding}, true, x, out);
   return out;
 }
 
 Tensor coded_dx(const Tensor& dy, const Tensors& codes, const OptionalTensor& tile, const Tensor& factors,
                 const std::vector<int64_t>& which, const OptionalTensor& ids, const OptionalTensor& order,
-                const OptionalTensor& offsets, int64_t inner, const std::string& format, int64_t in_features) {
+                const OptionalTensor& offsets, int64_t inner, StringHandle format, int64_t in_features) {
+  const Coding coding = coding_of("coded_dx", format);
   check(dy.dim() == 2, "coded_dx: dy must have 2 dimensions");
   Tensor out = torch::stable::new_zeros(dy, {dy.size(0), in_features});
-  run({"coded_dx", codes, tile, factors, which, ids, order, offsets, inner, in_features, format}, false, dy, out);
+  run({"coded_dx", codes, tile, factors, which, ids, order, offsets, inner, in_features, coding}, false, dy, out);
   return out;
 }
 

@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "common/text.h"
 #include "cpu/workspace.h"
 #include "norm_call.h"
 
@@ -20,7 +20,8 @@ constexpr int64_t kSpanElements = 1 << 18;   // of a span, whose sums are kept f
 constexpr int64_t kChannelsPerItem = 64;
 constexpr int64_t kLine = 64;                // bytes of a cache line
 
-Activation read_activation(const char* op, const std::string& name) {
+Activation read_activation(const char* op, StringHandle handle) {
+  const std::string name = take(handle);
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
   if (name == "relu6") return Activation::kRelu6;
@@ -35,14 +36,15 @@ void run_pointwise(Pointwise& p) {
   if (p.in.rows > 0 && p.in.channels > 0 && p.in.pixels > 0) run_items(p, norm_kernels().pointwise);
 }
 
-Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
-                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                   const std::string& activation) {
-  const char* op = "scale_shift";
+/// act(scale·x + shift): over a dense x where it may be, and new otherwise.
+Tensor shifted(const char* op, bool in_place, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+               const OptionalTensor& ids, const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
+               StringHandle activation) {
+  const Activation how = read_activation(op, activation);
   NormCall call(op, x, ids, order, offsets, inner);
-  Tensor out = call.like_x();
+  Tensor out = in_place && call.dense() ? x : call.like_x();
   Pointwise p{call.rows,
-              read_activation(op, activation),
+              how,
               call.elements("x", x),
               nullptr,
               out.mutable_data_ptr(),
@@ -55,37 +57,27 @@ Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalT
   return out;
 }
 
+Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
+                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
+  return shifted("scale_shift", false, x, scale, shift, ids, order, offsets, inner, activation);
+}
+
 void scale_shift_(Tensor x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
-                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                  const std::string& activation) {
-  const char* op = "scale_shift_";
-  NormCall call(op, x, ids, order, offsets, inner);
-  if (!call.dense()) {
-    torch::stable::copy_(x, scale_shift(x, scale, shift, ids, order, offsets, inner, activation));
-    return;
-  }
-  Pointwise p{call.rows,
-              read_activation(op, activation),
-              x.const_data_ptr(),
-              nullptr,
-              x.mutable_data_ptr(),
-              call.table("scale", scale, 1),
-              call.table("shift", shift, 0),
-              {nullptr, 0},
-              {nullptr, 0},
-              0};
-  run_pointwise(p);
+                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
+  const Tensor y = shifted("scale_shift_", true, x, scale, shift, ids, order, offsets, inner, activation);
+  if (y.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, y);
 }
 
 Tensor scale_shift_dx(const Tensor& dy, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                       const OptionalTensor& slope, const OptionalTensor& offset, const OptionalTensor& ids,
                       const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                      const std::string& activation) {
+                      StringHandle activation) {
   const char* op = "scale_shift_dx";
+  const Activation how = read_activation(op, activation);
   NormCall call(op, x, ids, order, offsets, inner);
   Tensor out = call.like_x();
   Pointwise p{call.rows,
-              read_activation(op, activation),
+              how,
               call.elements("x", x),
               call.elements("dy", dy),
               out.mutable_data_ptr(),
@@ -152,11 +144,12 @@ std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, c
                                             const OptionalTensor& shift, const OptionalTensor& center,
                                             const OptionalTensor& ids, const OptionalTensor& order,
                                             const OptionalTensor& offsets, int64_t inner,
-                                            const std::string& activation) {
+                                            StringHandle activation) {
   const char* op = "scale_shift_sums";
+  const Activation how = read_activation(op, activation);
   NormCall call(op, x, ids, order, offsets, inner);
   GroupSums p{.in = call.rows,
-              .activation = read_activation(op, activation),
+              .activation = how,
               .x = call.elements("x", x),
               .dy = call.elements("dy", dy),
               .scale = call.table("scale", scale, 1),

@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "coded_ops.h"
+#include "common/text.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
@@ -167,7 +168,8 @@ Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, con
   return weight;
 }
 
-Algorithm read_algorithm(const char* op, const std::string& name, bool coded) {
+Algorithm read_algorithm(const char* op, StringHandle handle, bool coded) {
+  const std::string name = take(handle);
   if (name == "blend") return Algorithm::kBlend;
   if (name == "auto" && coded) return Algorithm::kAuto;
   check(name == "split", op, ": algorithm must be ", coded ? "auto, " : "", "blend or split on CPU, got '", name, "'");
@@ -188,11 +190,11 @@ void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*)
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
-                   const OptionalTensor& offsets, int64_t inner, const std::string& algorithm,
+                   const OptionalTensor& offsets, int64_t inner, StringHandle algorithm,
                    const Codes* codes = nullptr) {
+  const Algorithm how = read_algorithm(op, algorithm, codes);
   const Layout in(x), weights(base);
   Inputs inputs(op, in.dtype);
-  const Algorithm how = read_algorithm(op, algorithm, codes);
   RowPlan plan;
   RowProduct& p = plan.problem;
   p.dtype = dtype_of(op, in.dtype);
@@ -228,7 +230,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
 Tensor linear_fwd(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
                   const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                  const std::string& algorithm) {
+                  StringHandle algorithm) {
   return row_product("linear_fwd", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
                      algorithm);
 }
@@ -236,7 +238,7 @@ Tensor linear_fwd(const Tensor& x, const Tensor& base, const std::vector<Tensor>
 Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
                     const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
                     const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                    const std::string& algorithm, const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
+                    StringHandle algorithm, const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
                     const std::vector<int64_t>& tile_of) {
   check(scales.size() == deltas.size() && tile_of.size() == deltas.size(),
         "linear_coded: scales and tile_of must have an entry for each of ", deltas.size(), " deltas, got ",
@@ -248,7 +250,7 @@ Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tenso
 
 Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
                  const OptionalTensor& base_coeffs, const OptionalTensor& ids, const OptionalTensor& order,
-                 const OptionalTensor& offsets, int64_t inner, const std::string& algorithm) {
+                 const OptionalTensor& offsets, int64_t inner, StringHandle algorithm) {
   return row_product("linear_dx", false, dy, base, deltas, coeffs, base_coeffs, std::nullopt, ids, order, offsets,
                      inner, algorithm);
 }

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../common/layout.h"
+#include "../common/text.h"
 #include "architectures.h"
 #include "current.h"
 #include "inputs.h"
@@ -12,7 +13,8 @@
 namespace taps_fast::cuda {
 namespace {
 
-Activation read_activation(const char* op, const std::string& name) {
+Activation read_activation(const char* op, StringHandle handle) {
+  const std::string name = take(handle);
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
   if (name == "relu6") return Activation::kRelu6;
@@ -99,46 +101,40 @@ void run(Call& call, PointwiseProblem& p, Tensor& out, const Tensor& x) {
   pointwise(p, current.stream);
 }
 
-Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
-                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                   const std::string& activation) {
-  const char* op = "scale_shift";
-  Call call(op, x, ids, order, offsets, inner);
+/// act(scale·x + shift): over a dense x where it may be, and new otherwise.
+Tensor shifted(const char* op, bool in_place, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+               const OptionalTensor& ids, const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
+               StringHandle activation) {
   PointwiseProblem p = {};
   p.activation = read_activation(op, activation);
+  Call call(op, x, ids, order, offsets, inner);
   p.x = call.elements("x", x);
   p.scale = call.table("scale", scale);
   p.shift = call.table("shift", shift);
-  Tensor out = call.like_x();
+  Tensor out = in_place && call.is_dense() ? x : call.like_x();
   run(call, p, out, x);
   return out;
 }
 
+Tensor scale_shift(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
+                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
+  return shifted("scale_shift", false, x, scale, shift, ids, order, offsets, inner, activation);
+}
+
 void scale_shift_(Tensor x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& ids,
-                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                  const std::string& activation) {
-  const char* op = "scale_shift_";
-  Call call(op, x, ids, order, offsets, inner);
-  if (!call.is_dense()) {
-    torch::stable::copy_(x, scale_shift(x, scale, shift, ids, order, offsets, inner, activation));
-    return;
-  }
-  PointwiseProblem p = {};
-  p.activation = read_activation(op, activation);
-  p.x = x.const_data_ptr();
-  p.scale = call.table("scale", scale);
-  p.shift = call.table("shift", shift);
-  run(call, p, x, x);
+                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
+  const Tensor y = shifted("scale_shift_", true, x, scale, shift, ids, order, offsets, inner, activation);
+  if (y.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, y);
 }
 
 Tensor scale_shift_dx(const Tensor& dy, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                       const OptionalTensor& slope, const OptionalTensor& offset, const OptionalTensor& ids,
                       const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                      const std::string& activation) {
+                      StringHandle activation) {
   const char* op = "scale_shift_dx";
-  Call call(op, x, ids, order, offsets, inner);
   PointwiseProblem p = {};
   p.activation = read_activation(op, activation);
+  Call call(op, x, ids, order, offsets, inner);
   p.x = call.elements("x", x);
   p.dy = call.elements("dy", dy);
   p.scale = call.table("scale", scale);
@@ -169,12 +165,12 @@ std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, c
                                             const OptionalTensor& shift, const OptionalTensor& center,
                                             const OptionalTensor& ids, const OptionalTensor& order,
                                             const OptionalTensor& offsets, int64_t inner,
-                                            const std::string& activation) {
+                                            StringHandle activation) {
   const char* op = "scale_shift_sums";
-  Call call(op, x, ids, order, offsets, inner);
   SumsProblem p = {};
   p.kind = Sums::kGradients;
   p.activation = read_activation(op, activation);
+  Call call(op, x, ids, order, offsets, inner);
   p.x = call.elements("x", x);
   p.dy = call.elements("dy", dy);
   p.scale = call.table("scale", scale);
