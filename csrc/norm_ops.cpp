@@ -143,8 +143,7 @@ std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments)
 std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& scale,
                                             const OptionalTensor& shift, const OptionalTensor& center,
                                             const OptionalTensor& ids, const OptionalTensor& order,
-                                            const OptionalTensor& offsets, int64_t inner,
-                                            StringHandle activation) {
+                                            const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
   const char* op = "scale_shift_sums";
   const Activation how = read_activation(op, activation);
   NormCall call(op, x, ids, order, offsets, inner);

@@ -190,8 +190,7 @@ void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*)
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
-                   const OptionalTensor& offsets, int64_t inner, StringHandle algorithm,
-                   const Codes* codes = nullptr) {
+                   const OptionalTensor& offsets, int64_t inner, StringHandle algorithm, const Codes* codes = nullptr) {
   const Algorithm how = read_algorithm(op, algorithm, codes);
   const Layout in(x), weights(base);
   Inputs inputs(op, in.dtype);
@@ -229,16 +228,15 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
 
 Tensor linear_fwd(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
                   const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
-                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                  StringHandle algorithm) {
+                  const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle algorithm) {
   return row_product("linear_fwd", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
                      algorithm);
 }
 
 Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
                     const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
-                    const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner,
-                    StringHandle algorithm, const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
+                    const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle algorithm,
+                    const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
                     const std::vector<int64_t>& tile_of) {
   check(scales.size() == deltas.size() && tile_of.size() == deltas.size(),
         "linear_coded: scales and tile_of must have an entry for each of ", deltas.size(), " deltas, got ",

@@ -1,4 +1,4 @@
-"""Memory of the CPU operators: scratch is at most 2 MiB a thread, no call leaves anything behind, nor does a failed one.
+"""Memory of the CPU operators: at most 2 MiB of scratch a thread, and nothing left behind, by failed calls either.
 
 In processes of their own, where a small library stands in for the C function that allocates it.
 """

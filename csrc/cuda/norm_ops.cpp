@@ -164,8 +164,7 @@ std::tuple<Tensor, Tensor> run(Call& call, SumsProblem& p, const Tensor& x) {
 std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& scale,
                                             const OptionalTensor& shift, const OptionalTensor& center,
                                             const OptionalTensor& ids, const OptionalTensor& order,
-                                            const OptionalTensor& offsets, int64_t inner,
-                                            StringHandle activation) {
+                                            const OptionalTensor& offsets, int64_t inner, StringHandle activation) {
   const char* op = "scale_shift_sums";
   SumsProblem p = {};
   p.kind = Sums::kGradients;
