@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _images, _scratch
 from ._problem import layout
 from ._scratch import Scalar
-from .tasks import BASE, Index
+from .tasks import BASE, Index, sums_by_group
 
 Conv = tuple[list[int], list[int], list[int], int]
 
@@ -162,8 +162,12 @@ def _stored(group: _images.Group) -> bool:
 
 
 def _as_groups(base: Tensor, groups: int, *images: Tensor) -> bool:
-    """Whether a mixed batch runs as the groups of one convolution: depthwise, on images laid out channel by channel."""
-    return base.shape[1] == 1 and groups > 1 and all(x.is_contiguous() for x in images)
+    """Whether a mixed batch runs as the groups of one convolution: depthwise, on images laid out channel by channel.
+
+    A weight that is channels last makes the result that, too.
+    """
+    last = base.stride(1) == 1 and base.shape[2:].numel() > 1
+    return base.shape[1] == 1 and groups > 1 and not last and all(x.is_contiguous() for x in images)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -250,6 +254,11 @@ def conv2d_dw(
     def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
         return _gradient(d.to(wide), images.to(wide), like, conv, 1)
 
+    def of_images_with(scale: Scalar) -> Tensor:
+        """Images whose scale is 0 count for nothing, finite or not."""
+        used = scale if not isinstance(scale, Tensor) else (scale != 0).to(x.dtype)
+        return weight_gradient(_times(x, used), _times(dy.to(wide), scale))
+
     def add(k: int, p: Tensor, by: Scalar, owned: bool = True) -> None:
         """sums[k] += by·p; p may become the sum if nobody else needs it."""
         if k in sums:
@@ -263,16 +272,16 @@ def conv2d_dw(
         scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
         for k, (column, _) in columns.items():
             if k in wanted:
-                add(k, weight_gradient(x, _times(dy.to(wide), column)), 1.0)
+                add(k, of_images_with(column), 1.0)
             if need_dcoeffs:
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 member = (
                     _images.task_of_image(coeffs, ids, inner, x)[None]
                     == torch.arange(coeffs.shape[0], device=x.device)[:, None]
                 )
-                dcoeffs[:, k] = member.to(wide) @ along
+                dcoeffs[:, k] = sums_by_group(member.to(wide), along[:, None])[:, 0]
         if need_dbase:
-            add(BASE, weight_gradient(x, _times(dy.to(wide), scale)), 1.0)
+            add(BASE, of_images_with(scale), 1.0)
     else:
         count = len(deltas)
         asked = set(pairs)
@@ -322,9 +331,9 @@ def _pick(x: Tensor, chosen: Tensor | None) -> Tensor:
 
 
 def _times(x: Tensor, scale: Scalar, owned: bool = False) -> Tensor:
-    """x [N, …] times a number or one number an image; ``owned``: x itself may become that."""
-    if isinstance(scale, Tensor):
-        scale = scale.view(-1, *(1,) * (x.dim() - 1))
-    elif scale == 1.0:
-        return x
-    return x.mul_(scale) if owned else x * scale
+    """x [N, …] times a number or one number an image, 0 by whatever x is there; ``owned``: x itself may become that."""
+    if not isinstance(scale, Tensor):
+        return x if scale == 1.0 else x.mul_(scale) if owned else x * scale
+    scale = scale.view(-1, *(1,) * (x.dim() - 1))
+    product = x.mul_(scale) if owned else x * scale
+    return product.masked_fill_(scale == 0, 0.0)

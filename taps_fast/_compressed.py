@@ -54,7 +54,9 @@ def decoded_by_kernel(
     """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient and there is a weight."""
     if base.numel() == 0:
         return set()
-    if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu") or algorithm == "merge":
+    if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu"):
+        return set()
+    if algorithm not in ("auto", "blend", "split"):
         return set()
     if torch.is_grad_enabled():
         tensors = [t for t in (x, base, coeffs, bias) if t is not None]
@@ -215,18 +217,30 @@ class Products(NamedTuple):
         return out.view(y.shape)
 
     def _low_rank(self, low: dict[int, LowRank]) -> Tensor:
-        """Σ c·B (A x), grouped by task where each uses one delta; else with all deltas side by side."""
+        """Σ c·B (A x), by task where each uses one delta at most; else with all deltas side by side."""
         places, deltas = list(low), list(low.values())
         coeffs = columns(self.coeffs, places) * torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
         if self.batch is not None:
             each = turns(places, self.pairs, self.batch.num_tasks)
-            if len(each) == 1 and len(deltas) > 1 and len({d.rank for d in deltas}) == 1:
-                return self._grouped(deltas, [places.index(k) if k >= 0 else -1 for k in each[0]], coeffs)
+            if len(each) == 1:
+                return self._by_task(low, each[0], coeffs)
         weights = torch.cat([coeffs[..., n, None].expand(*coeffs.shape[:-1], d.rank) for n, d in enumerate(deltas)], -1)
         if self.batch is not None:
             weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], weights.shape[-1])
         thin = F.linear(self.x, torch.cat([d.a for d in deltas]))
         return F.linear((thin * weights).to(thin.dtype), torch.cat([d.b for d in deltas], 1))
+
+    def _by_task(self, low: dict[int, LowRank], which: list[int], coeffs: Tensor) -> Tensor:
+        """Σ over ranks, as no row may meet another task's delta: 0·NaN is NaN."""
+        total: Tensor | None = None
+        places = list(low)
+        for rank in sorted({delta.rank for delta in low.values()}):
+            mine = [n for n, k in enumerate(places) if low[k].rank == rank]
+            of_task = [next((i for i, n in enumerate(mine) if places[n] == k), -1) for k in which]
+            y = self._grouped([low[places[n]] for n in mine], of_task, columns(coeffs, mine))
+            total = y if total is None else total + y
+        assert total is not None
+        return total
 
     def _grouped(self, deltas: list[LowRank], which: list[int], coeffs: Tensor) -> Tensor:
         """Two products with one dense delta a task, over a base of 0."""

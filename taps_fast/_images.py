@@ -87,7 +87,9 @@ def take(x: Tensor, images: Images) -> Tensor:
         return x
     if isinstance(images, slice):
         return x[images]
-    x = x.contiguous(memory_format=layout(x))
+    # Strides decide, dense or not, as they do for what a convolution of all images returns.
+    last = x.stride(1) == 1 and x.shape[1] > 1
+    x = x.contiguous(memory_format=torch.channels_last if last else layout(x))
     found = torch.index_select(as_rows(x), 0, images)
     if x.is_contiguous():
         return found.view(-1, *x.shape[1:])

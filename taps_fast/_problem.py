@@ -265,7 +265,7 @@ def rows_per_sample(function: str, x: Tensor, batch: int, batch_dim: int, axes: 
     inner = size // batch
     for axis in range(along + 1, axes):
         inner = inner * x.shape[axis]
-    return inner
+    return max(inner, 1)  # without rows it says nothing
 
 
 def check_conv(

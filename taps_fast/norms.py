@@ -112,6 +112,8 @@ def follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Groups
     arguments = (scale, shift, *groups.batch, groups.inner, groups.activation)
     if owned:
         torch.ops.taps_fast.scale_shift_.default(x, *arguments)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(x)  # a graph that has saved x must see that it changed
         return x
     y: Tensor = torch.ops.taps_fast.scale_shift.default(x, *arguments)
     return y

@@ -102,7 +102,8 @@ class TaskBatch:
         """The same index on another device."""
         if self.ids.device == device:
             return self
-        ids, order, offsets = (t.to(device, non_blocking=True) for t in self.tensors)
+        wait = device.type == "cpu"  # whose kernels do not know of a copy that is still on its way
+        ids, order, offsets = (t.to(device, non_blocking=not wait) for t in self.tensors)
         return TaskBatch(ids, order, offsets, self.num_tasks)
 
 

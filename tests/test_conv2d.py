@@ -312,3 +312,38 @@ def test_errors_name_the_argument(options: dict[str, Any], text: str) -> None:
     coeffs = torch.ones(2, 0) if "tasks" in options else torch.ones(0)
     with pytest.raises(ValueError, match=text):
         delta_conv2d(torch.randn(4, 4, 5, 5), torch.randn(6, 4, 3, 3), [], coeffs, **options)
+
+
+@pytest.mark.parametrize("where", ("on a CPU", "as on a GPU"))
+def test_a_delta_that_diverged_spoils_the_images_of_its_own_task(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "as on a GPU":
+        monkeypatch.setattr(_aten, "_data_driven", lambda x, index: index[0] is not None)
+    w = torch.randn(4, 4, 3, 3, requires_grad=True)
+    deltas = [torch.full((4, 4, 3, 3), torch.nan, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)]
+    coeffs = torch.eye(2, requires_grad=True)
+    x = torch.randn(3, 4, 8, 8, requires_grad=True)
+    pairs = [(0, 0), (1, 1)]
+    y = delta_conv2d(x, w, deltas, coeffs, tasks=[0, 1, -1], pairs=pairs, backend="aten")
+    assert y.isnan().flatten(1).any(1).tolist() == [True, False, False]
+    dy = torch.where(y.isnan(), torch.nan, torch.ones_like(y))
+    dx, *ddeltas, dcoeffs = torch.autograd.grad(y, (x, *deltas, coeffs), dy)
+    assert dx.isnan().flatten(1).any(1).tolist() == [True, False, False]
+    assert ddeltas[0].isnan().any() and ddeltas[1].isfinite().all()
+    assert dcoeffs.diagonal().isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("case", ("a part of the channels", "a depthwise weight in channels last"))
+def test_the_layout_of_a_result_is_the_same_in_every_mix(case: str) -> None:
+    """What is compiled relies on it."""
+    groups = 1
+    x, w, d = torch.randn(16, 8, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
+    if case == "a part of the channels":
+        x = x.to(memory_format=torch.channels_last)[:, :4]
+    else:
+        x, groups = x[:, :4].contiguous(), 4
+        w, d = (t[:, :1].contiguous(memory_format=torch.channels_last) for t in (w, d))
+    options = dict(padding=1, groups=groups)
+    wanted = F.conv2d(x, w, **options).stride()  # type: ignore[arg-type]
+    for ids in ([0, 1] * 8, [0] * 8 + [1] * 8, [0] * 16):
+        y = delta_conv2d(x, w, [d], torch.tensor([[1.0], [0.0]]), tasks=ids, **options)  # type: ignore[arg-type]
+        assert y.stride() == wanted, ids

@@ -298,3 +298,23 @@ def test_no_weights(kind, shape, grad):
     x = torch.randn(3, shape[1], requires_grad=grad)
     y = delta_linear(x, torch.zeros(shape), [delta], torch.ones(2, 1), tasks=[0, 1, -1])
     assert torch.equal(y, torch.zeros(3, shape[0]))
+
+
+def test_a_low_rank_delta_that_diverged_spoils_the_rows_of_its_own_task():
+    x, base = torch.randn(3, 8), torch.randn(6, 8)
+    bad = LowRank.of(torch.full((6, 2), torch.nan), torch.randn(2, 8))
+    deltas, coeffs = [bad, make("lowrank", (6, 8), rank=3), make("lowrank", (6, 8), rank=2)], torch.eye(3)
+    for some in (1, 3):
+        y = delta_linear(x[:some], base, deltas[:some], coeffs[:some, :some], tasks=[-1, 1, 2][:some])
+        assert y.isfinite().all()
+    y = delta_linear(x, base, deltas, coeffs, tasks=[0, 1, -1])
+    assert y.isnan().all(1).tolist() == [True, False, False]
+    torch.testing.assert_close(y[1], (base + deltas[1].dense()) @ x[1])
+    x.requires_grad_()
+    delta_linear(x, base, deltas, coeffs, tasks=[0, 1, -1])[1:].sum().backward()
+    assert x.grad[1:].isfinite().all()
+
+
+def test_an_unknown_algorithm_is_refused_by_name():
+    with pytest.raises(ValueError, match="algorithm must be auto, blend, split.* got 'fast'"):
+        delta_linear(torch.randn(2, 5), torch.randn(6, 5), [make("bits", (6, 5))], torch.ones(1), algorithm="fast")

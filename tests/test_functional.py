@@ -395,3 +395,12 @@ def test_a_gradient_that_diverged_spoils_the_bias_of_its_own_task(conv: bool, di
     y.backward(dy)
     assert bias.grad is not None
     assert bias.grad.isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("tasks", (None, [0, 1]))
+def test_an_axis_of_no_tokens(tasks: list[int] | None) -> None:
+    coeffs = torch.ones(1) if tasks is None else torch.ones(2, 1)
+    x = torch.randn(2, 0, 3, requires_grad=True)
+    y = delta_linear(x, torch.randn(4, 3), [torch.randn(4, 3)], coeffs, tasks=tasks)
+    y.sum().backward()
+    assert y.shape == (2, 0, 4) and x.grad is not None

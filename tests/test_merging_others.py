@@ -243,3 +243,41 @@ def test_a_forward_leaves_a_module_with_two_names_as_it_was(route):
     assert {n: t.data_ptr() for n, t in merged.state_dict().items()} == before
     torch.testing.assert_close(copy.deepcopy(merged)(x), y)
     torch.testing.assert_close(torch.func.functional_call(model, merged.state(), (x,)), y)
+
+
+def test_twin_needs_a_logit_a_task():
+    model = nn.Linear(4, 4)
+    vectors = TaskVectors.from_checkpoints(model.state_dict(), [model.state_dict()] * 4)
+    with pytest.raises(ValueError, match=r"router must return \[B, 4\], one logit a task, got \(3, 2\)"):
+        merging.TwinModel(model, vectors, nn.Linear(4, 2))(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["tokens", "pixels"])
+def test_classes_of_tokens_and_of_pixels(pixels):
+    """Outputs are cut, and their entropy is taken, along the classes, wherever these are."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(4, 8, 1) if pixels else nn.Linear(4, 8)
+            self.head = nn.Conv2d(8, 3, 1) if pixels else nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    base = Net()
+    states = {t: {n: p + torch.randn_like(p) for n, p in base.state_dict().items()} for t in "ab"}
+    merged = merging.MergedModel(
+        base, TaskVectors.from_checkpoints(base.state_dict(), states, own="head.*"), head="head"
+    )
+    inputs = {t: torch.randn(3, *((4, 5, 7) if pixels else (10, 4))) for t in "ab"}
+    alone = {t: torch.func.functional_call(base, merged.state(t), (x,)) for t, x in inputs.items()}
+    for t, y in merged.each(inputs).items():
+        torch.testing.assert_close(y, alone[t])
+    for t, rows in merged.each_rows(inputs).items():
+        axis = 1 if pixels else 2
+        p = alone[t].softmax(axis)
+        torch.testing.assert_close(merging.entropy(rows), -(p * p.log()).sum(axis).mean())
+    labels = {t: torch.randint(3, alone[t].argmax(1 if pixels else 2).shape) for t in "ab"}
+    trained = merging.atlas(base, merged.vectors, [{t: (x, labels[t]) for t, x in inputs.items()}] * 2, head="head")
+    assert trained.coeffs.any() and trained.coeffs.isfinite().all()

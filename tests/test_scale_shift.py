@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -286,3 +287,24 @@ def test_rows_that_diverged_spoil_the_sums_of_their_own_task(module: Any) -> Non
     found = (*module.moments(x, *index, 1), *module.scale_shift_sums(x, x, None, None, None, *index, 1, "none"))
     for sums in found:
         assert sums.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("activation", ("relu", "relu6"))
+@pytest.mark.parametrize("shape", ((2, 40), (2, 3, 5, 5)))
+def test_nothing_is_passed_on_of_an_infinite_gradient(activation: str, shape: tuple[int, ...]) -> None:
+    """As in PyTorch: the square root of what relu makes 0 has an infinite gradient there."""
+    x = torch.linspace(-3, 9, math.prod(shape)).view(shape).requires_grad_()
+    scale, shift = torch.full((shape[1],), 1.5, requires_grad=True), torch.zeros(shape[1], requires_grad=True)
+    found = torch.autograd.grad(scale_shift(x, scale, shift, activation=activation).sqrt().sum(), (x, scale, shift))
+    channels = (-1, *(1,) * (len(shape) - 2))
+    y = getattr(torch.nn.functional, activation)(x * scale.view(channels) + shift.view(channels))
+    for got, want in zip(found, torch.autograd.grad(y.sqrt().sum(), (x, scale, shift)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_in_place_is_seen_by_a_graph_that_saved_x() -> None:
+    a, w = torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)
+    y = a * w
+    scale_shift(a, torch.full((3,), 5.0), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -1,4 +1,4 @@
-// Activations and their derivatives on one vector, u -> act(u) and u -> act'(u).
+// Activations on one vector, u -> act(u), and their gradients, dy -> dy·act'(u).
 //
 // float: exp is a polynomial of degree 6 after Cody and Waite's reduction, and the normal distribution of gelu is
 // Abramowitz and Stegun 7.1.26, whose error of 1.5e-7 is a unit in the last place of 1. double takes the C library's.
@@ -70,17 +70,18 @@ TAPS_INLINE V activate(V u) {
 }
 
 template <Activation kActivation, class V>
-TAPS_INLINE V derivative(V u) {
-  if constexpr (kActivation == Activation::kRelu) return u <= 0 ? V{} : V{} + 1;
-  else if constexpr (kActivation == Activation::kRelu6) return u <= 0 ? V{} : u >= 6 ? V{} : V{} + 1;
+TAPS_INLINE V activate_backward(V dy, V u) {
+  // Where relu passes nothing on, nothing is what an infinite dy becomes, too.
+  if constexpr (kActivation == Activation::kRelu) return u <= 0 ? V{} : dy;
+  else if constexpr (kActivation == Activation::kRelu6) return u <= 0 ? V{} : u >= 6 ? V{} : dy;
   else if constexpr (kActivation == Activation::kSilu) {
     const V s = sigmoid(u);
-    return s * (1 + u * (1 - s));
+    return dy * (s * (1 + u * (1 - s)));
   } else if constexpr (kActivation == Activation::kGelu) {
     const V bell = exp_negative(u * u * -0.5f);
-    return normal(u, bell) + u * bell * static_cast<decltype(u[0] + 0)>(0.3989422804014327);
+    return dy * (normal(u, bell) + u * bell * static_cast<decltype(u[0] + 0)>(0.3989422804014327));
   } else {
-    return V{} + 1;
+    return dy;
   }
 }
 

@@ -62,7 +62,7 @@ struct Line {
     } else {
       V dx = get(dy + j) * at(scale, j, get);
       if constexpr (kActivation != Activation::kNone)
-        dx *= derivative<kActivation>(get(x + j) * at(scale, j, get) + at(shift, j, get));
+        dx = activate_backward<kActivation>(dx, get(x + j) * at(scale, j, get) + at(shift, j, get));
       if (slope) dx += get(x + j) * at(slope, j, get);
       if (offset) dx += at(offset, j, get);
       return dx;
@@ -140,7 +140,7 @@ TAPS_INLINE void sum_channels(const S* const* x, const S* const* dy, int64_t row
         const V value = get(x[r] + j);
         V du = get(dy[r] + j);
         if constexpr (kActivation != Activation::kNone)
-          du *= derivative<kActivation>(value * get(scale + j) + get(shift + j));
+          du = activate_backward<kActivation>(du, value * get(scale + j) + get(shift + j));
         a[v] += du * (value - get(center + j));
         b[v] += du;
       }
@@ -203,7 +203,7 @@ void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Comput
     sweep([&](int64_t j, auto get) __attribute__((always_inline)) {
       const V value = get(x + j);
       V du = get(dy + j);
-      if constexpr (kActivation != Activation::kNone) du *= derivative<kActivation>(value * scale + shift);
+      if constexpr (kActivation != Activation::kNone) du = activate_backward<kActivation>(du, value * scale + shift);
       a += du * (value - center);
       b += du;
     });

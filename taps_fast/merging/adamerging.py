@@ -49,7 +49,7 @@ def adamerging(
     merged = MergedModel(model, vectors, head=head, coeffs=coeffs, route=route)
 
     def losses(batch: Batch) -> Tensor:
-        return sum((entropy(y) for y in merged.each(batch).values()), start=merged.coeffs.new_zeros(()))
+        return sum((entropy(y) for y in merged.each_rows(batch).values()), start=merged.coeffs.new_zeros(()))
 
     optimise([{"params": [merged.coeffs], "lr": lr}], batches, losses, progress=progress)
     return merged

@@ -21,7 +21,7 @@ Progress = Callable[[int, float], None]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """The mean over rows of -Σ p·log p; 0 for no rows."""
+    """The mean over rows of -Σ p·log p; 0 for no rows. logits: [N, C]."""
     if not logits.shape[0]:
         return logits.sum()
     logs = F.log_softmax(logits, -1)
@@ -32,7 +32,7 @@ def agreement(logits: Tensor, teacher: Tensor, confident: bool = False) -> Tenso
     """The mean cross-entropy against the teacher's labels; 0 where no row is left.
 
     Args:
-        logits, teacher: [B, C]. confident: leave out the rows where the labels differ and the student's largest
+        logits, teacher: [N, C]. confident: leave out the rows where the labels differ and the student's largest
             probability exceeds the teacher's.
     """
     labels = teacher.argmax(-1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapt import Progress, optimise
-from .merged import MergedModel
+from .merged import MergedModel, class_rows
 from .vectors import TaskVectors
 
 
@@ -52,8 +52,8 @@ def atlas(
     )
 
     def losses(batch: Mapping[str, Tensor]) -> Tensor:
-        outputs = merged.each({task: pair[0] for task, pair in batch.items()})
-        found = (F.cross_entropy(y, batch[task][1]) for task, y in outputs.items())
+        outputs = merged.each_rows({task: pair[0] for task, pair in batch.items()})
+        found = (_cross_entropy(merged, y, batch[task][1]) for task, y in outputs.items())
         return sum(found, start=merged.coeffs.new_zeros(()))
 
     groups: list[dict[str, object]] = [{"params": [merged.coeffs], "lr": lr}]
@@ -77,3 +77,10 @@ def random_parts(vectors: TaskVectors, num_parts: int, seed: int = 0) -> dict[st
         )
         for name in vectors.names
     }
+
+
+def _cross_entropy(merged: MergedModel, rows: Tensor, labels: Tensor) -> Tensor:
+    """Of rows [N, C] with their classes, or with probabilities that lie as the model's outputs do; 0 for no rows."""
+    probabilities = labels.is_floating_point()
+    return F.cross_entropy(rows, class_rows(merged.network, labels) if probabilities else labels.flatten(),
+                           reduction="sum") / max(len(rows), 1)  # fmt: skip

@@ -89,7 +89,7 @@ def concrete(
     merged.sampling = True
 
     def losses(batch: Batch) -> Tensor:
-        return sum((entropy(y) for y in merged.each(batch).values()), start=merged.coeffs.new_zeros(()))
+        return sum((entropy(y) for y in merged.each_rows(batch).values()), start=merged.coeffs.new_zeros(()))
 
     groups: list[dict[str, object]] = [
         {"params": [merged.coeffs], "lr": lr},

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ..model import TapsModel
 from ..nn.attention import TaskAttention
 from ..nn.context import TaskNames
-from ..nn.head import new_head
+from ..nn.head import class_axis, new_head
 from ..nn.layer import TapsLayer
 from ..nn.per_task import PerTask
 from .layers import Row, Running, merge_in_place
@@ -147,6 +147,10 @@ class MergedModel(nn.Module):
         weights = self.weights()
         return run_each(self.network, inputs, lambda x, tasks: self._call(weights, (x,), {"tasks": tasks}))
 
+    def each_rows(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`each` as rows [N, C]: of samples, or of their tokens or pixels if those have classes."""
+        return {task: class_rows(self.network, y) for task, y in self.each(inputs).items()}
+
     @torch.no_grad()
     def state(self, task: str | None = None) -> dict[str, Tensor]:
         """A plain state dict of the merged model, detached: of all tasks, or with what ``task`` has its own."""
@@ -210,9 +214,19 @@ def run_each(network: TapsModel, inputs: Mapping[str, Tensor], call: Callable[..
     return {task: _own_width(network, task, part) for task, part in zip(inputs, parts, strict=True)}
 
 
+def class_rows(network: TapsModel, y: Tensor) -> Tensor:
+    """What a task's outputs say of each place that has classes, as rows [N, C]."""
+    return y.movedim(_class_axis(network, y), -1).flatten(0, -2)
+
+
+def _class_axis(network: TapsModel, y: Tensor) -> int:
+    head = network.conversion.head
+    return class_axis(network.model if head is None else head.base, y)
+
+
 def _own_width(network: TapsModel, task: str, y: Tensor) -> Tensor:
-    width = network.widths.get(task)
-    return y if width is None else y[..., :width] if y.dim() == 2 else y[:, :width]
+    width, axis = network.widths.get(task), _class_axis(network, y)
+    return y if width is None else y.narrow(axis, 0, min(width, y.shape[axis]))
 
 
 def shared_network(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import Batch, Experts, Progress, agreement, optimise
-from .merged import MergedModel
+from .merged import MergedModel, class_rows
 from .vectors import TaskVectors
 
 
@@ -69,8 +69,8 @@ def tinting(
         )
 
     def losses(batch: Batch) -> Tensor:
-        teachers, students = experts(batch), merged.each(batch)
-        found = (agreement(y, teachers[task], plus_plus) for task, y in students.items())
+        teachers, students = experts(batch), merged.each_rows(batch)
+        found = (agreement(y, class_rows(experts.network, teachers[task]), plus_plus) for task, y in students.items())
         return sum(found, start=merged.coeffs.new_zeros(()))
 
     groups: list[dict[str, object]] = [{"params": [merged.coeffs], "lr": lr}, {"params": mine, "lr": own_lr}]

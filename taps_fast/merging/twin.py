@@ -66,7 +66,12 @@ class TwinModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; every sample has its own shares."""
-        self._shares.now = F.softmax(self.router(*args, **kwargs), -1)
+        logits = self.router(*args, **kwargs)
+        if logits.dim() != 2 or logits.shape[1] != len(self.tasks):
+            raise ValueError(
+                f"TwinModel: router must return [B, {len(self.tasks)}], one logit a task, got {tuple(logits.shape)}"
+            )
+        self._shares.now = F.softmax(logits, -1)
         try:
             return self.network(*args, **kwargs, tasks="base")
         finally:

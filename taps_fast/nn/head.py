@@ -48,6 +48,11 @@ def last_layer(module: nn.Module) -> Any:
     return layers[-1] if layers else None
 
 
+def class_axis(head: nn.Module, y: Tensor) -> int:
+    """Which axis of a network's outputs has the classes of this head: 1 of a convolution's, else the last."""
+    return 1 if isinstance(last_layer(head), CONVOLUTIONS) else y.dim() - 1
+
+
 def check_head(head: object, path: str) -> None:
     """Only a module can be a head; None: there will be one."""
     if not (head is None or isinstance(head, nn.Module)):
@@ -98,7 +103,7 @@ class TaskHead(PerTask):
         return super().mixed(x, mix, layout, *args, **kwargs)
 
     def finish(self, y: Tensor) -> Tensor:
-        axis = 1 if isinstance(last_layer(self.base), CONVOLUTIONS) else y.dim() - 1
+        axis = class_axis(self.base, y)
         missing = max(self.widest - y.shape[axis], 0)
         return F.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing), value=-torch.inf)
 
