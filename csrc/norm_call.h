@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -97,6 +98,15 @@ class NormCall {
       found.push_back((ready ? t : kept_.back()).const_data_ptr());
     }
     return found;
+  }
+
+  /// Writes a vector of channels over a row of a table.
+  void copy_vector(const char* name, const Tensor& given, Tensor& table, int64_t row) {
+    check(given.numel() == rows.channels, op_, ": ", name, " must have ", rows.channels, " elements, got ",
+          given.numel());
+    const Tensor ready = torch::stable::contiguous(torch::stable::to(given, wide()));
+    const int64_t bytes = rows.channels * cpu::compute_size(rows.dtype);
+    if (bytes) std::memcpy(static_cast<char*>(table.mutable_data_ptr()) + row * bytes, ready.const_data_ptr(), bytes);
   }
 
   cpu::Rows rows;

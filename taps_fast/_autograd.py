@@ -194,6 +194,87 @@ class BatchNorm(torch.autograd.Function):
         return (None, None, None, dx, dweight, dbias, *(None for _ in ctx.needs_input_grad[6:]))
 
 
+class Given(NamedTuple):
+    """What of a norm is not differentiated."""
+
+    batch: Index
+    inner: int
+    num_weights: int
+    """How many of the vectors are weights; the others are biases."""
+    groups: int = 1
+    eps: Sequence[float] = ()
+    center: bool = True
+    fixed: Sequence[int] = ()
+    """The tables of a batch norm whose statistics are these:"""
+    mean: Sequence[Tensor] = ()
+    variance: Sequence[Tensor] = ()
+
+
+class BatchNormOfTasks(torch.autograd.Function):
+    """`BatchNorm` as one operator each way, from the vectors of all tasks."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Given, x: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias = _split(given, vectors)
+        statistics = (list(given.mean), list(given.variance), given.fixed, given.eps)
+        y, mean, variance = ops.batch_norm_train.default(x, weight, bias, *statistics, *given.batch, given.inner)
+        ctx.given = given
+        ctx.save_for_backward(x, mean, variance, *given.batch, *vectors)
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _no_second_derivatives("batch_norm", "norms run task by task; the kernels have none")
+        given: Given = ctx.given
+        x, mean, variance, ids, order, offsets, *vectors = ctx.saved_tensors
+        weight, _ = _split(given, vectors)
+        statistics, index = (mean, variance, given.fixed, given.eps), (ids, order, offsets, given.inner)
+        found = ops.batch_norm_grad.default(dy, x, weight, *statistics, *index, ctx.needs_input_grad[1])
+        return None, *_norm_gradients(ctx, given, vectors, *found)
+
+
+class GroupNormOfTasks(torch.autograd.Function):
+    """y = z·weight + bias, z = (x - mean)·rstd over groups of a row's channels, from the vectors of all tasks."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Given, x: Tensor, *vectors: Tensor) -> Tensor:
+        weight, bias = _split(given, vectors)
+        how = (given.groups, given.eps[0], given.center)
+        y, mean, rstd = ops.group_norm_train.default(x, weight, bias, *how, *given.batch, given.inner)
+        ctx.given = given
+        ctx.save_for_backward(x, mean, rstd, *given.batch, *vectors)
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _no_second_derivatives("group_norm", "norms run task by task; the kernels have none")
+        given: Given = ctx.given
+        x, mean, rstd, ids, order, offsets, *vectors = ctx.saved_tensors
+        weight, _ = _split(given, vectors)
+        rest = (ids, order, offsets, given.inner, ctx.needs_input_grad[1])
+        found = ops.group_norm_grad.default(dy, x, weight, mean, rstd, given.center, *rest)
+        return None, *_norm_gradients(ctx, given, vectors, *found)
+
+
+def _split(given: Given, vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases."""
+    return list(vectors[: given.num_weights]), list(vectors[given.num_weights :])
+
+
+def _norm_gradients(
+    ctx: Any, given: Given, vectors: Sequence[Tensor], dx: Tensor, dweight: Tensor, dbias: Tensor
+) -> list[Tensor | None]:
+    """The gradients of x and of each vector that needs one, from tables of all."""
+    found: list[Tensor | None] = [dx if ctx.needs_input_grad[1] else None]
+    for table, held in zip((dweight, dbias), _split(given, vectors), strict=True):
+        needed = ctx.needs_input_grad[1 + len(found) :]
+        rows = table.unbind() if any(needed[: len(held)]) else ()
+        found += [rows[t].to(v.dtype).view(v.shape) if needed[t] else None for t, v in enumerate(held)]
+    return found
+
+
 def _share(own: tuple[bool, ...], offsets: Tensor, x: Tensor, inner: int, like: Tensor) -> Tensor:
     """[T + 1, 1]: 1 / n of the groups that are normalised by their n values a channel, 0 of the others."""
     samples = offsets[1:] - offsets[:-1]

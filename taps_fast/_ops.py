@@ -46,8 +46,13 @@ ids, in the dtype of coefficients; a table that is None is all ones (scale) or z
     moments                 mean and biased variance of x over the same rows; 0 for a task without any
     activation              "none", "relu", "relu6", "silu" or "gelu"
 
-`batch_norm_eval` and `group_norm` are the norms of a CPU without gradients; `taps_fast.norms` has their formulas, and
-composes them of the operators above elsewhere. Each list has T + 1 vectors of C elements, the base's last, or none.
+`batch_norm_*` and `group_norm*` are the norms of a CPU; `taps_fast.norms` has their formulas, and composes them of the
+operators above elsewhere. Each list has T + 1 vectors of C elements, the base's last, or none. Those that train return
+what their gradients want too, in the dtype of coefficients: a batch norm's mean and biased variance, [T + 1, C], by the
+rows of each task but for the tables ``fixed``, whose statistics are given; a group norm's mean and 1 / √(variance +
+eps), [N, groups]. Gradients are dx (0 elements unless ``need_dx``) and those of weights and biases, [T + 1, C].
+`track_statistics` moves running statistics by those that a batch norm found: of the tables ``of`` whose tasks have
+samples, each of ``values`` values a channel; a momentum below 0 means a cumulative average.
 
 `fold` takes L weights at once, of any shapes and one dtype, all contiguous; what it returns is as `_fold` says:
 
@@ -128,7 +133,17 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "moments": f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)",
     "batch_norm_eval": f"(Tensor x, {_AFFINE}, Tensor[] mean, Tensor[] variance, float[] eps, {_GROUPS}) -> Tensor",
+    "batch_norm_train": f"(Tensor x, {_AFFINE}, Tensor[] mean, Tensor[] variance, int[] fixed, float[] eps, {_GROUPS})"
+    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm_grad": "(Tensor dy, Tensor x, Tensor[] weight, Tensor mean, Tensor variance, int[] fixed, float[] eps, "
+    f"{_GROUPS}, bool need_dx) -> (Tensor, Tensor, Tensor)",
+    "track_statistics": "(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches, int[] of, "
+    "float[] momentum, Tensor mean, Tensor variance, Tensor offsets, int values) -> ()",
     "group_norm": f"(Tensor x, {_AFFINE}, int groups, float eps, bool center, {_GROUPS}) -> Tensor",
+    "group_norm_train": f"(Tensor x, {_AFFINE}, int groups, float eps, bool center, {_GROUPS})"
+    " -> (Tensor, Tensor, Tensor)",
+    "group_norm_grad": "(Tensor dy, Tensor x, Tensor[] weight, Tensor mean, Tensor rstd, bool center, "
+    f"{_GROUPS}, bool need_dx) -> (Tensor, Tensor, Tensor)",
     "fold": f"(Tensor[] bases, {_FOLD}) -> Tensor[]",
     "coded_fwd": f"(Tensor y, Tensor x, {_CODES}, {_GROUPS}, str format) -> Tensor",
     "coded_dx": f"(Tensor dy, {_CODES}, {_GROUPS}, str format, int in_features) -> Tensor",
@@ -221,6 +236,29 @@ def moments(
 batch_norm_eval = group_norm = scale_shift
 
 
+def batch_norm_train(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return scale_shift(x), *moments(x, *rest[-4:])
+
+
+def batch_norm_grad(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_dx = rest
+    return scale_shift(x) if need_dx else x.new_empty(0), *moments(x, *rest[-5:-1])
+
+
+group_norm_grad = batch_norm_grad
+
+
+def group_norm_train(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor], groups: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[0], groups, dtype=torch.promote_types(x.dtype, torch.float32))
+    return scale_shift(x), mean, torch.empty_like(mean)
+
+
+def track_statistics(*_: Any) -> None:
+    pass
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether the pointwise operators keep x's layout: contiguous, or channels last. Else they return contiguous."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
@@ -285,7 +323,8 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-_COMPILED = {"linear_stream", "linear_coded", "task_plan", "layer_plan", "sort_tasks", "batch_norm_eval", "group_norm"}
+_NORMS = {name for name in SCHEMAS if "_norm" in name or name == "track_statistics"}
+_COMPILED = {"linear_stream", "linear_coded", "task_plan", "layer_plan", "sort_tasks", *_NORMS}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

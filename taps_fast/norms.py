@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ext, _problem
-from ._autograd import BatchNorm, Groups, ScaleShift
+from ._autograd import BatchNorm, BatchNormOfTasks, Given, GroupNormOfTasks, Groups, ScaleShift
 from .tasks import Index, TaskBatch
 
 Tasks = TaskBatch | Tensor | Sequence[int]
@@ -121,11 +121,11 @@ def follow(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Groups
 
 def batch_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     running: Sequence[tuple[Tensor, Tensor] | None],
+    eps: Sequence[float],
     tasks: TaskBatch,
-    eps: Tensor | float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm in which the rows of each task are normalised by statistics of their own.
 
@@ -135,30 +135,38 @@ def batch_norm(
 
     Args:
         x: [N, C, …]; float32, bfloat16, float16 or float64.
-        weight, bias: [T + 1, C], the last row for rows of id -1; None: 1 and 0.
+        weight, bias: T + 1 tensors [C], the last for rows of id -1; none at all: 1 and 0.
         running: T + 1 entries: (mean, variance) [C] that a task is normalised by, or None for those of its rows.
+        eps: T + 1 numbers.
         tasks: the task of each of B samples; N is a multiple of B.
-        eps: a number, or [T + 1, 1].
 
     Returns:
-        y like x; the mean and the biased variance [T + 1, C] of each task's rows, 0 where it has none, in float32
-        (float64 when x is). y has gradients for x, weight and bias.
+        y like x; the mean and the biased variance [T + 1, C] of the rows of each task whose statistics were not given,
+        0 where it has none, in float32 (float64 when x is). y has gradients for x, weight and bias.
 
     Cost: x is read once for the statistics and once for y; the backward reads x and dy twice and writes dx.
 
     >>> x, batch = torch.randn(8, 3, 4, 4), TaskBatch.from_ids([0, 1] * 4, 2)
-    >>> y, mean, var = batch_norm(x, None, None, [None] * 3, batch)
+    >>> y, mean, var = batch_norm(x, [], [], [None] * 3, [1e-5] * 3, batch)
     >>> bool(torch.allclose(y[::2], F.batch_norm(x[::2], None, None, training=True), atol=1e-5))
     True
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     inner = _problem.rows_per_sample("batch_norm", x, tasks.size, 0, 1)
-    fixed = [statistic.to(wide) for pair in running if pair is not None for statistic in pair]
+    known = [pair for pair in running if pair is not None]
     own = tuple(pair is None for pair in running)
-    affine = [None if t is None else t.to(wide).contiguous() for t in (weight, bias)]
-    groups = Groups(tasks.tensors, inner, "none")
     with torch.autocast(x.device.type, enabled=False):
-        found = BatchNorm.apply(groups, own, eps, x, *affine, *fixed)  # type: ignore[no-untyped-call]
+        if has_operators(x):
+            fixed = [t for t, mine in enumerate(own) if not mine]
+            means, variances = [mean for mean, _ in known], [variance for _, variance in known]
+            given = Given(tasks.tensors, inner, len(weight), 1, eps, True, fixed, means, variances)
+            found = BatchNormOfTasks.apply(given, x, *weight, *bias)  # type: ignore[no-untyped-call]
+            return cast(tuple[Tensor, Tensor, Tensor], found)
+        affine = [torch.stack(list(held)).to(wide) if held else None for held in (weight, bias)]
+        more = eps[0] if len(set(eps)) == 1 else torch.stack([x.new_full((1,), value, dtype=wide) for value in eps])
+        statistics = [statistic.to(wide) for pair in known for statistic in pair]
+        groups = Groups(tasks.tensors, inner, "none")
+        found = BatchNorm.apply(groups, own, more, x, *affine, *statistics)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
@@ -194,7 +202,7 @@ def batch_norm_eval(
     True
     """
     inner = _problem.rows_per_sample("batch_norm_eval", x, tasks.size, 0, 1)
-    if _one_operator(x, weight, bias):
+    if has_operators(x) and not _needs_gradients(x, weight, bias):
         operator = torch.ops.taps_fast.batch_norm_eval.default
         y: Tensor = operator(x, weight, bias, mean, variance, eps, *tasks.tensors, inner)
         return y
@@ -236,7 +244,7 @@ def group_norm(
     Returns:
         y like x, with gradients for x, weight and bias.
 
-    Cost: without gradients on a CPU one operator, which reads x from memory once; else two passes.
+    Cost: on a CPU one operator, which reads x from memory once, and one for all gradients; else two passes.
 
     >>> x, batch = torch.randn(4, 6), TaskBatch.from_ids([0, 1, -1, 0], 2)
     >>> y = group_norm(x, [torch.ones(6)] * 3, [torch.zeros(6)] * 3, 1, 1e-5, batch)
@@ -245,7 +253,10 @@ def group_norm(
     """
     if inner is None:
         inner = _problem.rows_per_sample("group_norm", x, tasks.size, 0, 1)
-    if _one_operator(x, weight, bias):
+    if has_operators(x) and _needs_gradients(x, weight, bias):
+        given = Given(tasks.tensors, inner, len(weight), groups, (eps,), center)
+        return cast(Tensor, GroupNormOfTasks.apply(given, x, *weight, *bias))  # type: ignore[no-untyped-call]
+    if has_operators(x):
         operator = torch.ops.taps_fast.group_norm.default
         y: Tensor = operator(x, weight, bias, groups, eps, center, *tasks.tensors, inner)
         return y
@@ -263,8 +274,10 @@ def group_norm(
     return follow(y, scale, shift, Groups(tasks.tensors, inner, "none"), owned=True).to(x.dtype)
 
 
-def _one_operator(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor]) -> bool:
-    """Whether the CPU's operator can do it, which has no gradients."""
-    if x.device.type != "cpu" or _ext.CPU_ERROR is not None:
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for held in ((x,), weight, bias) for t in held))
+def has_operators(x: Tensor) -> bool:
+    """Whether the CPU's operators of norms are there for it."""
+    return x.device.type == "cpu" and _ext.CPU_ERROR is None
+
+
+def _needs_gradients(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for held in ((x,), weight, bias) for t in held)

@@ -284,6 +284,10 @@ def test_groups_are_checked_by_every_operator(change: dict, text: str) -> None:
         "moments": (x, *index),
         "scale_shift": (x, None, None, *index, "relu"),
         "group_norm": (x, [], [], 1, 1e-5, True, *index),
+        "group_norm_train": (x, [], [], 1, 1e-5, True, *index),
+        "group_norm_grad": (x, x, [], x[:, :1], x[:, :1], True, *index, True),
+        "batch_norm_train": (x, [], [], [], [], [], [0.0] * 3, *index),
+        "batch_norm_grad": (x, x, [], torch.ones(3, 5), torch.ones(3, 5), [], [0.0] * 3, *index, True),
     }
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match=f"{name}: {text}"):

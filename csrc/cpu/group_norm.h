@@ -127,6 +127,10 @@ void run_group_norm(const GroupNorm& p, const Share& share) {
       const auto square = [mean](V v) __attribute__((always_inline)) { return (v - mean) * (v - mean); };
       const C variance = sum_run(x, length, square) / static_cast<C>(length);
       const C rstd = 1 / __builtin_sqrt(variance + static_cast<C>(p.eps));
+      if (p.mean) {
+        static_cast<C*>(p.mean)[run] = mean;
+        static_cast<C*>(p.rstd)[run] = rstd;
+      }
       Normalised<S> line{x,         static_cast<S*>(p.out) + run * length, mean,
                          rstd,      weight ? weight + channel : nullptr,   bias ? bias + channel : nullptr,
                          pixels > 1};

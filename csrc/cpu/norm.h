@@ -118,8 +118,29 @@ struct GroupNorm {
   const void* x;
   void* out;
   Vectors weight, bias;  // null: 1 and 0
+  void *mean, *rstd;     // of each run; null: not kept
   int64_t runs_per_item;
 };
+
+/// The backward of GroupNorm: with z = (x - mean)·rstd and u = weight·dy,
+///
+///   dx = rstd·(u - (mean of u) - z·(mean of u·z))          over a run; the first mean is 0 where that of x is
+///
+/// and by channel Σ dy·z and Σ dy over each span of rows.
+struct GroupNormGrad {
+  Rows in;
+  int64_t groups;
+  bool center;
+  const void *x, *dy;
+  void* dx;  // null: not wanted
+  Vectors weight;
+  const void *mean, *rstd;  // [rows, groups]
+  const Span* spans;
+  int64_t num_spans;
+  void *first, *second;  // [spans, channels], zeros
+};
+
+static inline int64_t num_items(const GroupNormGrad& p) { return p.num_spans; }
 
 static inline int64_t num_items(const GroupNorm& p) { return ceil_div(p.in.rows * p.groups, p.runs_per_item); }
 
@@ -142,6 +163,7 @@ struct NormKernels {
   void (*group_sums)(const GroupSums&, const Share& share);
   void (*norm_tables)(const NormTables&, const Share& share);
   void (*group_norm)(const GroupNorm&, const Share& share);
+  void (*group_norm_grad)(const GroupNormGrad&, const Share& share);
   void (*depthwise)(const Depthwise&, const Share& share);
 };
 

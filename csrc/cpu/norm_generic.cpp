@@ -1,11 +1,13 @@
 #include "depthwise.h"
 #include "group_norm.h"
+#include "group_norm_grad.h"
 #include "norm_table.h"
 
 namespace taps_fast::cpu {
 
 const NormKernels& norm_kernels_generic() {
-  static constexpr NormKernels table = {"generic", pointwise, group_sums, norm_tables, group_norm, depthwise};
+  static constexpr NormKernels table = {"generic",  pointwise,       group_sums, norm_tables,
+                                        group_norm, group_norm_grad, depthwise};
   return table;
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._problem import rows_per_sample
-from ..norms import batch_norm, batch_norm_eval, group_norm
+from ..norms import batch_norm, batch_norm_eval, group_norm, has_operators
 from ..tasks import TaskBatch, picked
 from .context import Layout, Mix
 from .per_task import PerTask
@@ -133,8 +133,8 @@ class TaskBatchNorm(TaskNorm):
         own = [norm.training or norm._buffers["running_mean"] is None for norm in norms]
         if True in own:
             running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
-            eps = _column(norms, "eps", x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
-            y, mean, variance = batch_norm(x, _table(norms, "weight"), _table(norms, "bias"), running, batch, eps)
+            weight, bias = _held(norms, "weight"), _held(norms, "bias")
+            y, mean, variance = batch_norm(x, weight, bias, running, [norm.eps for norm in norms], batch)
             self._update(norms, own, x, batch, mix, mean, variance)
             return y
         weight, bias, means, variances = (_held(norms, name) for name in ("weight", "bias", *STATISTICS))
@@ -144,8 +144,11 @@ class TaskBatchNorm(TaskNorm):
         self, norms: list[Any], own: Sequence[bool], x: Tensor, batch: TaskBatch, mix: Mix, mean: Tensor, var: Tensor
     ) -> None:
         """Groups that train move the statistics that they track."""
+        values = math.prod(x.shape[2:]) * (x.shape[0] // max(batch.size, 1))
+        if has_operators(x) and not torch.compiler.is_compiling():
+            return self._update_by_operator(norms, own, values, batch, mix, mean, var)
         samples = batch.offsets.diff()
-        count = torch.cat([samples[1:], samples[:1]]) * (math.prod(x.shape[2:]) * (x.shape[0] // max(batch.size, 1)))
+        count = torch.cat([samples[1:], samples[:1]]) * values
         self._check_counts(count, mix, own)
         count = count.to(mean.dtype)
         least = count.clamp(min=1)[:, None]
@@ -158,10 +161,27 @@ class TaskBatchNorm(TaskNorm):
             torch._assert_async(~single.any(), f"{self.path}: a task has 1 value per channel in training")
         elif single.any():
             names = [name for name, mine in zip([*mix.tasks, "base"], own, strict=True) if mine]
-            raise ValueError(
-                f"{self.path}: a task must have more than 1 value per channel when training, got 1 "
-                f"(task {names[int(single.nonzero()[0])]!r})"
-            )
+            self._refuse_one_value(names[int(single.nonzero()[0])])
+
+    def _refuse_one_value(self, task: str) -> None:
+        raise ValueError(
+            f"{self.path}: a task must have more than 1 value per channel when training, got 1 (task {task!r})"
+        )
+
+    def _update_by_operator(
+        self, norms: list[Any], own: Sequence[bool], values: int, batch: TaskBatch, mix: Mix, mean: Tensor, var: Tensor
+    ) -> None:
+        """As `_update`, by one operator on a CPU."""
+        begin = batch.offsets.tolist()
+        for t, (name, mine) in enumerate(zip([*mix.tasks, "base"], own, strict=True)):
+            group = (t + 1) % len(own)  # the base's rows are the first
+            if mine and (begin[group + 1] - begin[group]) * values == 1:
+                self._refuse_one_value(name)
+        of = [g for g, norm in enumerate(norms) if own[g] and norm.training and norm.running_mean is not None]
+        if of:
+            held = ([getattr(norms[g], name) for g in of] for name in (*STATISTICS, "num_batches_tracked"))
+            momentum = [-1.0 if norms[g].momentum is None else norms[g].momentum for g in of]
+            torch.ops.taps_fast.track_statistics.default(*held, of, momentum, mean, var, batch.offsets, values)
 
     def _track(self, norms: list[Any], own: Sequence[bool], count: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics of the tasks present, each as nn.BatchNorm would alone."""
@@ -191,21 +211,9 @@ class TaskBatchNorm(TaskNorm):
         return "one a task; mixed batches gather scale and shift, and train on each task's own rows"
 
 
-def _table(norms: list[Any], name: str) -> Tensor | None:
-    """[T + 1, …]: one parameter or buffer of each task and of the base; None where they have none."""
-    values = _held(norms, name)
-    return torch.stack(values) if values else None
-
-
 def _check_first(module: PerTask, layout: Layout) -> None:
     if layout.axis != 0:
         raise ValueError(f"{module.path}: the batch axis must be 0 for {type(module.base).__name__}, got {layout.axis}")
-
-
-def _column(norms: list[Any], name: str, like: Tensor) -> Tensor | float:
-    """One number a group, or the number they all have."""
-    values = [getattr(norm, name) for norm in norms]
-    return values[0] if len(set(values)) == 1 else torch.stack([like.new_full((1,), value) for value in values])
 
 
 def _as_autocast(x: Tensor) -> Tensor:
