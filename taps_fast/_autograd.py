@@ -228,7 +228,7 @@ class BatchNormOfTasks(torch.autograd.Function):
         _no_second_derivatives("batch_norm", "norms run task by task; the kernels have none")
         given: Given = ctx.given
         x, mean, variance, ids, order, offsets, *vectors = ctx.saved_tensors
-        weight, _ = _split(given, vectors)
+        weight = _split(given, vectors)[0]
         statistics, index = (mean, variance, given.fixed, given.eps), (ids, order, offsets, given.inner)
         found = ops.batch_norm_grad.default(dy, x, weight, *statistics, *index, ctx.needs_input_grad[1])
         return None, *_norm_gradients(ctx, given, vectors, *found)
