@@ -6,7 +6,7 @@
 faster), format / base, which is one F.linear of all rows, and a loop over weights merged beforehand / format. `masks`:
 8 tasks with bit masks on one shared delta against the same rows of one such task, and against F.linear on that task's
 merged weight. A cell whose result differs from the dense oracle's stops the run. Calls go round in weight sets, so that
-none is in the cache when it comes again. Deltas with codes come in a `taps_fast.stacked.Stack`, as in a prepared model.
+none is in the cache when it comes again. Compressed deltas come in a `taps_fast.stacked.Stack`, as in a prepared model.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def formats(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
             base = draw(shape, dtype, 0.03)
             deltas = [draw(shape, dtype, 0.003) for _ in range(tasks)]
             small: dict[str, Sequence[Format]] = {n: Stack([compress(d, n) for d in deltas]) for n in ("bits", "int8")}
-            small["lowrank"] = [
-                LowRank.of(draw((shape[0], RANK), dtype, 0.01), draw((RANK, shape[1]), dtype, 0.01)) for _ in deltas
-            ]
+            factors = [(draw((shape[0], RANK), dtype, 0.01), draw((RANK, shape[1]), dtype, 0.01)) for _ in deltas]
+            small["lowrank"] = Stack([LowRank.of(b, a) for b, a in factors])
             contenders = {"dense": deltas, **small}
             for name, weights in contenders.items():
                 call = case(tasks, rows, weights, x, base)

@@ -187,6 +187,20 @@ void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*)
   torch::stable::parallel_for(0, threads, 1, worker);
 }
 
+/// Runs a plan of which problem's matrices and sizes are filled. `onto`: what lies in `out` is added to.
+void run_rows(RowPlan& plan, const Weight& weight, const Groups& groups, Algorithm how, bool bias_by_task, bool onto) {
+  RowProduct& p = plan.problem;
+  const int threads = torch::stable::get_num_threads();
+  plan.finish(weight, groups, how, bias_by_task, threads, kernels());
+  std::vector<int64_t> places;
+  if (onto) {  // a bias that each row has its own of
+    for (int64_t r = 0; r < p.rows && !p.row_index; r++) places.push_back(r);
+    p.bias = {p.out.data, p.out.stride};
+    p.bias_index = p.row_index ? p.row_index : places.data();
+  }
+  run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
+}
+
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
@@ -216,9 +230,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   Tensor out = empty(in, p.rows, p.cols);
   p.out = {out.mutable_data_ptr(), p.cols};
   if (p.rows == 0 || p.cols == 0) return out;
-  const int threads = torch::stable::get_num_threads();
-  plan.finish(weight, groups, how, bias_by_task, threads, kernels());
-  run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
+  run_rows(plan, weight, groups, how, bias_by_task, false);
   if (p.depth > 0 && !plan.apart().empty()) {
     CodedProduct apart{p.dtype, transposed, false, p.cols, p.depth, p.in, p.out, p.row_index, p.terms, nullptr, 0, 0};
     run_coded(apart, plan.apart());
@@ -244,6 +256,67 @@ Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tenso
   const Codes codes{scales, tiles, tile_of};
   return row_product("linear_coded", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
                      algorithm, &codes);
+}
+
+/// y += Σ_k coeffs[t, k] · scale[k] · (x aₖᵀ) bₖ, in turns of one delta a task.
+void linear_low_rank_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& scale,
+                      const Tensor& coeffs, const OptionalTensor& ids, const OptionalTensor& order,
+                      const OptionalTensor& offsets, int64_t inner) {
+  const char* op = "linear_low_rank_";
+  const Layout in(x), out(y), down(a), up(b);
+  check(in.dim == 2 && down.dim == 3 && up.dim == 3 && in.sizes[1] == down.sizes[2] && up.sizes[0] == down.sizes[0] &&
+            up.sizes[1] == down.sizes[1] && down.dtype == in.dtype && up.dtype == in.dtype,
+        op, ": x must be [M, I], a [K, r, I] and b [K, r, O], of one type, got ", in, ", ", down, " and ", up);
+  const int64_t rows = in.sizes[0], count = down.sizes[0], rank = down.sizes[1], depth = in.sizes[1],
+                cols = up.sizes[2];
+  check(out.dim == 2 && out.sizes[0] == rows && out.sizes[1] == cols && out.dtype == in.dtype && y.is_contiguous() &&
+            a.is_contiguous() && b.is_contiguous(),
+        op, ": y must be [", rows, ", ", cols, "] like x, and y, a and b contiguous, got y ", out);
+  Inputs inputs(op, in.dtype);
+  const Groups groups = read_groups(op, inputs, rows, coeffs, ids, order, offsets, inner);
+  const int64_t tasks = ids ? groups.tasks : 1;
+  const bool wide = in.dtype == ScalarType::Double;
+  const ScalarType exact = wide ? ScalarType::Double : ScalarType::Float;
+  Weight factors{{nullptr, 0}, {}, nullptr, nullptr, true}, products = factors;
+  const int64_t size = element_size(dtype_of(op, in.dtype));
+  for (int64_t k = 0; k < count; k++) {
+    factors.deltas.push_back({{static_cast<const char*>(a.const_data_ptr()) + k * rank * depth * size, depth}, 1.0});
+    products.deltas.push_back({{static_cast<const char*>(b.const_data_ptr()) + k * cols * rank * size, cols}, 1.0});
+  }
+  Weight given = factors, scales = factors;
+  given.coeffs = inputs.vector("coeffs", coeffs, tasks * count, exact);
+  scales.coeffs = inputs.vector("scale", scale, count, exact);
+  given.wide = scales.wide = wide;
+  if (rows == 0 || cols == 0 || rank == 0 || depth == 0) return;
+  const Matrix of_x = inputs.matrix("x", x, in, rows, depth);
+  Tensor thin = empty(in, rows, rank);
+  for (int64_t turn = 0, more = 1; more; turn++) {
+    std::vector<double> chosen(tasks * count), by(tasks * count);
+    more = 0;
+    for (int64_t t = 0; t < tasks; t++)
+      for (int64_t k = 0, used = 0; k < count; k++) {
+        const double c = given.coeff(t, k);
+        if (c == 0 || used++ != turn) continue;
+        chosen[t * count + k] = more = 1;
+        by[t * count + k] = c * scales.coeff(0, k);
+      }
+    if (!more) return;
+    factors.coeffs = chosen.data();
+    products.coeffs = by.data();
+    const auto multiply = [&](const Weight& weight, const Matrix& from, int64_t length, Tensor& to, int64_t width,
+                              bool up) {
+      RowPlan plan;
+      RowProduct& p = plan.problem;
+      p.dtype = dtype_of(op, in.dtype);
+      p.transposed = !up;
+      p.rows = rows, p.cols = width, p.depth = length;
+      p.in = from;
+      p.out = {to.mutable_data_ptr(), width};
+      run_rows(plan, weight, groups, Algorithm::kBlend, false, up);
+    };
+    multiply(factors, of_x, depth, thin, rank, false);
+    multiply(products, {thin.const_data_ptr(), rank}, rank, y, cols, true);
+  }
 }
 
 Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
@@ -314,6 +387,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(taps_fast, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&taps_fast::linear_fwd));
   m.impl("linear_coded", TORCH_BOX(&taps_fast::linear_coded));
+  m.impl("linear_low_rank_", TORCH_BOX(&taps_fast::linear_low_rank_));
   m.impl("linear_dx", TORCH_BOX(&taps_fast::linear_dx));
   m.impl("linear_dw", TORCH_BOX(&taps_fast::linear_dw));
 }

@@ -69,6 +69,36 @@ def decoded_by_kernel(
     return {k for k, delta in enumerate(deltas) if isinstance(delta, CODED)}
 
 
+def is_low_rank_stack(
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Delta],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    backend: str | None,
+    algorithm: str,
+) -> bool:
+    """Whether `linear_low_rank_` takes all deltas: on a CPU, where nothing needs a gradient and they stay apart."""
+    if not isinstance(deltas, Stack) or not isinstance(deltas.like, LowRank) or backend not in (None, "cpu"):
+        return False
+    if x.device.type != "cpu" or not _ext.CPU_LOADED or not stays_apart(deltas.like, base, rows, algorithm):
+        return False
+    tensors = (x, base, coeffs, bias, *deltas.tensors.values())
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def add_low_rank(y: Tensor, x: Tensor, stack: Stack, coeffs: Tensor, batch: TaskBatch | None, inner: int) -> Tensor:
+    """y + Σ_k coeffs[t, k]·delta_k x, written over y."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factors = (stack.tensors["a"].contiguous(), stack.tensors["b"].transpose(1, 2).contiguous())  # as they lie in it
+    scale = stack.tensors["scale"].to(exact)
+    index: Index = (None, None, None) if batch is None else batch.tensors
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    ops.linear_low_rank_(sums, rows, *factors, scale, coeffs.to(exact), *index, inner)
+    return y
+
+
 def linear_coded(
     x: Tensor,
     base: Tensor,

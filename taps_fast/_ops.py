@@ -5,7 +5,8 @@ A schema is the contract that each backend implements:
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
-* ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, on CPU from the C++ extension.
+* ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, and ``linear_low_rank_`` adds deltas of low
+  rank to a result, on CPU from the C++ extension.
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
   groups, on CUDA from Triton.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
@@ -73,6 +74,8 @@ A delta of `linear_coded` may be codes: uint8 for bits, int8 for bytes. It is th
 registers beside one product of the base, "blend" into the panel that a weight is summed in, and "auto" chooses for each
 task by its rows.
 
+`linear_low_rank_` adds Σ_k coeffs[t, k]·scale[k]·b[k] a[k] x to y [M, O] for deltas of a [K, r, I] and of b, transposed, [K, r, O].
+
 `coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
 task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"
 ``tile`` or 0 (both as `taps_fast.formats.pack_bits` lays them out), "int8" themselves. x, dy, y, tile, factors [T, O]
@@ -114,6 +117,7 @@ SCHEMAS = {
     "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
     "linear_coded": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm, Tensor[] scales, Tensor[] tiles, "
     "int[] tile_of) -> Tensor",
+    "linear_low_rank_": f"(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scale, Tensor coeffs, {_GROUPS}) -> ()",
     "sort_tasks": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, int)",
     "task_plan": "(Tensor ids, int num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
     "layer_plan": "(Tensor ids, Tensor coeffs, Tensor? base_coeffs, int rows, int inner)"
@@ -215,6 +219,9 @@ def scale_shift(x: Tensor, *_: Any) -> Tensor:
 
 def scale_shift_(x: Tensor, *_: Any) -> None:
     pass
+
+
+linear_low_rank_ = scale_shift_
 
 
 def scale_shift_dx(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
@@ -324,7 +331,7 @@ def _from(module: str, name: str) -> Callable[..., Any]:
 
 
 _NORMS = {name for name in SCHEMAS if "_norm" in name or name == "track_statistics"}
-_COMPILED = {"linear_stream", "linear_coded", "task_plan", "layer_plan", "sort_tasks", *_NORMS}
+_COMPILED = {"linear_stream", "linear_coded", "linear_low_rank_", "task_plan", "layer_plan", "sort_tasks", *_NORMS}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

@@ -18,7 +18,7 @@ from ._problem import IntPair, Problem
 from .formats import Format
 from .norms import Tasks, follow, table
 from .norms import scale_shift as scale_shift
-from .stacked import Deltas
+from .stacked import Deltas, Stack
 from .tasks import Index
 
 
@@ -236,7 +236,10 @@ def _compressed_linear(
     apart: list[int] = []
     rest: Sequence[int] = range(len(deltas))
     kept: Deltas = deltas
-    if len(coded) < len(deltas):
+    stacked = _compressed.is_low_rank_stack(x, base, deltas, coeffs, bias, rows, backend, asked)
+    if stacked:
+        apart, rest, kept = list(rest), [], []
+    elif len(coded) < len(deltas):
         apart = [k for k, d in enumerate(deltas) if isinstance(d, Format) and k not in coded]
         apart = [k for k in apart if _compressed.stays_apart(cast(Format, deltas[k]), base, rows, asked)]
         rest = [k for k in rest if k not in apart]
@@ -260,7 +263,9 @@ def _compressed_linear(
         if not apart:
             return delta_linear(x, base, kept, coefficients, bias, **how, **follows)
         y = delta_linear(x, base, kept, coefficients, bias, **how)
-    if apart:
+    if stacked:
+        y = _compressed.add_low_rank(y, x, cast(Stack, deltas), coeffs, batch, inner)
+    elif apart:
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         used = _compressed.used_pairs(coeffs, pairs)
         y = _compressed.Products(

@@ -17,8 +17,8 @@ from .formats import Format
 class Stack(Sequence[Format]):
     """K deltas of one format, side by side in memory: what a call costs beside its products no longer grows with K.
 
-    `delta_linear` takes one in place of a list. On a CPU without gradients the kernel reads it as it is, unless it is
-    of low rank; elsewhere it is the list of its parts. Parts are views: what is written to one is in the stack.
+    `delta_linear` takes one in place of a list. On a CPU without gradients the kernel reads it as it is; elsewhere it
+    is the list of its parts. Parts are views: what is written to one is in the stack.
 
     Args:
         deltas: at least one; alike in kind, shape, dtypes and device, with the same tile if they are masks, and with
@@ -45,7 +45,7 @@ class Stack(Sequence[Format]):
             )
         self.like = deltas[0]
         self.tensors = {
-            name: value if name in self.like.shared else torch.stack([delta.tensors[name] for delta in deltas])
+            name: value if name in self.like.shared else _side_by_side(name, [delta.tensors[name] for delta in deltas])
             for name, value in self.like.tensors.items()
         }
         """The fields, with an axis of K in front where each delta has its own."""
@@ -76,6 +76,13 @@ class Stack(Sequence[Format]):
 
     def __len__(self) -> int:
         return len(self.parts)
+
+
+def _side_by_side(name: str, values: list[Tensor]) -> Tensor:
+    """[K, …]; the b of low rank on a CPU so that a product of few rows reads it output by output."""
+    if name == "b" and values[0].device.type == "cpu":
+        return torch.stack([b.t() for b in values]).transpose(1, 2)
+    return torch.stack(values)
 
 
 def unlike(deltas: Sequence[Format]) -> int | None:

@@ -1,14 +1,16 @@
 """Many compressed deltas as one argument, and what a prepared model makes of them."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
-from taps_fast import TapsModel, delta_conv2d, delta_linear
+from taps_fast import TapsModel, TaskBatch, delta_conv2d, delta_linear
 from taps_fast.formats import Int8, LowRank, MaskBits, SignBits, compress
 from taps_fast.stacked import Stack
+from taps_fast.testing import assert_no_worse_than_torch
 
 KINDS = ("bits", "rows of bits", "mask", "int8", "lowrank")
 IDS = [2, 0, -1, 2, 3, 0, 0, 4]
@@ -27,6 +29,10 @@ def draw(kind, shape, dtype, count=5):
     return [compress(d, kind, rank=2 if kind == "lowrank" else None) for d in deltas]
 
 
+def assert_equal(a, b):
+    assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mix", ["one", "all", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,11 +43,13 @@ def test_a_stack_is_the_list_of_its_parts(kind, dtype, mix):
     x, base = torch.randn(16, 70).to(dtype), torch.randn(9, 70).to(dtype)
     stack = Stack(deltas)
     assert len(stack) == 5 and all(torch.equal(a.dense(), b.dense()) for a, b in zip(stack, deltas, strict=True))
+    # Low rank is rounded elsewhere than in a list; the test below has its precision.
+    loose = functools.partial(torch.testing.assert_close, rtol=2e-2, atol=0.1)
+    same = loose if kind == "lowrank" else assert_equal
     for algorithm in ("auto", "split", "blend"):
-        ys = [delta_linear(x, base, given, coeffs, algorithm=algorithm, **how) for given in (stack, deltas)]
-        assert torch.equal(*ys)
+        same(*(delta_linear(x, base, given, coeffs, algorithm=algorithm, **how) for given in (stack, deltas)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(*(delta_linear(x, base, given, coeffs, **how) for given in (stack, deltas)))
+        same(*(delta_linear(x, base, given, coeffs, **how) for given in (stack, deltas)))
 
     x.requires_grad_()
     leaves = [t.requires_grad_() for delta in deltas for name, t in delta.tensors.items() if name in delta.trained]
@@ -159,3 +167,56 @@ def test_deltas_made_under_inference_mode():
 
 def test_every_format_can_be_stacked():
     assert {type(draw(kind, (4, 6), torch.float32)[0]) for kind in KINDS} == {SignBits, MaskBits, Int8, LowRank}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 7, 16])
+def test_low_rank_side_by_side(dtype, rank):
+    """No worse than PyTorch with each task's factors, whatever tasks use: nothing, one or several."""
+    torch.manual_seed(0)
+    deltas = [LowRank.of(torch.randn(33, rank).to(dtype), torch.randn(rank, 70).to(dtype), 0.5 + k) for k in range(4)]
+    base, bias = torch.randn(33, 70).to(dtype), torch.randn(33).to(dtype)
+    stack = Stack(deltas)
+    mixes = {
+        "own": (torch.eye(4), [0, 1, -1, 3, 0, 0]),
+        "some": (torch.tensor([[0.0, 0, 0, 0], [1, 0.5, 0, 2], [0, 0, 1, 0]]), [0, 1, -1, 2, 1, 0]),
+        "closed": (torch.zeros(2, 4), [0, 1, -1, 1, 1, 0]),
+        "one": (torch.tensor([1.0, 0, 2, 0]), None),
+        "nobody": (torch.eye(4), []),
+    }
+    for coeffs, ids in mixes.values():
+        for tokens in ((), (5,), (40,)):
+            rows = 6 if ids is None else len(ids)
+            x = torch.randn(rows, *tokens, 70).to(dtype)
+            y = delta_linear(x, base, stack, coeffs, bias, tasks=None if ids is None else torch.tensor(ids).long())
+
+            def run(t, coeffs=coeffs, ids=ids, x=x):
+                out = torch.nn.functional.linear(x.to(t), base.to(t), bias.to(t))
+                for r in range(len(x)):
+                    c = coeffs if ids is None else coeffs[ids[r]] if ids[r] >= 0 else torch.zeros(4)
+                    for k, delta in enumerate(deltas):
+                        if c[k]:
+                            thin = x[r].to(t) @ delta.a.to(t).t()
+                            out[r] += c[k].to(t) * delta.scale.to(t) * (thin @ delta.b.to(t).t())
+                return out
+
+            if dtype == torch.float64:
+                torch.testing.assert_close(y, run(dtype))
+            else:
+                assert_no_worse_than_torch(y, run(torch.float64), run(dtype), name="low rank")
+
+
+def test_low_rank_opcheck_and_errors():
+    operator = torch.ops.taps_fast.linear_low_rank_
+    y, x, a, b = torch.randn(3, 8), torch.randn(3, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 8)
+    index = TaskBatch.from_ids([0, 1, -1], 2).tensors
+    torch.library.opcheck(operator, (y, x, a, b, torch.ones(2), torch.eye(2), *index, 1))
+    for arguments, text in (
+        ((y, x, a, b[:1], torch.ones(2)), r"a \[K, r, I\] and b \[K, r, O\], of one type, got \[3, 16\], \[2, 3, 16\]"),
+        ((y, x, a.double(), b, torch.ones(2)), "of one type"),
+        ((y[:2], x, a, b, torch.ones(2)), r"y must be \[3, 8\] like x"),
+        ((y, x, a, b.transpose(1, 2).contiguous().transpose(1, 2), torch.ones(2)), "b contiguous"),
+        ((y, x, a, b, torch.ones(3)), "scale must have 2 elements"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            operator(*arguments, torch.eye(2), *index, 1)

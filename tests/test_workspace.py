@@ -99,6 +99,7 @@ calls = {
     "linear_dx": (dy, *weight, *groups, "split"),
     "linear_dw": (dy, x, *weight, *groups, [], [0], True, True, True),
     "linear_coded": (x, w, [codes], torch.ones(2, 1), None, None, *groups, "auto", [torch.ones(())], [], [-1]),
+    "linear_low_rank_": (dy, x, torch.ones(2, 3, 16), torch.ones(2, 3, 8), ones[:, 0], torch.eye(2), *groups),
     "scale_shift": (x, table, None, *groups, "relu"),
     "scale_shift_": (x, table, table, *groups, "none"),
     "scale_shift_dx": (x, x, table, None, None, None, *groups, "gelu"),
@@ -161,4 +162,4 @@ def test_no_call_leaves_anything_behind(allocator: Path) -> None:
     """A few bytes are enough to keep the C library from joining the blocks of results around them: the heap grew."""
     printed = run(LEFT, allocator)
     left = dict(zip(printed[::2], map(int, printed[1::2]), strict=True))
-    assert len(left) == 20 and max(left.values()) < 8, left
+    assert len(left) == 21 and max(left.values()) < 8, left

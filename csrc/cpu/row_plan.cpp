@@ -90,7 +90,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
     for (int64_t g = 0; g <= groups.tasks; g++) {
       const int64_t rows = (groups.offsets[g + 1] - groups.offsets[g]) * rows_per_sample;
       if (rows == 0) continue;
-      members.push_back(member(weight, g - 1, g ? weight.base_coeff(g - 1) : 1.0, rows, algorithm));
+      members.push_back(member(weight, g - 1, weight.base_coeff(g - 1), rows, algorithm));
     }
   } else {
     members.push_back(member(weight, 0, weight.base_coeff(0), problem.rows, algorithm));
