@@ -75,7 +75,11 @@ class Format:
 
     def clone(self: _Self) -> _Self:
         """The same values in storage of their own, but for what several deltas hold together."""
-        own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in self.tensors.items() if name not in self.shared}
+        own = {
+            name: value.clone(memory_format=torch.contiguous_format)
+            for name, value in self.tensors.items()
+            if name not in self.shared
+        }
         return replace(self, **own)  # type: ignore[arg-type]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
