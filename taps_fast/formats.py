@@ -269,6 +269,10 @@ class LowRank(Format):
     def rank(self) -> int:
         return self.b.shape[1]
 
+    def t(self) -> LowRank:
+        """The transposed delta, by views of the same factors."""
+        return LowRank((self.a.shape[1], self.b.shape[0]), self.a.t(), self.b.t(), self.scale)
+
     @classmethod
     def of(cls, b: Tensor, a: Tensor, scale: float = 1.0, shape: Sequence[int] | None = None) -> LowRank:
         """From its factors; ``shape`` where the delta has more than two axes."""

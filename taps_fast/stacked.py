@@ -11,7 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .formats import Format
+from .formats import Format, LowRank
 
 
 class Stack(Sequence[Format]):
@@ -66,6 +66,15 @@ class Stack(Sequence[Format]):
         moved.__dict__.pop("parts", None)
         moved.like = moved.parts[0]
         return moved
+
+    def t(self) -> Stack:
+        """Deltas of low rank transposed, by views of the same factors."""
+        assert isinstance(self.like, LowRank)
+        turned = copy.copy(self)
+        turned.__dict__.pop("parts", None)
+        factors = {"a": self.tensors["b"].transpose(1, 2), "b": self.tensors["a"].transpose(1, 2)}
+        turned.tensors, turned.like = self.tensors | factors, self.like.t()
+        return turned
 
     @overload
     def __getitem__(self, k: int) -> Format: ...

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from taps_fast import TapsModel
+from taps_fast.formats import LowRank
 from taps_fast.nn import TransposedLinear
 
 
@@ -127,3 +128,24 @@ def test_a_weight_in_a_mixed_batch_tells_its_type_to_the_compiler_too():
     model.probe(x)
     ids = torch.tensor([1, -1, 0])
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, tasks=ids), model(x, tasks=ids))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_low_rank_is_never_made_dense(prepared, monkeypatch):
+    torch.manual_seed(0)
+    model = perturb(TapsModel(nn.Sequential(Conv1D(80, 64)), ["cubs", "cars"])).eval()
+    x, ids = torch.randn(4, 5, 64, dtype=torch.float64), ["cars", "base", "cubs", "cars"]
+    for task in ("cubs", "cars"):
+        model.conversion.layers["0"].scores[task].data.fill_(0.2)
+        model.compress(task, "lowrank", rank=2)
+    wanted = torch.cat([model.merge(task)(x[i : i + 1]) for i, task in enumerate(ids)])
+    if prepared:
+        model.prepare_inference()
+    monkeypatch.setattr(LowRank, "dense", lambda *_: pytest.fail("made dense"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, tasks=ids), wanted)
+        torch.testing.assert_close(model(x[2:3], tasks="cubs"), wanted[2:3])
+    if not prepared:
+        y = model(x.requires_grad_(), tasks=ids)
+        torch.testing.assert_close(y, wanted)
+        y.sum().backward()

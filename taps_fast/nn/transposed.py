@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format
+from ..formats import Delta, LowRank
 from ..functional import delta_linear
+from ..stacked import Stack
 from .context import TaskContext
 from .folded import Epilogue
 from .layer import TapsLayer, fill
@@ -18,6 +20,13 @@ def is_transposed_linear(module: nn.Module) -> bool:
     """Whether this is ``y = x @ weight + bias`` of transformers, known by name: that package is not imported."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _transposed(deltas: Sequence[Delta], dtype: torch.dtype) -> Sequence[Delta]:
+    """Views, but of codes, which become dense."""
+    if isinstance(deltas, Stack) and isinstance(deltas.like, LowRank):
+        return deltas.t()
+    return [d.t() if isinstance(d, (Tensor, LowRank)) else d.dense(dtype).t() for d in deltas]
 
 
 class TransposedLinear(TapsLayer):
@@ -53,7 +62,7 @@ class TransposedLinear(TapsLayer):
         selection = self.selected(None, x.device)
         gated = self.gated(selection, grouped=after is not None)
         batch, axis = self.place(x, gated, selection, None)
-        deltas = [(d.dense(x.dtype) if isinstance(d, Format) else d).t() for d in gated.deltas]
+        deltas = _transposed(gated.deltas, x.dtype)
         options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
         return self.run(delta_linear, x, gated.base.t(), deltas, gated.coeffs, gated.bias, batch_dim=axis, **options)
 
