@@ -74,7 +74,8 @@ A delta of `linear_coded` may be codes: uint8 for bits, int8 for bytes. It is th
 registers beside one product of the base, "blend" into the panel that a weight is summed in, and "auto" chooses for each
 task by its rows.
 
-`linear_low_rank_` adds Σ_k coeffs[t, k]·scale[k]·b[k] a[k] x to y [M, O] for deltas of a [K, r, I] and of b, transposed, [K, r, O].
+`linear_low_rank_` adds Σ_k coeffs[t, k]·scale[k]·b[k] a[k] x to y [M, O], for a [K, r, I] and b, each transposed,
+[K, r, O].
 
 `coded_fwd` gives y + factors[t]∘(D_{which[t]} x), and `coded_dx` (factors[t]∘dy) D_{which[t]}, for the rows of each
 task t; ``which[t]`` is -1 for a task without. D [O, I] is what ``codes`` stand for by ``format``: "bits" ±1, "mask"
