@@ -13,14 +13,13 @@ from . import _prepare
 from ._prepare import Preparation
 from ._probe import batch_of, probe
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
+from .convert import Conversion, rest
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .convert import Conversion
 
 
 class PreparedModel(nn.Module):
@@ -93,7 +92,7 @@ class PreparedModel(nn.Module):
         if mode:
             self.unprepare()
         super().train(mode)
-        self.conversion.rest()
+        rest(self.model)
         return self
 
     def _unprepared(self, function: str) -> None:
