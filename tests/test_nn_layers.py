@@ -242,6 +242,15 @@ def test_a_task_without_a_delta_is_the_base_and_can_get_one():
     assert layer.is_open("cars") and bool((layer.deltas["cars"] == 0).all())
 
 
+@pytest.mark.parametrize("make", [lambda delta: delta, SignBits.from_dense], ids=["dense", "bits"])
+def test_a_delta_that_is_set_is_a_copy(make):
+    layer = linear()
+    layer.set_delta("cars", make(layer.delta("cars")))
+    layer.set_delta("cubs", layer.delta("cars"))
+    held = {name: value.data_ptr() for name, value in layer.deltas.state_dict().items()}
+    assert len(set(held.values())) == len(held)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_state_dicts(kind):
     new = (lambda: linear()) if kind == "linear" else (lambda: conv({"kernel_size": 3}))

@@ -125,18 +125,18 @@ class TapsLayer(Located, nn.Module):
         return value_of(self.deltas[task])
 
     def set_delta(self, task: str, delta: Delta) -> None:
-        """Replaces the delta of ``task``, which has one, by values of the same shape, dense or in a format."""
+        """Replaces the delta of ``task``, which has one, by a copy of one of the same shape, dense or in a format."""
         if task not in self.deltas:
             raise ValueError(f"{self.path}: task must be one with a delta, got {task!r}")
         if tuple(delta.shape) != tuple(self.base.shape):
             raise ValueError(f"{self.path}: delta must be {tuple(self.base.shape)} like base, got {tuple(delta.shape)}")
-        delta = delta.to(device=self.base.device, dtype=self.base.dtype)
+        delta = delta.to(device=self.base.device, dtype=self.base.dtype).detach().clone()
         held: Any
         if isinstance(delta, Format):
             held = CompressedDelta(delta, (d for d in self.deltas.values() if isinstance(d, CompressedDelta)))
             held.train(self.training)
         else:
-            held = nn.Parameter(delta.detach())
+            held = nn.Parameter(delta)
         del self.deltas[task]
         self.deltas[task] = held
 
