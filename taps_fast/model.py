@@ -331,7 +331,7 @@ class TapsModel(PreparedModel):
         Args:
             folder: what `save_task` wrote, over the same base (weights and dtype).
             name: the task's name here; default: the one it was saved under.
-            head: for tasks with a head of their own making: a module like it.
+            head: for tasks with a head of their own making: a module like it, which is copied.
 
         Returns:
             How many tensors matched and how many layers are open; ``print`` it.
