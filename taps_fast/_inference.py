@@ -49,7 +49,8 @@ class PreparedModel(nn.Module):
           task's rows need one product. `bake` None: for weights of 32 bits and more; 16 bits would round the delta.
         * *Folded*: a batch norm (in eval mode a scale and a shift for each task and channel) and a ReLU, ReLU6, SiLU
           or GELU are computed with the convolution or linear layer before them, where `torch.fx` proves that nothing
-          else reads its output. The first forward verifies that by running both ways.
+          else reads its output. The first forward verifies that by running both ways; a compiled one does not, so give
+          an input here before ``torch.compile``: what is not verified runs unfolded in it.
         * *Frozen*: what each forward made of scores, biases and folded norms is made once, and compressed deltas of
           one format lie side by side (`taps_fast.stacked`), so that many tasks cost a layer no more calls. Parameters
           that change afterwards are not seen until `unprepare` or `train`, which undo all of this bit for bit.
