@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_an_interrupt_while_baking_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.prepare_inference(originals="memory")
     assert model.prepared is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
+def test_a_forked_process_leaves_the_originals_to_the_first():
+    kept = _prepare.Originals("disk", {"a": torch.ones(2)})
+    folder = kept._file("a").parent
+    child = os.fork()
+    if child == 0:
+        del kept
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(kept.read("a"), torch.ones(2))
+    del kept
+    assert not folder.exists()
 
 
 def test_an_input_that_the_model_cannot_take():
