@@ -183,9 +183,7 @@ class TapsModel(PreparedModel):
     def remove_task(self, task: str) -> None:
         """Forgets all that belongs to a task. The ids of the tasks after it go down by one."""
         self._unprepared("remove_task")
-        self.context.tasks.remove(self.context.check(task))
-        if self.context.default == task:
-            self.context.default = None
+        self.context.remove(task)
         for module in self.conversion.located().values():
             module.remove_task(task)
 

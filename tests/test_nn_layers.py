@@ -151,9 +151,12 @@ def test_default_task():
     layer = linear()
     with pytest.raises(ValueError, match=r"tasks must be said where there are several, got None \(tasks: cubs, cars\)"):
         layer(x)
-    layer.context.tasks.remove("cars")
     layer.remove_task("cars")
     assert torch.equal(layer(x), layer(x, tasks="cubs"))
+    with pytest.raises(ValueError, match="FastTapsLinear: task must be one of its tasks, got 'cars'"):
+        layer(x, tasks=["cubs", "cars", "cubs"])
+    layer.add_tasks(["cars"])
+    assert not layer.deltas["cars"].any()
     assert torch.equal(FastTapsLinear.from_linear(layer.merged(None))(x), layer(x, tasks="base"))
 
 

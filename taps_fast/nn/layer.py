@@ -55,7 +55,7 @@ class TapsLayer(Located, nn.Module):
             raise ValueError(f"{name}: threshold must be finite and above 0, got {threshold}")
         if not math.isfinite(initial_score):
             raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
-        self._locate_in(TaskContext(name) if context is None else context, name)
+        self._locate_in(TaskContext(name, alone=True) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
         self.baked: dict[str, Callable[[], Tensor]] = {}
@@ -104,7 +104,9 @@ class TapsLayer(Located, nn.Module):
                 del owned[task]
 
     def remove_task(self, task: str) -> None:
-        """Forgets all that ``task`` has here."""
+        """Forgets all that ``task`` has here, and in a layer that is used alone its name."""
+        if self.context.alone:
+            self.context.remove(task)
         for owned in (self.deltas, self.bias_deltas, self.scores):
             if task in owned:
                 del owned[task]
