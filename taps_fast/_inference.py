@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -184,12 +183,18 @@ class PreparedModel(nn.Module):
 
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
-        return contextlib.nullcontext(), self._running(self.context.active)
+        return contextlib.nullcontext(), _Running(self.context, self.context.active)
 
-    @contextlib.contextmanager
-    def _running(self, selection: Selection | None) -> Iterator[None]:
-        previous = self.context.enter(selection)
-        try:
-            yield
-        finally:
-            self.context.enter(previous)
+
+class _Running:
+    """A selection that is active within; every backward that recomputes the same forward enters it once more."""
+
+    def __init__(self, context: TaskContext, selection: Selection | None) -> None:
+        self.context, self.selection = context, selection
+        self.replaced: list[Selection | None] = []
+
+    def __enter__(self) -> None:
+        self.replaced.append(self.context.enter(self.selection))
+
+    def __exit__(self, *_: object) -> None:
+        self.context.enter(self.replaced.pop())

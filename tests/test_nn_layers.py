@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TaskBatch
 from taps_fast.formats import SignBits
@@ -322,6 +323,15 @@ def test_a_batch_without_samples():
     layer = linear()
     assert layer(torch.empty(0, 5, dtype=torch.float64), tasks=[]).shape == (0, 4)
     assert layer(torch.empty(0, 5, dtype=torch.float64), tasks="cubs").shape == (0, 4)
+
+
+def test_a_layer_alone_can_be_checkpointed():
+    layer, x = linear(), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    for tasks in ({"tasks": IDS}, {"tasks": "cubs"}, {}):
+        if not tasks:
+            layer.remove_task("cars")  # one is left, which is the default
+        y = checkpoint(layer, x, use_reentrant=False, **tasks)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(layer(x, **tasks).sum(), x))
 
 
 def test_threads_do_not_see_each_others_task():

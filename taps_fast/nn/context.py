@@ -241,7 +241,8 @@ class Located:
             active = self.context.active
             if active is not None:
                 return active
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            if recomputed and not self.context.alone:
                 raise RuntimeError(
                     f"{self.path}: tasks must be known, but this forward is recomputed in a backward, where the "
                     "selection is gone; use checkpoint(..., use_reentrant=False, context_fn=model.checkpoint_context)"
