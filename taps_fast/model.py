@@ -15,7 +15,7 @@ from ._compress import Compression
 from ._folder import Loaded
 from ._inference import PreparedModel
 from ._plain import plain_network
-from ._probe import batch_of, probe
+from ._probe import probe_first
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, TaskNames
@@ -127,7 +127,7 @@ class TapsModel(PreparedModel):
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
         if count and not self.probed:
-            probe(self, args, kwargs, batch_of(args, kwargs, count))
+            probe_first(self, args, kwargs, count)
         axes = self.input_axes(args, kwargs, count)
         self._apart(selection)
         if first is not None and axes is not None and not self.training:
