@@ -84,6 +84,8 @@ class PreparedModel(nn.Module):
 
         Raises:
             RuntimeError: the deltas were discarded.
+            Whatever reading them from disk raises. The model then runs as before, partly undone, and this can be called
+            again. A layer that an interrupt left with only some of its deltas refuses to run until then.
         """
         _prepare.unprepare(self)
 

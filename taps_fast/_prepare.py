@@ -184,6 +184,7 @@ def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, 
 def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
     _bake(model, report, bake)
     tasks = model.context.tasks
+    model.context.frozen = True
     for layer in model.conversion.layers.values():
         layer.freeze(tasks)
     for found in regions(model.model, tasks):
@@ -193,7 +194,6 @@ def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> Non
         else:
             path, why = found
             report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
-    model.context.frozen = True
 
 
 def unprepare(model: PreparedModel) -> None:
@@ -201,15 +201,15 @@ def unprepare(model: PreparedModel) -> None:
     report = model.prepared
     if report is None:
         return
-    baked = [(layer, task) for layer in model.conversion.layers.values() for task in layer.baked]
-    for layer, task in baked[:1]:
-        layer.original(task)  # raises before anything changes
-    with torch.inference_mode(False):
-        for layer, task in baked:
-            layer.unbake(task)
-        for layer in model.conversion.layers.values():
-            layer.thaw()
+    layers = model.conversion.layers.values()
+    for original in [original for layer in layers for original in layer.baked.values()][:1]:
+        original()  # raises before anything changes
+    # Right wherever it stops. Regions need the tables of every layer, so they go first; ids count all tasks, as tables
+    # need them, until there are none.
     detach_regions(model.model)
+    with torch.inference_mode(False):
+        for layer in layers:
+            layer.thaw()
     model.context.frozen = False
     model.prepared = None
 

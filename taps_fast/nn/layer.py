@@ -187,6 +187,8 @@ class TapsLayer(Located, nn.Module):
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
+        if task in self.baked and self.frozen is None:
+            raise self._half_undone()
         gated = self._single(task)
         if not gated.deltas:
             return gated.base, gated.bias
@@ -198,6 +200,8 @@ class TapsLayer(Located, nn.Module):
         """Base, deltas, coefficients and bias for one forward; ``grouped``: with ids, even if no layer is open."""
         mix, frozen = selection.mixed, self.frozen
         if frozen is None:
+            if self.baked:
+                raise self._half_undone()
             host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
             if host and self.gate == "ste" and not torch.is_grad_enabled():
                 return self._open(selection)
@@ -228,11 +232,19 @@ class TapsLayer(Located, nn.Module):
         mixed = Gated(self.base, deltas, table, bias, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
 
+    @torch.no_grad()
     def thaw(self) -> None:
-        """Looks at the parameters again in every forward."""
+        """Puts deltas back where whole weights are, and looks at the parameters again in every forward.
+
+        What cannot be read changes nothing. An interrupt while they are put back leaves a layer that refuses to run.
+        """
+        originals = {task: original() for task, original in self.baked.items()}
         if self.frozen is not None and isinstance(self.frozen.mixed.deltas, Stack):
             apart(self.deltas.values())
         self.frozen = None
+        for task, delta in originals.items():
+            self.deltas[task].copy_(delta)
+        self.baked.clear()
 
     @torch.no_grad()
     def bake(self, task: str, original: Callable[[], Tensor]) -> None:
@@ -241,11 +253,8 @@ class TapsLayer(Located, nn.Module):
         self.baked[task] = original  # first, so that an interrupt finds what to put back
         self.deltas[task].copy_(whole)
 
-    @torch.no_grad()
-    def unbake(self, task: str) -> None:
-        """Puts the delta of ``task`` back."""
-        self.deltas[task].copy_(self.baked[task]())
-        del self.baked[task]
+    def _half_undone(self) -> RuntimeError:
+        return RuntimeError(f"{self.path}: its deltas must all be put back first, got some (model.unprepare() again)")
 
     def original(self, task: str) -> Delta:
         """The delta of ``task``, also while its place holds a whole weight."""
