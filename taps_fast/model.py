@@ -51,9 +51,11 @@ class TapsModel(PreparedModel):
 
     ``print(model.conversion)`` says what was converted, skipped or refused, and why.
 
-    In several processes: DDP with ``find_unused_parameters=True``; ``fully_shard`` with the scores (scalars, always
-    float32) as ``ignored_params``, their gradients averaged by the caller, tasks added before, and each batch's ids as
-    a `TaskBatch`, which gives absent tasks zeros in every process.
+    In several processes: DDP with ``find_unused_parameters=True`` and ``broadcast_buffers=False`` (or, from PyTorch
+    2.13 on, ``forward_sync_buffers=False``), since rank 0's running statistics would replace those of tasks that it
+    does not see; ``fully_shard`` with the scores (scalars, always float32) as ``ignored_params``, their gradients
+    averaged by the caller, tasks added before, and each batch's ids as a `TaskBatch`, which gives absent tasks zeros
+    in every process. With batch norms, `share_statistics` before saving or evaluating.
     Source: TAPS, arXiv 2203.16708.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
