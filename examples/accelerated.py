@@ -13,7 +13,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -83,11 +83,14 @@ def main(argv: list[str] | None = None) -> tuple[TapsModel, list[float]]:
     options = parser.parse_args(argv)
 
     # Not gradient_accumulation_steps: that divides by the number of micro-batches, also where one is shorter.
-    accelerator = Accelerator(mixed_precision=options.precision, cpu=options.cpu)
+    # Not broadcast_buffers: running statistics are each process's own until they are shared.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision=options.precision, cpu=options.cpu, kwargs_handlers=[ddp])
     set_seed(0)
     model = TapsModel(backbone(), head="7")
     model.add_task("three", classes=3)
     losses = train(accelerator, model, "three", dataset(3), options)
+    model.share_statistics()  # of batch norms, where the network has some
     if options.out and accelerator.is_main_process:
         model.save_task("three", options.out)
     accelerator.end_training()

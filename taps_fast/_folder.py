@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import peft, store
+from .convert import computed
 from .formats import FORMATS, Format
 from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
@@ -146,6 +147,8 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         raise TaskFolderError(
             f"load_task: head must be given for task {meta['task']!r}, whose head is a {recipe.get('type')} of its own"
         )
+    else:
+        head = copy.deepcopy(head, computed(head))  # the user's own stays as it is
     return {**modules, own.path: head}
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import _prepare
+from . import _prepare, _statistics
 from ._prepare import Preparation
 from ._probe import batch_of, probe
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
+from .convert import Conversion, rest
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .convert import Conversion
 
 
 class PreparedModel(nn.Module):
@@ -50,7 +48,8 @@ class PreparedModel(nn.Module):
           task's rows need one product. `bake` None: for weights of 32 bits and more; 16 bits would round the delta.
         * *Folded*: a batch norm (in eval mode a scale and a shift for each task and channel) and a ReLU, ReLU6, SiLU
           or GELU are computed with the convolution or linear layer before them, where `torch.fx` proves that nothing
-          else reads its output. The first forward verifies that by running both ways.
+          else reads its output. The first forward verifies that by running both ways; a compiled one does not, so give
+          an input here before ``torch.compile``: what is not verified runs unfolded in it.
         * *Frozen*: what each forward made of scores, biases and folded norms is made once, and compressed deltas of
           one format lie side by side (`taps_fast.stacked`), so that many tasks cost a layer no more calls. Parameters
           that change afterwards are not seen until `unprepare` or `train`, which undo all of this bit for bit.
@@ -85,6 +84,8 @@ class PreparedModel(nn.Module):
 
         Raises:
             RuntimeError: the deltas were discarded.
+            Whatever reading them from disk raises. The model then runs as before, partly undone, and this can be called
+            again. A layer that an interrupt left with only some of its deltas refuses to run until then.
         """
         _prepare.unprepare(self)
 
@@ -93,7 +94,7 @@ class PreparedModel(nn.Module):
         if mode:
             self.unprepare()
         super().train(mode)
-        self.conversion.rest()
+        rest(self.model)
         return self
 
     def _unprepared(self, function: str) -> None:
@@ -182,14 +183,38 @@ class PreparedModel(nn.Module):
 
         return in_slices(run, mix.batch, args, kwargs, axes, self.slicing.output_axes, most)
 
+    def share_statistics(self, group: Any = None) -> None:
+        """Gives all processes the same running statistics of batch norms, of which each has moved its own in training.
+
+        They become the average over the processes, each weighted by the batches that it has counted since all had the
+        same; counted batches become their sum. Statistics of a task that nobody trained stay as they are. Tasks and
+        state dicts must have come to all processes alike.
+
+        To be called in every process before saving or evaluating (`TapsModel` says how processes train); without a
+        process group it does nothing.
+
+        Args:
+            group: the processes, as ``torch.distributed`` takes them; None: all.
+
+        Cost: one all-reduce of two numbers a channel and task.
+        """
+        self._unprepared("share_statistics")
+        _statistics.share(self, group)
+
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
-        return contextlib.nullcontext(), self._running(self.context.active)
+        return contextlib.nullcontext(), _Running(self.context, self.context.active)
 
-    @contextlib.contextmanager
-    def _running(self, selection: Selection | None) -> Iterator[None]:
-        previous = self.context.enter(selection)
-        try:
-            yield
-        finally:
-            self.context.enter(previous)
+
+class _Running:
+    """A selection that is active within; every backward that recomputes the same forward enters it once more."""
+
+    def __init__(self, context: TaskContext, selection: Selection | None) -> None:
+        self.context, self.selection = context, selection
+        self.replaced: list[Selection | None] = []
+
+    def __enter__(self) -> None:
+        self.replaced.append(self.context.enter(self.selection))
+
+    def __exit__(self, *_: object) -> None:
+        self.context.enter(self.replaced.pop())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,8 +35,8 @@ class Originals:
     """The deltas that baked weights stand in for, bit for bit, by name.
 
     Args:
-        where: "disk" (a temporary folder, removed with the last model that needs it), "memory" (of the host) or
-            "discard".
+        where: "disk" (a temporary folder, removed with the last model that needs it in the process that made it),
+            "memory" (of the host) or "discard".
         tensors: by name. On disk each is written alone, so that no second copy of all is ever held.
     """
 
@@ -42,7 +45,10 @@ class Originals:
         self.bytes = sum(t.nbytes for t in tensors.values())
         self._names = {name: i for i, name in enumerate(tensors)}
         self._held: dict[str, Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="taps_fast-") if where == "disk" and tensors else None
+        self._folder: Path | None = None
+        if where == "disk" and tensors:
+            self._folder = Path(tempfile.mkdtemp(prefix="taps_fast-"))
+            weakref.finalize(self, _remove, self._folder, os.getpid())
         for name, t in tensors.items():
             if self._folder is not None:
                 # The order in memory needs no copy to be written: channels may be the last axis there.
@@ -55,7 +61,7 @@ class Originals:
 
     def _file(self, name: str) -> Path:
         assert self._folder is not None
-        return Path(self._folder.name) / f"{self._names[name]}.safetensors"
+        return self._folder / f"{self._names[name]}.safetensors"
 
     def read(self, name: str) -> Tensor:
         """
@@ -81,6 +87,12 @@ class Originals:
             return self.__dict__
         held = {name: self.read(name) for name in self._names}
         return {**self.__dict__, "where": "memory", "_folder": None, "_held": held}
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Unless this is a fork of the process that made the folder and may still need it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -172,6 +184,7 @@ def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, 
 def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
     _bake(model, report, bake)
     tasks = model.context.tasks
+    model.context.frozen = True
     for layer in model.conversion.layers.values():
         layer.freeze(tasks)
     for found in regions(model.model, tasks):
@@ -181,7 +194,6 @@ def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> Non
         else:
             path, why = found
             report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
-    model.context.frozen = True
 
 
 def unprepare(model: PreparedModel) -> None:
@@ -189,15 +201,15 @@ def unprepare(model: PreparedModel) -> None:
     report = model.prepared
     if report is None:
         return
-    baked = [(layer, task) for layer in model.conversion.layers.values() for task in layer.baked]
-    for layer, task in baked[:1]:
-        layer.original(task)  # raises before anything changes
-    with torch.inference_mode(False):
-        for layer, task in baked:
-            layer.unbake(task)
-        for layer in model.conversion.layers.values():
-            layer.thaw()
+    layers = model.conversion.layers.values()
+    for original in [original for layer in layers for original in layer.baked.values()][:1]:
+        original()  # raises before anything changes
+    # Right wherever it stops. Regions need the tables of every layer, so they go first; ids count all tasks, as tables
+    # need them, until there are none.
     detach_regions(model.model)
+    with torch.inference_mode(False):
+        for layer in layers:
+            layer.thaw()
     model.context.frozen = False
     model.prepared = None
 

@@ -27,6 +27,7 @@ from .nn.layer import TapsLayer
 if TYPE_CHECKING:
     from ._inference import PreparedModel
 
+_ONE_AT_A_TIME = threading.RLock()
 _MIXED = "samples are mixed in its input"
 Calls = dict[str, list[Any]]
 """What was seen at each call of each module, by path."""
@@ -57,11 +58,18 @@ def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -
     return axes
 
 
+def probe_first(model: PreparedModel, args: Any, kwargs: Any, batch: int) -> None:
+    """Probes a model with its first mixed batch; threads that bring one meanwhile wait."""
+    with _ONE_AT_A_TIME:
+        if not model.probed:
+            probe(model, args, kwargs, batch_of(args, kwargs, batch))
+
+
 def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
     """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart, and `meeting`."""
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
-    with _undisturbed(model), own_forwards(model):
+    with _ONE_AT_A_TIME, _undisturbed(model), own_forwards(model):
         try:
             samples = [(t, t, t) if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
             one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
@@ -90,21 +98,21 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
 def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) -> None:
     """Layouts and multiply-adds, or why there are none, from the first three forwards."""
     for path, module in located.items():
-        module.layouts, module.refusal = {}, None
         if isinstance(module, TapsLayer):
             module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.fan_in
-        calls = zip(shapes.get(path, []), grown.get(path, []), mixed.get(path, []), strict=False)
-        for (shape, _), (double, before), (_, after) in calls:
+        layouts: dict[int, Layout] = {}
+        refusal: str | None = None
+        calls = [seen.get(path, []) for seen in (shapes, grown, mixed)]
+        for (shape, _), (double, before), (_, after) in zip(*calls, strict=False):
             found = _layout(shape, double, before, after)
-            if isinstance(found, Layout) and module.layouts.setdefault(len(shape), found) != found:
+            if isinstance(found, Layout) and layouts.setdefault(len(shape), found) != found:
                 found = "it is called several times, with the batch in different places"
             if isinstance(found, str):
-                module.refusal = f"the probe could not tell: {found}"
-        if module.refusal is not None or not len(shapes.get(path, [])) == len(grown.get(path, [])) == len(
-            mixed.get(path, [])
-        ):
-            module.layouts = {}
-            module.refusal = module.refusal or "the probe could not tell: its calls depend on the batch"
+                refusal = f"the probe could not tell: {found}"
+        if refusal is None and len(set(map(len, calls))) > 1:
+            refusal = "the probe could not tell: its calls depend on the batch"
+        # At once and when all is known: forwards may be running in other threads.
+        module.layouts, module.refusal = layouts if refusal is None else {}, refusal
 
 
 def _layout(

@@ -52,18 +52,11 @@ class Conversion:
     head: TaskHead | None = None
     restored: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module, attribute, value): what a merged model gets back."""
-    resting: list[nn.Module] = field(default_factory=list)
-    """Modules of the base that a forward in training mode would change, and so are in eval mode always."""
 
     def located(self) -> dict[str, TapsLayer | PerTask]:
         """Every module that tells tasks apart, by path."""
         head: dict[str, PerTask] = {} if self.head is None else {self.head.path: self.head}
         return {**self.layers, **self.norms, **head}
-
-    def rest(self) -> None:
-        """Puts what the base must not change into eval mode."""
-        for module in self.resting:
-            module.training = False
 
     def of(self, verdict: str) -> list[Row]:
         """The rows with this verdict."""
@@ -105,9 +98,16 @@ def convert(
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     plan.found.restored = list(_disable_fast_paths(adapted))
-    plan.found.resting = [module for module in adapted.modules() if _iterates(module)]
-    plan.found.rest()
+    rest(adapted)
     return adapted, plan.found
+
+
+def rest(module: nn.Module) -> None:
+    """Puts every module of the base that a forward in training mode would change into eval mode."""
+    if _iterates(module) or module._buffers.get("running_mean") is not None:
+        module.training = False
+    for child in [module.base] if isinstance(module, PerTask) else module.children():
+        rest(child)
 
 
 @dataclass
@@ -135,7 +135,11 @@ class _Plan:
             self.memo[id(module)] = head
             return self._report(path, module, "converted", f"head: {head.how}")
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) or is_transposed_linear(module):
-            return self._decide_layer(path, module)
+            settled = self._decide_layer(path, module)
+            for name, inner in module.named_modules(prefix=path):
+                if inner is not module and _is_norm(inner):
+                    self._report(name, inner, "skipped", f"inside a {type(module).__name__}: {_SHARED}, in eval mode")
+            return settled
         if _is_norm(module):
             return self._decide_norm(path, module)
         if _owns(module):

@@ -15,7 +15,7 @@ from ._compress import Compression
 from ._folder import Loaded
 from ._inference import PreparedModel
 from ._plain import plain_network
-from ._probe import batch_of, probe
+from ._probe import probe_first
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, TaskNames
@@ -51,9 +51,11 @@ class TapsModel(PreparedModel):
 
     ``print(model.conversion)`` says what was converted, skipped or refused, and why.
 
-    In several processes: DDP with ``find_unused_parameters=True``; ``fully_shard`` with the scores (scalars, always
-    float32) as ``ignored_params``, their gradients averaged by the caller, tasks added before, and each batch's ids as
-    a `TaskBatch`, which gives absent tasks zeros in every process.
+    In several processes: DDP with ``find_unused_parameters=True`` and ``broadcast_buffers=False`` (or, from PyTorch
+    2.13 on, ``forward_sync_buffers=False``), since rank 0's running statistics would replace those of tasks that it
+    does not see; ``fully_shard`` with the scores (scalars, always float32) as ``ignored_params``, their gradients
+    averaged by the caller, tasks added before, and each batch's ids as a `TaskBatch`, which gives absent tasks zeros
+    in every process. With batch norms, `share_statistics` before saving or evaluating.
     Source: TAPS, arXiv 2203.16708.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
@@ -127,7 +129,7 @@ class TapsModel(PreparedModel):
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
         if count and not self.probed:
-            probe(self, args, kwargs, batch_of(args, kwargs, count))
+            probe_first(self, args, kwargs, count)
         axes = self.input_axes(args, kwargs, count)
         self._apart(selection)
         if first is not None and axes is not None and not self.training:
@@ -183,9 +185,7 @@ class TapsModel(PreparedModel):
     def remove_task(self, task: str) -> None:
         """Forgets all that belongs to a task. The ids of the tasks after it go down by one."""
         self._unprepared("remove_task")
-        self.context.tasks.remove(self.context.check(task))
-        if self.context.default == task:
-            self.context.default = None
+        self.context.remove(task)
         for module in self.conversion.located().values():
             module.remove_task(task)
 
@@ -331,7 +331,7 @@ class TapsModel(PreparedModel):
         Args:
             folder: what `save_task` wrote, over the same base (weights and dtype).
             name: the task's name here; default: the one it was saved under.
-            head: for tasks with a head of their own making: a module like it.
+            head: for tasks with a head of their own making: a module like it, which is copied.
 
         Returns:
             How many tensors matched and how many layers are open; ``print`` it.

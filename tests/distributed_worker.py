@@ -82,6 +82,50 @@ def ddp() -> None:
     assert all(p.grad is None or not p.grad.any() for n, p in trainable(model) if ".cubs" in n)
 
 
+def statistics() -> None:
+    """Each process moves the statistics of its own batches; shared, all have their average by the batches counted."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))).double()
+    for norm in (net[1], net[2][0]):
+        norm.num_batches_tracked.fill_(5)
+    model = TapsModel(net, TASKS, head="2").train()
+    model.probe(torch.randn(2, 6, dtype=torch.float64))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    untouched = copy.deepcopy(model.state_dict())
+
+    def run(*batches: list[str]) -> list[dict[str, torch.Tensor]]:
+        """The state of every process after batches of its own, before the statistics are shared."""
+        for tasks in batches:
+            loss_of(wrapped, torch.randn(4, 6, dtype=torch.float64), torch.randint(4, (4,)), tasks).backward()
+        states: list[dict[str, torch.Tensor]] = [{}, {}]
+        dist.all_gather_object(states, model.state_dict())
+        model.share_statistics()
+        return states
+
+    def check(states: list[dict[str, torch.Tensor]], before: dict[str, torch.Tensor], **counts: list[int]) -> None:
+        found, seen = model.state_dict(), 0
+        for norm in ("model.1.tasks.{}", "model.2.tasks.{}.0"):
+            for task, (first, second) in counts.items():
+                name, total = norm.format(task), first + second
+                assert found[f"{name}.num_batches_tracked"] == before[f"{name}.num_batches_tracked"] + total, name
+                for key in (f"{name}.running_mean", f"{name}.running_var"):
+                    mean = (first * states[0][key] + second * states[1][key]) / total if total else before[key]
+                    torch.testing.assert_close(found[key], mean, msg=lambda text, key=key: f"{key}: {text}")
+                    seen += 1
+        assert seen == 4 * len(TASKS)
+
+    torch.manual_seed(2 + dist.get_rank())
+    both = ["cubs"] * 4
+    states = run(both, both, both) if dist.get_rank() == 0 else run(both, ["cars"] * 4, ["cars"] * 2 + both[:2])
+    check(states, untouched, cubs=[3, 2], cars=[0, 2], birds=[0, 0])
+    before = copy.deepcopy(model.state_dict())
+    check(run(), before, cubs=[0, 0], cars=[0, 0], birds=[0, 0])  # shared already
+    states = run(["cars"] * 4, [("birds", "cars")[dist.get_rank()]] * 4)
+    check(states, before, cubs=[0, 0], cars=[1, 2], birds=[1, 0])
+    model.load_state_dict(before)  # the same in all processes, whatever they had counted
+    check(run(both), before, cubs=[1, 1], cars=[0, 0], birds=[0, 0])
+
+
 def shard(model: TapsModel) -> list[nn.Parameter]:
     """Shards all but the scores: they are scalars, and stay float32 whatever the weights are."""
     scores = [p for layer in model.conversion.layers.values() for p in layer.scores.parameters()]
@@ -150,7 +194,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for check in (ddp, fsdp):
+    for check in (ddp, statistics, fsdp):
         check()
         print(f"rank {dist.get_rank()}: {check.__name__}", flush=True)
     for check in (folders, checkpoints):

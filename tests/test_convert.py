@@ -229,6 +229,37 @@ def test_training_does_not_move_the_spectral_norms_of_the_base(norm):
     assert all(module.training for module in model.merge("cubs").modules())
 
 
+class ConvBN(nn.Conv2d):
+    """A convolution with its norm inside, as detectron2's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(F.conv2d(x, self.weight, self.bias))
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": "0"}, {"include": "1"}], ids=str)
+def test_training_does_not_move_norms_that_tasks_share(options):
+    """Inside a layer, adapted or not, or in the head's base: one task would move what another gives, and the base."""
+    net = nn.Sequential(ConvBN(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sequential(nn.BatchNorm1d(8)))
+    model = TapsModel(net.train(), ["a", "b"], head="3", **options)
+    assert verdicts(model)["0.norm"] == "skipped" and "shared and frozen, in eval mode" in reason(model, "0.norm")
+    x = torch.randn(4, 3, 5, 5)
+    before, want = model.fingerprint(), [model.eval()(x, tasks=task) for task in ("a", "base")]
+    model.train()
+    for tasks in ("b", "base"):
+        model(x + 1, tasks=tasks)
+    found = [model.eval()(x, tasks=task) for task in ("a", "base")]
+    assert model.fingerprint() == before and all(map(torch.equal, found, want))
+    assert model.train().model[3].tasks["b"][0].num_batches_tracked == 1
+    assert all(module.training for module in model.merge("a").modules())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model).train()  # other modules, of which the same is true
+    kinds = [(name, m.training) for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(kinds) == 4 and all(training == (".tasks." in name) for name, training in kinds)
+
+
 def test_frozen_and_stateless_norms():
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self):

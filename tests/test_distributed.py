@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-CHECKS = ("ddp", "fsdp", "folders", "checkpoints")
+CHECKS = ("ddp", "statistics", "fsdp", "folders", "checkpoints")
 
 
 @pytest.fixture(scope="module")

@@ -275,6 +275,16 @@ def test_compiled():
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x, tasks=ids), want)
 
 
+@torch.no_grad()
+def test_compiled_before_its_traces_are_verified():
+    model, x, ids = three_tasks(Asks()), images(5), torch.tensor([1, -1, 0, 2, 0])
+    want = model(x, tasks=ids)
+    model.prepare_inference()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x, tasks=ids), want)
+    assert "to be verified by the first forward: 1 traced" in str(model.prepared)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_slices(size, prepared):

@@ -326,6 +326,17 @@ def test_activation_checkpointing_needs_the_selection():
             torch.testing.assert_close(model.get_parameter(name).grad, p.grad)
 
 
+def test_several_backwards_recompute_one_checkpointed_forward():
+    model, x = three_tasks(Checkpointed()), images(6)
+    model.model.context_fn = model.checkpoint_context
+    parameters = list(model.conversion.layers["conv1"].deltas.parameters())
+    y = model(x, tasks=ROWS)[:, 0]
+    want = torch.autograd.grad(y.sum(), parameters, retain_graph=True)
+    parts = [torch.autograd.grad(part, parameters, retain_graph=True) for part in (y[:3].sum(), y[3:].sum())]
+    torch.testing.assert_close([a + b for a, b in zip(*parts, strict=True)], list(want))
+    assert model.context.active is None
+
+
 def test_a_task_can_be_added_and_removed_at_any_time():
     model, x = three_tasks(ConvNet()), images(3)
     cubs = model(x, tasks="cubs")

@@ -199,7 +199,11 @@ def test_heads_of_every_kind(tmp_path):
     with pytest.raises(store.TaskFolderError, match="head must be given for task 'own', whose head is a Sequential"):
         other.load_task(tmp_path / "own")
     own = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 9)).double()
+    before = copy.deepcopy(own.state_dict())
+    with pytest.raises(ValueError, match="task must be new, got 'same'"):
+        other.load_task(tmp_path / "own", name="same", head=own)
     other.load_task(tmp_path / "own", head=own)
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     for task in model.tasks:
         assert torch.equal(other(x, tasks=task), model(x, tasks=task))
     torch.testing.assert_close(other(x, tasks=[1, 0, -1]), model(x, tasks=[1, 0, -1]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from nets import ConvNet, Transformer, assert_rows_as_separate, images, perturb,
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from taps_fast import TapsModel
+from taps_fast import TapsModel, _probe
 from taps_fast.nn.context import Layout
 
 ROWS = ["cars", None, "cubs", "cars"]
@@ -364,6 +367,40 @@ def test_the_first_mixed_forward_probes_and_gradients_survive_it():
     model(images(4), tasks=[0, 1, 0, 1])
     one.backward()
     assert model.probed
+
+
+def test_first_mixed_batches_in_two_threads_probe_once(monkeypatch):
+    model, x, start, probes = three_tasks(Transformer()), images(3), Barrier(2), []
+    locate = _probe._locate
+
+    def slow(*args):
+        probes.append(args)
+        time.sleep(0.1)
+        locate(*args)
+
+    def run(_):
+        start.wait()
+        return model(x, tasks=[0, 1, 2])
+
+    monkeypatch.setattr(_probe, "_locate", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, range(2))
+    assert torch.equal(one, other) and len(probes) == 1
+
+
+def test_layouts_are_known_while_they_are_probed_again(monkeypatch):
+    model, x = three_tasks(Transformer()), images(3)
+    model.probe(x)
+    layout, located = _probe._layout, model.conversion.located().values()
+    seen = []
+
+    def look(*args):
+        seen.extend(bool(module.layouts) for module in located)
+        return layout(*args)
+
+    monkeypatch.setattr(_probe, "_layout", look)
+    model.probe(x)
+    assert seen and all(seen)
 
 
 def test_conv_nets_know_their_axis_by_type():

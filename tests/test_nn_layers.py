@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TaskBatch
 from taps_fast.formats import SignBits
@@ -151,9 +152,12 @@ def test_default_task():
     layer = linear()
     with pytest.raises(ValueError, match=r"tasks must be said where there are several, got None \(tasks: cubs, cars\)"):
         layer(x)
-    layer.context.tasks.remove("cars")
     layer.remove_task("cars")
     assert torch.equal(layer(x), layer(x, tasks="cubs"))
+    with pytest.raises(ValueError, match="FastTapsLinear: task must be one of its tasks, got 'cars'"):
+        layer(x, tasks=["cubs", "cars", "cubs"])
+    layer.add_tasks(["cars"])
+    assert not layer.deltas["cars"].any()
     assert torch.equal(FastTapsLinear.from_linear(layer.merged(None))(x), layer(x, tasks="base"))
 
 
@@ -242,6 +246,15 @@ def test_a_task_without_a_delta_is_the_base_and_can_get_one():
     assert layer.is_open("cars") and bool((layer.deltas["cars"] == 0).all())
 
 
+@pytest.mark.parametrize("make", [lambda delta: delta, SignBits.from_dense], ids=["dense", "bits"])
+def test_a_delta_that_is_set_is_a_copy(make):
+    layer = linear()
+    layer.set_delta("cars", make(layer.delta("cars")))
+    layer.set_delta("cubs", layer.delta("cars"))
+    held = {name: value.data_ptr() for name, value in layer.deltas.state_dict().items()}
+    assert len(set(held.values())) == len(held)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_state_dicts(kind):
     new = (lambda: linear()) if kind == "linear" else (lambda: conv({"kernel_size": 3}))
@@ -310,6 +323,15 @@ def test_a_batch_without_samples():
     layer = linear()
     assert layer(torch.empty(0, 5, dtype=torch.float64), tasks=[]).shape == (0, 4)
     assert layer(torch.empty(0, 5, dtype=torch.float64), tasks="cubs").shape == (0, 4)
+
+
+def test_a_layer_alone_can_be_checkpointed():
+    layer, x = linear(), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    for tasks in ({"tasks": IDS}, {"tasks": "cubs"}, {}):
+        if not tasks:
+            layer.remove_task("cars")  # one is left, which is the default
+        y = checkpoint(layer, x, use_reentrant=False, **tasks)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(layer(x, **tasks).sum(), x))
 
 
 def test_threads_do_not_see_each_others_task():

@@ -234,9 +234,10 @@ def test_errors():
     norm.layouts = {3: Layout(2)}
     with pytest.raises(ValueError, match="net.norm: the batch axis must be 0 for BatchNorm1d, got 2"):
         mixed(norm, torch.randn(3, 4, 8, dtype=torch.float64))
-    norm = make(nn.SyncBatchNorm(4)).train()
-    with pytest.raises(RuntimeError, match="SyncBatchNorm must train with one task a forward"):
-        mixed(norm, torch.randn(8, 4, dtype=torch.float64))
+    later = make(nn.BatchNorm1d(4))
+    for norm in (make(nn.SyncBatchNorm(4)), nn.SyncBatchNorm.convert_sync_batchnorm(later)):
+        with pytest.raises(RuntimeError, match="SyncBatchNorm must train with one task a forward"):
+            mixed(norm.train(), torch.randn(8, 4, dtype=torch.float64))
     shared = TaskBatchNorm(nn.BatchNorm1d(4, track_running_stats=False), TaskContext("test", TASKS), "net.norm")
     with pytest.raises(RuntimeError, match="net.norm: a shared BatchNorm1d must track running statistics"):
         mixed(shared, torch.randn(8, 4))
@@ -251,9 +252,11 @@ def test_parametrized_weights_are_read_through_their_parametrization():
         torch.testing.assert_close(mixed(norm, x)[rows_of(x, 2)], norm.tasks["dogs"](x[rows_of(x, 2)]))
 
 
-def test_sync_batch_norm_in_evaluation():
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "converted later"])
+def test_sync_batch_norm_in_evaluation(later):
     torch.manual_seed(0)
-    norm = make(nn.SyncBatchNorm(4)).eval()
+    norm = make(nn.BatchNorm1d(4) if later else nn.SyncBatchNorm(4)).eval()
+    norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm) if later else norm
     x = torch.randn(8, 4, 2, dtype=torch.float64)
     y = mixed(norm, x)
     for t in (-1, 0, 2):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from nets import PadConv2d, StdConv2d, assert_rows_as_separate, perturb
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from taps_fast import TapsModel
 from taps_fast.nn import WrappedLayer
@@ -46,6 +47,35 @@ class Twice(nn.Linear):
         return F.linear(F.linear(x, self.weight), self.weight, self.bias)
 
 
+class InPlaceLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x.mul_(2), self.weight, self.bias)
+
+
+class OwnGradient(torch.autograd.Function):
+    """Its forward runs without gradients, as that of any function; only its own backward knows the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.T @ x, dy.sum(0)
+
+
+class FunctionLinear(nn.Linear):
+    def forward(self, x):
+        return OwnGradient.apply(x, self.weight, self.bias)
+
+
+class CheckpointedLinear(nn.Linear):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
 def hooked():
     layer = nn.Linear(4, 4)
     layer.register_forward_hook(lambda module, args, y: y + args[0])
@@ -59,6 +89,8 @@ LAYERS = {
     "shifted": (lambda: ShiftedLinear(4, 6), (5, 3, 4), True),
     "late bias": (lambda: LateBias(4, 6), (5, 4), False),
     "twice": (lambda: Twice(4, 4), (5, 4), False),
+    "function": (lambda: FunctionLinear(4, 6), (5, 4), False),
+    "checkpointed": (lambda: CheckpointedLinear(4, 6), (5, 4), False),
     "hooked": (hooked, (5, 4), True),
 }
 
@@ -117,7 +149,8 @@ def test_closed_gates_get_their_score_gradient(name):
     model, conversion = adapt(build())
     (layer,) = conversion.layers.values()
     layer.scores["cubs"].data.fill_(0.0)
-    (model(torch.randn(shape, dtype=torch.float64), tasks="cubs") ** 2).sum().backward()
+    # A reentrant checkpoint has gradients only where its input has.
+    (model(torch.randn(shape, dtype=torch.float64, requires_grad=True), tasks="cubs") ** 2).sum().backward()
     assert layer.scores["cubs"].grad != 0 and bool((layer.deltas["cubs"].grad == 0).all())
 
 
@@ -144,6 +177,11 @@ def test_reshaped_rows_in_a_fused_layer_are_an_error_in_a_mixed_batch():
     torch.testing.assert_close(model(x, tasks="cubs"), model.merge("cubs")(x))
     with pytest.raises(RuntimeError, match="0: FlatLinear must keep the leading axes of its input in a mixed batch"):
         model(x, tasks=ROWS)
+
+
+def test_a_layer_that_changes_its_input_in_place_is_fused():
+    _, conversion = adapt(InPlaceLinear(4, 6))
+    assert conversion.layers[""].fused
 
 
 def test_a_trial_that_cannot_run_means_task_by_task():

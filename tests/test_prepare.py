@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 
 import pytest
 import torch
@@ -66,6 +68,92 @@ def test_an_interrupt_while_baking_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.prepare_inference(originals="memory")
     assert model.prepared is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def failing(call, at):
+    """``call``, which raises from its call number ``at`` on."""
+    calls = itertools.count(1)
+
+    def run(*args):
+        if next(calls) >= at:
+            raise OSError("unreadable")
+        return call(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_deltas_that_cannot_be_read(at, monkeypatch):
+    """However far unprepare came: forwards are right, nothing can change the model, and a second try ends it."""
+    model, x, mix = three_tasks(ConvNet()), images(4), ["cars", "base", "cubs", "cubs"]
+    before, want = copy.deepcopy(model.state_dict()), [model(x, tasks=tasks) for tasks in ("cubs", mix)]
+    model.prepare_inference(x)
+    assert sum(len(layer.baked) for layer in model.conversion.layers.values()) > 4
+    with monkeypatch.context() as patch:
+        patch.setattr(_prepare, "load_file", failing(_prepare.load_file, at))
+        with pytest.raises(OSError, match="unreadable"):
+            model.train()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for tasks, y in zip(("cubs", mix), want, strict=True):
+                torch.testing.assert_close(model(x, tasks=tasks), y)
+    with pytest.raises(RuntimeError, match="the model must not be prepared for inference"):
+        model.add_task("birds")
+    torch.testing.assert_close(model.merge("cubs")(x), want[0])
+    model.unprepare()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x, tasks=mix), want[1])
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_an_interrupt_while_deltas_are_put_back(interrupted, monkeypatch):
+    """A layer of which only some are back refuses, and a second try ends it."""
+    model, x = three_tasks(ConvNet()), images(2)
+    want, copy_ = model(x, tasks="cubs"), torch.Tensor.copy_
+    model.prepare_inference(x)
+    calls = itertools.count(1)
+
+    def interrupt(self, *args):
+        copy_(self, *args)
+        if next(calls) == interrupted:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.unprepare()
+    for call in (lambda: model(x, tasks="cubs"), lambda: model.merge("cubs")):
+        with pytest.raises(RuntimeError, match="conv2: its deltas must all be put back first, got some"):
+            call()
+    model.unprepare()
+    assert torch.equal(model(x, tasks="cubs"), want)
+
+
+def test_a_preparation_that_cannot_be_undone(monkeypatch):
+    model, x, mix = three_tasks(ConvNet()), images(2), ["cubs", "dogs"]
+    want = model(x, tasks=mix)
+    with monkeypatch.context() as patch:
+        patch.setattr(_prepare, "regions", failing(None, 1))
+        patch.setattr(_prepare, "load_file", failing(_prepare.load_file, 4))
+        with pytest.raises(OSError, match="unreadable"):
+            model.prepare_inference()
+    torch.testing.assert_close(model(x, tasks=mix), want)
+    model.unprepare()
+    assert torch.equal(model(x, tasks=mix), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
+def test_a_forked_process_leaves_the_originals_to_the_first():
+    kept = _prepare.Originals("disk", {"a": torch.ones(2)})
+    folder = kept._file("a").parent
+    child = os.fork()
+    if child == 0:
+        del kept
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(kept.read("a"), torch.ones(2))
+    del kept
+    assert not folder.exists()
 
 
 def test_an_input_that_the_model_cannot_take():

@@ -53,8 +53,10 @@ class TaskContext:
     Threads have a selection each. It is set by the model's forward and gone when that returns.
     """
 
-    def __init__(self, owner: str, tasks: Iterable[str] = ()) -> None:
+    def __init__(self, owner: str, tasks: Iterable[str] = (), *, alone: bool = False) -> None:
         self.owner = owner
+        self.alone = alone
+        """Whether it belongs to one layer, of no model."""
         self.tasks: list[str] = []
         self.default: str | None = None
         self.frozen = False
@@ -82,6 +84,12 @@ class TaskContext:
         if task in self.tasks:
             raise ValueError(f"{self.owner}: task must be new, got {task!r} (tasks: {', '.join(self.tasks)})")
         self.tasks.append(task)
+
+    def remove(self, task: str) -> None:
+        """Forgets a name. The ids of the tasks after it go down by one."""
+        self.tasks.remove(self.check(task))
+        if self.default == task:
+            self.default = None
 
     def check(self, task: str) -> str:
         """The name itself, if there is such a task."""
@@ -233,7 +241,8 @@ class Located:
             active = self.context.active
             if active is not None:
                 return active
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            if recomputed and not self.context.alone:
                 raise RuntimeError(
                     f"{self.path}: tasks must be known, but this forward is recomputed in a backward, where the "
                     "selection is gone; use checkpoint(..., use_reentrant=False, context_fn=model.checkpoint_context)"

@@ -55,7 +55,7 @@ class TapsLayer(Located, nn.Module):
             raise ValueError(f"{name}: threshold must be finite and above 0, got {threshold}")
         if not math.isfinite(initial_score):
             raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
-        self._locate_in(TaskContext(name) if context is None else context, name)
+        self._locate_in(TaskContext(name, alone=True) if context is None else context, name)
         self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
         self.baked: dict[str, Callable[[], Tensor]] = {}
@@ -104,7 +104,9 @@ class TapsLayer(Located, nn.Module):
                 del owned[task]
 
     def remove_task(self, task: str) -> None:
-        """Forgets all that ``task`` has here."""
+        """Forgets all that ``task`` has here, and in a layer that is used alone its name."""
+        if self.context.alone:
+            self.context.remove(task)
         for owned in (self.deltas, self.bias_deltas, self.scores):
             if task in owned:
                 del owned[task]
@@ -125,18 +127,18 @@ class TapsLayer(Located, nn.Module):
         return value_of(self.deltas[task])
 
     def set_delta(self, task: str, delta: Delta) -> None:
-        """Replaces the delta of ``task``, which has one, by values of the same shape, dense or in a format."""
+        """Replaces the delta of ``task``, which has one, by a copy of one of the same shape, dense or in a format."""
         if task not in self.deltas:
             raise ValueError(f"{self.path}: task must be one with a delta, got {task!r}")
         if tuple(delta.shape) != tuple(self.base.shape):
             raise ValueError(f"{self.path}: delta must be {tuple(self.base.shape)} like base, got {tuple(delta.shape)}")
-        delta = delta.to(device=self.base.device, dtype=self.base.dtype)
+        delta = delta.to(device=self.base.device, dtype=self.base.dtype).detach().clone()
         held: Any
         if isinstance(delta, Format):
             held = CompressedDelta(delta, (d for d in self.deltas.values() if isinstance(d, CompressedDelta)))
             held.train(self.training)
         else:
-            held = nn.Parameter(delta.detach())
+            held = nn.Parameter(delta)
         del self.deltas[task]
         self.deltas[task] = held
 
@@ -185,6 +187,8 @@ class TapsLayer(Located, nn.Module):
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
+        if task in self.baked and self.frozen is None:
+            raise self._half_undone()
         gated = self._single(task)
         if not gated.deltas:
             return gated.base, gated.bias
@@ -196,6 +200,8 @@ class TapsLayer(Located, nn.Module):
         """Base, deltas, coefficients and bias for one forward; ``grouped``: with ids, even if no layer is open."""
         mix, frozen = selection.mixed, self.frozen
         if frozen is None:
+            if self.baked:
+                raise self._half_undone()
             host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
             if host and self.gate == "ste" and not torch.is_grad_enabled():
                 return self._open(selection)
@@ -226,11 +232,19 @@ class TapsLayer(Located, nn.Module):
         mixed = Gated(self.base, deltas, table, bias, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
 
+    @torch.no_grad()
     def thaw(self) -> None:
-        """Looks at the parameters again in every forward."""
+        """Puts deltas back where whole weights are, and looks at the parameters again in every forward.
+
+        What cannot be read changes nothing. An interrupt while they are put back leaves a layer that refuses to run.
+        """
+        originals = {task: original() for task, original in self.baked.items()}
         if self.frozen is not None and isinstance(self.frozen.mixed.deltas, Stack):
             apart(self.deltas.values())
         self.frozen = None
+        for task, delta in originals.items():
+            self.deltas[task].copy_(delta)
+        self.baked.clear()
 
     @torch.no_grad()
     def bake(self, task: str, original: Callable[[], Tensor]) -> None:
@@ -239,11 +253,8 @@ class TapsLayer(Located, nn.Module):
         self.baked[task] = original  # first, so that an interrupt finds what to put back
         self.deltas[task].copy_(whole)
 
-    @torch.no_grad()
-    def unbake(self, task: str) -> None:
-        """Puts the delta of ``task`` back."""
-        self.deltas[task].copy_(self.baked[task]())
-        del self.baked[task]
+    def _half_undone(self) -> RuntimeError:
+        return RuntimeError(f"{self.path}: its deltas must all be put back first, got some (model.unprepare() again)")
 
     def original(self, task: str) -> Delta:
         """The delta of ``task``, also while its place holds a whole weight."""

@@ -49,7 +49,7 @@ class TaskNorm(PerTask):
         return super().untold(x, *args, **kwargs)
 
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and isinstance(self.base, nn.SyncBatchNorm):
+        if self.training and _synced(self._groups(mix)):
             raise RuntimeError(
                 f"{self.path}: SyncBatchNorm must train with one task a forward, got a mixed batch, in which processes "
                 "could disagree about the tasks present"
@@ -128,6 +128,8 @@ class TaskBatchNorm(TaskNorm):
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         _check_first(self, layout)
         norms = self._groups(mix)
+        if _synced(norms):  # since convert_sync_batchnorm(model)
+            return super().mixed(x, mix, layout, *args, **kwargs)
         norms[0]._check_input_dim(x)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
         own = [norm.training or norm._buffers["running_mean"] is None for norm in norms]
@@ -209,6 +211,10 @@ class TaskBatchNorm(TaskNorm):
     @property
     def how(self) -> str:
         return "one a task; mixed batches gather scale and shift, and train on each task's own rows"
+
+
+def _synced(norms: list[Any]) -> bool:
+    return any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
 def _check_first(module: PerTask, layout: Layout) -> None:

@@ -27,6 +27,9 @@ class PerTask(Located, nn.Module):
         self._locate_in(context, path)
         self.base = base
         self.tasks = nn.ModuleDict()
+        self.agreed: dict[str, Tensor] = {}
+        """How many batches each norm of a task had counted when it was the same in all processes."""
+        self.register_load_state_dict_post_hook(_agree)  # type: ignore[no-untyped-call]
         self.train(base.training)
 
     def add_task(self, task: str, module: nn.Module | None = None) -> None:
@@ -34,10 +37,25 @@ class PerTask(Located, nn.Module):
         if module is None:
             module = copy.deepcopy(self.base).requires_grad_()
         self.tasks[task] = module.train(self.training)
+        self.agree(task)
 
     def remove_task(self, task: str) -> None:
         if task in self.tasks:
             del self.tasks[task]
+
+    def counting(self, task: str) -> dict[str, Any]:
+        """What moves running statistics by itself in the task's module, by name."""
+        norms = self.tasks[task].named_modules(prefix=task)
+        return {
+            name: norm
+            for name, norm in norms
+            if norm._buffers.get("num_batches_tracked") is not None and not isinstance(norm, nn.SyncBatchNorm)
+        }
+
+    def agree(self, *tasks: str) -> None:
+        """Notes that all processes have the same statistics of ``tasks`` now."""
+        for task in tasks:
+            self.agreed |= {name: norm.num_batches_tracked.clone() for name, norm in self.counting(task).items()}
 
     def of(self, task: str | None) -> nn.Module:
         """The module of ``task``; the base for None, and for every task where none has its own."""
@@ -100,6 +118,11 @@ class PerTask(Located, nn.Module):
             if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
                 raise RuntimeError(text) from None
             return value
+
+
+def _agree(module: PerTask, _: object) -> None:
+    """After a state dict, which is the same in all processes."""
+    module.agree(*module.tasks)
 
 
 def _alike(value: Tensor, other: object) -> bool:

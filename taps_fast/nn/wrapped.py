@@ -31,12 +31,16 @@ class _Intercept(TorchFunctionMode):
         self.weight, self.bias = module.weight, module.bias
         self.replacement = replacement
         self.calls = 0
+        self.grads = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.conv2d or func is F.linear:
             x, weight, bias, rest = _arguments(*args, **kwargs)
             if weight is self.weight and (bias is None or bias is self.bias):
+                if self.grads and not torch.is_grad_enabled():
+                    # Within an autograd.Function, which would lose the gradients of the replacement.
+                    raise _OtherUse(f"{func.__name__} without gradients")
                 self.calls += 1
                 return self.replacement(x, bias is not None, *rest)
         if func not in METADATA:
@@ -185,6 +189,7 @@ class WrappedLayer(TapsLayer):
 UNUSED = "its forward does not use its weight"
 
 
+@torch.inference_mode(False)
 def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str, bool]:
     """Whether a forward on made-up input hands the weight, unchanged, to exactly one call; and if not, why.
 
@@ -196,9 +201,9 @@ def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str, bool]:
         extent = [
             d * (k - 1) + 1 + s for d, k, s in zip(module.dilation, module.kernel_size, module.stride, strict=True)
         ]
-        x = module.weight.new_zeros(1, module.in_channels, *extent)
+        x = twin.weight.new_zeros(1, module.in_channels, *extent, requires_grad=True)
     else:
-        x = module.weight.new_zeros(1, module.in_features)
+        x = twin.weight.new_zeros(1, module.in_features, requires_grad=True)
 
     def original(inner: Tensor, with_bias: bool, *conv: Any) -> Tensor:
         bias = twin.bias if with_bias else None
@@ -209,10 +214,10 @@ def trial(module: nn.Linear | nn.Conv2d) -> tuple[bool, str, bool]:
         )
         return made[-1]
 
-    intercept = _Intercept(twin, original)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), intercept:
-            y = twin(x)
+        # With gradients, since what a forward does without them is no measure of what it does in training.
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), _Intercept(twin, original) as intercept:
+            y = twin(x.clone())  # no leaf: it may be changed in place
     except _OtherUse as use:
         return False, f"its weight goes through {use}", False
     except Exception as error:  # whatever a user's forward raises on a made-up input
