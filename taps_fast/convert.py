@@ -151,7 +151,8 @@ class _Plan:
     def _decide_layer(self, path: str, module: Any) -> bool:
         reason = self.refusals.get(id(module))
         # An attention is adapted as a whole, so what excludes its out_proj excludes it.
-        inside = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        whole = module.named_children() if isinstance(module, nn.MultiheadAttention) else ()
+        inside = [(f"{path}.{name}".lstrip("."), child) for name, child in whole]
         if any(_matches(*place, self.exclude) for place in [(path, module), *inside]):
             return self._report(path, module, "skipped", f"excluded: {_SHARED}")
         if self.include is not None and not _matches(path, module, self.include):

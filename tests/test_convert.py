@@ -260,6 +260,11 @@ def test_training_does_not_move_norms_that_tasks_share(options):
     assert len(kinds) == 4 and all(training == (".tasks." in name) for name, training in kinds)
 
 
+def test_a_layer_is_not_excluded_by_what_is_inside():
+    model = TapsModel(nn.Sequential(ConvBN(3, 8, 3), nn.BatchNorm2d(8)), ["a"], exclude=[nn.BatchNorm2d])
+    assert verdicts(model) == {"0": "converted", "0.norm": "skipped", "1": "skipped"}
+
+
 def test_frozen_and_stateless_norms():
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self):
