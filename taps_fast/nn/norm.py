@@ -58,8 +58,9 @@ class TaskNorm(PerTask):
 
     def _groups(self, mix: Mix) -> list[Any]:
         """The modules that rows of tables belong to: of each task, and last the base's."""
-        own = self.tasks._modules
-        return [*[own[task] for task in mix.tasks], self.base]
+        modules: Any = self._modules  # a small norm takes no longer than a few calls of __getattr__
+        own = modules["tasks"]._modules
+        return [*[own[task] for task in mix.tasks], modules["base"]]
 
 
 class TaskLayerNorm(TaskNorm):
@@ -128,12 +129,12 @@ class TaskBatchNorm(TaskNorm):
     def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
         _check_first(self, layout)
         norms = self._groups(mix)
-        if _synced(norms):  # since convert_sync_batchnorm(model)
-            return super().mixed(x, mix, layout, *args, **kwargs)
         norms[0]._check_input_dim(x)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
         own = [norm.training or norm._buffers["running_mean"] is None for norm in norms]
         if True in own:
+            if _synced(norms):  # since convert_sync_batchnorm(model)
+                return super().mixed(x, mix, layout, *args, **kwargs)
             running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
             weight, bias = _held(norms, "weight"), _held(norms, "bias")
             y, mean, variance = batch_norm(x, weight, bias, running, [norm.eps for norm in norms], batch)
