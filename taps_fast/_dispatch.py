@@ -1,7 +1,7 @@
 """Which backend and algorithm runs a problem, and why not another. Nothing falls back silently.
 
-`select` takes the first row of the table whose backend can run the problem; an explicit backend or algorithm
-narrows the table and never widens it. `explain` prints the whole table with its reasons.
+`select` takes the first row of the table whose backend can run the problem and pays at its size; an explicit backend or
+algorithm narrows the table and never widens it. `explain` prints the whole table with its reasons.
 """
 
 from __future__ import annotations
