@@ -25,7 +25,7 @@ std::vector<const void*> rows_of(const NormCall& call, const char* name, const T
 }
 
 /// y of a batch norm by the statistics given for each row of a table.
-Tensor normalised(NormCall& call, const Tensor& x, const std::vector<const void*>& weight,
+Tensor normalised(NormCall& call, const void* of_x, const std::vector<const void*>& weight,
                   const std::vector<const void*>& bias, std::vector<const void*> mean,
                   const std::vector<const void*>& variance, const std::vector<double>& eps) {
   const int64_t tables = num_tables(call), channels = call.rows.channels;
@@ -47,8 +47,8 @@ Tensor normalised(NormCall& call, const Tensor& x, const std::vector<const void*
                      std::max<int64_t>(1, kItemElements / std::max<int64_t>(channels, 1))};
   run_items(n, norm_kernels().norm_tables);
   const int64_t stride = member.offsets ? channels : 0;
-  Pointwise p{call.rows,       Activation::kNone, call.elements("x", x), nullptr,      out.mutable_data_ptr(),
-              {scale, stride}, {shift, stride},   {nullptr, 0},          {nullptr, 0}, 0};
+  Pointwise p{call.rows,       Activation::kNone, of_x,         nullptr,      out.mutable_data_ptr(),
+              {scale, stride}, {shift, stride},   {nullptr, 0}, {nullptr, 0}, 0};
   run_pointwise(p);
   return out;
 }
@@ -63,7 +63,7 @@ Tensor batch_norm_eval(const Tensor& x, const Tensors& weight, const Tensors& bi
   check(!mean.empty() && mean.size() == variance.size() && mean.size() == eps.size(), op,
         ": mean, variance and eps must be one for each table, got ", mean.size(), ", ", variance.size(), " and ",
         eps.size());
-  return normalised(call, x, scales, shifts, means, variances, eps);
+  return normalised(call, call.elements("x", x), scales, shifts, means, variances, eps);
 }
 
 /// Which tables have statistics that are given, and not those of their rows.
@@ -89,13 +89,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const Tenso
   check(mean.size() == fixed.size() && variance.size() == fixed.size(), op,
         ": mean and variance must be one for each fixed table, got ", mean.size(), " and ", variance.size(), " for ",
         fixed.size());
-  GroupSums sums{.in = call.rows, .activation = Activation::kNone, .x = call.elements("x", x)};
+  const void* of_x = call.elements("x", x);
+  GroupSums sums{.in = call.rows, .activation = Activation::kNone, .x = of_x};
   auto [found_mean, found_variance] = run_sums(x, sums, true);
   for (size_t i = 0; i < fixed.size(); i++) {
     call.copy_vector("mean", mean[i], found_mean, fixed[i]);
     call.copy_vector("variance", variance[i], found_variance, fixed[i]);
   }
-  Tensor y = normalised(call, x, scales, shifts, rows_of(call, "mean", found_mean),
+  Tensor y = normalised(call, of_x, scales, shifts, rows_of(call, "mean", found_mean),
                         rows_of(call, "variance", found_variance), eps);
   return {y, found_mean, found_variance};
 }
@@ -117,8 +118,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_grad(const Tensor& dy, const Tenso
                  .activation = Activation::kNone,
                  .x = of_x,
                  .dy = of_dy,
-                 .scale = call.table("scale", std::nullopt, 1),
-                 .shift = call.table("shift", std::nullopt, 0),
                  .center = {mean.const_data_ptr(), stride}};
   auto [dweight, dbias] = run_sums(x, sums, false);  // so far Σ dy·(x - mean) and Σ dy
   const auto [scale, slope, offset] = tables_of<3>(tables * channels * compute_size(call.rows.dtype));

@@ -130,13 +130,8 @@ void channels_last_grad(NormCall& call, const Tensor& dy, const Tensor& x, const
   std::vector<C> centers(images * channels);
   for (int64_t i = 0; i < images * channels; i++) centers[i] = mean[i / each];
   const void *of_x = call.elements("x", x), *of_dy = call.elements("dy", dy);
-  GroupSums sums{.in = alone.rows,
-                 .activation = Activation::kNone,
-                 .x = of_x,
-                 .dy = of_dy,
-                 .scale = call.table("scale", std::nullopt, 1),
-                 .shift = call.table("shift", std::nullopt, 0),
-                 .center = {centers.data(), channels}};
+  GroupSums sums{
+      .in = alone.rows, .activation = Activation::kNone, .x = of_x, .dy = of_dy, .center = {centers.data(), channels}};
   const auto [found_along, found_plain] = run_sums(x, sums, false);  // Σ dy·(x - mean) and Σ dy
   const C *along = static_cast<const C*>(found_along.const_data_ptr()),
           *plain = static_cast<const C*>(found_plain.const_data_ptr());

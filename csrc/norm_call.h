@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <optional>
@@ -93,9 +95,7 @@ class NormCall {
     found.reserve(given.size());
     for (const Tensor& t : given) {
       check(t.numel() == rows.channels, op_, ": ", name, " must have ", rows.channels, " elements, got ", t.numel());
-      const bool ready = t.scalar_type() == wide() && t.is_contiguous();
-      if (!ready) kept_.push_back(torch::stable::contiguous(torch::stable::to(t, wide())));
-      found.push_back((ready ? t : kept_.back()).const_data_ptr());
+      found.push_back(widened(t));
     }
     return found;
   }
@@ -124,10 +124,31 @@ class NormCall {
     return static_cast<const int64_t*>((t.is_contiguous() ? t : kept_.back()).const_data_ptr());
   }
 
+  /// The elements of t in the compute type. Those of 16 bits are read here: many small calls would cost more.
+  const void* widened(const Tensor& t) {
+    const ScalarType type = t.scalar_type();
+    const bool dense = t.is_contiguous();
+    if (dense && type == wide()) return t.const_data_ptr();
+    if (dense && wide() == ScalarType::Float && type == ScalarType::BFloat16)
+      return widened_from<torch::headeronly::BFloat16>(t);
+    if (dense && wide() == ScalarType::Float && type == ScalarType::Half)
+      return widened_from<torch::headeronly::Half>(t);
+    kept_.push_back(torch::stable::contiguous(torch::stable::to(t, wide())));
+    return kept_.back().const_data_ptr();
+  }
+
+  template <class T>
+  const void* widened_from(const Tensor& t) {
+    const T* from = static_cast<const T*>(t.const_data_ptr());
+    widened_.emplace_back(from, from + t.numel());
+    return widened_.back().data();
+  }
+
   const char* op_;
   const Tensor& x_;
   bool last_, dense_;
   std::vector<Tensor> kept_;
+  std::vector<std::vector<float>> widened_;
 };
 
 }  // namespace taps_fast

@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments)
   Tensor second = torch::stable::new_zeros(x, {groups, in.channels}, dtype);
   if (in.channels == 0 || in.pixels == 0) return {first, second};
   // Spans depend on sizes alone, so that the number of threads changes no bit.
-  const int64_t step = std::max<int64_t>(256, kSpanElements / (in.channels * in.pixels));
+  const int64_t least = in.pixels > 1 ? 1 : 256;  // a row of planes is a whole image
+  const int64_t step = std::max(least, kSpanElements / (in.channels * in.pixels));
   std::vector<Span> spans;
   for (int64_t g = 0; g < groups; g++)
     for (int64_t begin = 0, rows = rows_of_group(in, g); begin < rows; begin += step)

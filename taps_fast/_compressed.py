@@ -94,7 +94,7 @@ def add_low_rank(y: Tensor, x: Tensor, stack: Stack, coeffs: Tensor, batch: Task
     factors = (stack.tensors["a"].contiguous(), stack.tensors["b"].transpose(1, 2).contiguous())  # as they lie in it
     scale = stack.tensors["scale"].to(exact)
     index: Index = (None, None, None) if batch is None else batch.tensors
-    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    rows, sums = x.flatten(0, -2), y.flatten(0, -2)
     ops.linear_low_rank_(sums, rows, *factors, scale, coeffs.to(exact), *index, inner)
     return y
 

@@ -318,3 +318,34 @@ def test_rows_with_strides_are_read_in_place() -> None:
 @pytest.mark.parametrize("case", list(linear_cases([torch.float32])), ids=str)
 def test_design_axes(case: Case) -> None:
     assert_close_to_oracle(case, "cpu", "split")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_weights_that_are_stored_transposed_are_read_in_place(dtype: torch.dtype) -> None:
+    """As layers that keep [I, O] hand them over: the same results, and no copy of a weight."""
+    torch.manual_seed(0)
+    for rows, into, out in ((1, 70, 33), (6, 33, 130), (60, 130, 70)):
+        x, dy = torch.randn(rows, into).to(dtype), torch.randn(rows, out).to(dtype)
+        base, *deltas = (torch.randn(into, out).to(dtype) for _ in range(4))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ids = torch.arange(rows) % 4 - 1
+        weights, coeffs = (
+            torch.stack([base, *deltas]),
+            torch.tensor([[1.0, 0, 0.5], [0, 0, 0], [0, 2.0, 0]], dtype=wide),
+        )
+        groups = (*TaskBatch.from_ids(ids, 3).tensors, 1)
+        turned = (base.t(), [d.t() for d in deltas], coeffs, None)
+        whole = weights[:1].double() + torch.einsum("tk,kio->tio", coeffs.double(), weights[1:].double())
+        whole = torch.cat([whole, base.double()[None]])[ids]
+        for algorithm in ("blend", "split"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                y, dx = (
+                    OPS.linear_fwd(x, *turned, None, *groups, algorithm),
+                    OPS.linear_dx(dy, *turned, *groups, algorithm),
+                )
+            assert not [e.key for e in profile.key_averages() if e.key in ("aten::contiguous", "aten::copy_")]
+            tolerance = (
+                {"rtol": 1e-4, "atol": 1e-4} if wide == dtype or dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.4}
+            )
+            torch.testing.assert_close(y.double(), torch.einsum("mi,mio->mo", x.double(), whole), **tolerance)
+            torch.testing.assert_close(dx.double(), torch.einsum("mo,mio->mi", dy.double(), whole), **tolerance)

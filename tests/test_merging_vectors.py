@@ -252,3 +252,16 @@ def test_other_device():
     vectors = TaskVectors.from_checkpoints(base, tuned, own="head.*").to("meta")
     assert {t.device.type for each in vectors.deltas.values() for t in each} == {"meta"}
     assert vectors.own["1"]["head.bias"].device.type == "meta"
+
+
+def test_what_was_read_from_a_model_does_not_change_with_it():
+    """Merged weights are loaded into the model that the base came from."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    tuned = {t: {n: p + 1 for n, p in model.state_dict().items()} for t in "ab"}
+    vectors = TaskVectors.from_checkpoints(model.state_dict(), tuned, own="1.bias")
+    assert vectors.base["0.weight"] is vectors.base["1.weight"]
+    first = vectors.fold(1.0)
+    model.load_state_dict(first, strict=False)
+    tuned["a"]["1.bias"].zero_()
+    assert all(map(torch.equal, first.values(), vectors.fold(1.0).values())) and vectors.own["a"]["1.bias"].any()

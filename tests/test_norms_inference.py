@@ -287,3 +287,14 @@ def test_errors_of_the_index(ids: Tensor, num_tasks: int, text: str) -> None:
 def test_ids_out_of_range_are_counted() -> None:
     with pytest.raises(ValueError, match=r"tasks must be ids in \[-1, 3\), .* got 3 \(2 of 4 out of range\)"):
         TaskBatch.from_ids([0, 3, -1, -2], 3)
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last], ids=["planes", "channels last"])
+def test_long_sums_lose_nothing(layout: Callable[[Tensor], Tensor]) -> None:
+    """Of many values far from zero, and close to each other."""
+    x = layout(1000.1 + 0.01 * torch.randn(2, 2, 224, 224))
+    mean, variance = OPS.moments(x, None, None, None, 1)
+    torch.testing.assert_close(mean[0].double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(variance[0].double(), x.double().var((0, 2, 3), correction=0), rtol=1e-3, atol=0)
+    same = layout(torch.full((1, 2, 1024, 1024), 0.1))
+    assert float(group_norm(same, [], [], 1, 1e-5, TaskBatch.from_ids([0], 1)).abs().max()) < 1e-3

@@ -220,3 +220,17 @@ def test_low_rank_opcheck_and_errors():
     ):
         with pytest.raises(RuntimeError, match=text):
             operator(*arguments, torch.eye(2), *index, 1)
+
+
+def test_low_rank_leaves_rows_of_no_delta_alone():
+    """Not even a zero is added to them; a task without rows, and 0 features, cost and break nothing."""
+    operator = torch.ops.taps_fast.linear_low_rank_
+    y, x = torch.full((4, 8), -0.0), torch.randn(4, 16)
+    a, b, scale = torch.full((2, 3, 16), torch.nan), torch.randn(2, 3, 8), torch.ones(2)
+    operator(
+        y, x, a, b, scale, torch.tensor([[0.0, 0.0], [1.0, 1.0]]), *TaskBatch.from_ids([0, -1, 0, 0], 2).tensors, 1
+    )
+    assert y.signbit().all() and not y.any()
+    empty = Stack([LowRank.of(torch.empty(0, 1), torch.randn(1, 4))])
+    y = delta_linear(torch.randn(3, 4), torch.empty(0, 4), empty, torch.ones(1), algorithm="split")
+    assert y.shape == (3, 0)

@@ -9,6 +9,7 @@
 namespace taps_fast::cpu {
 namespace {
 
+constexpr int64_t kLongRun = 1 << 13;
 constexpr int kRunVectors = 4;  // sums of a run, so that one addition need not wait for the last
 
 template <class C>
@@ -123,7 +124,10 @@ void run_group_norm(const GroupNorm& p, const Share& share) {
       const C *weight = vector_of<C>(p.weight, table), *bias = vector_of<C>(p.bias, table);
       const S* x = static_cast<const S*>(p.x) + run * length;
       const auto same = [](V v) __attribute__((always_inline)) { return v; };
-      const C mean = p.center ? sum_run(x, length, same) / static_cast<C>(length) : 0;
+      C mean = p.center ? sum_run(x, length, same) / static_cast<C>(length) : 0;
+      if (p.center && length > kLongRun)  // a long sum loses of the mean what the distances from it still show
+        mean += sum_run(x, length, [mean](V v) __attribute__((always_inline)) { return v - mean; }) /
+                static_cast<C>(length);
       const auto square = [mean](V v) __attribute__((always_inline)) { return (v - mean) * (v - mean); };
       const C variance = sum_run(x, length, square) / static_cast<C>(length);
       const C rstd = 1 / __builtin_sqrt(variance + static_cast<C>(p.eps));

@@ -53,7 +53,7 @@ struct GroupSums {
   Activation activation;
   const void* x;
   const void* dy = nullptr;  // null: moments
-  Matrix scale{}, shift{}, center{};
+  Matrix scale{}, shift{}, center{};  // the first two are read behind an activation alone
   const Span* spans = nullptr;
   int64_t num_spans = 0;
   int64_t channels_per_item = 0;

@@ -189,16 +189,20 @@ void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Comput
   if constexpr (kMoments) {
     sweep([&](int64_t j, auto get) __attribute__((always_inline)) { a += get(x + j); });
     const C mean = static_cast<C>(sum_lanes(a)) / static_cast<C>(pixels);
+    V left{};  // what a long sum has lost of the mean
     for (int64_t j = 0; j < body; j += lanes) {
       const V d = load(x + j) - mean;
+      left += d;
       b += d * d;
     }
-    double square = sum_lanes(b);
+    double square = sum_lanes(b), off = sum_lanes(left);
     for (int64_t j = body; j < pixels; j++) {
       const double d = to_compute(x[j]) - mean;
+      off += d;
       square += d * d;
     }
-    sums.add(channel, mean, square, pixels);
+    off /= static_cast<double>(pixels);
+    sums.add(channel, mean + off, square - off * off * static_cast<double>(pixels), pixels);
   } else {
     sweep([&](int64_t j, auto get) __attribute__((always_inline)) {
       const V value = get(x + j);
@@ -214,6 +218,7 @@ void sum_plane(const S* x, const S* dy, int64_t pixels, Compute<S> scale, Comput
 template <class S, Activation kActivation, bool kMoments>
 void run_group_sums(const GroupSums& p, const Share& share) {
   using C = Compute<S>;
+  constexpr bool kPlain = kMoments || kActivation == Activation::kNone;
   const int64_t channels = p.in.channels, length = channels * p.in.pixels;
   const int64_t blocks = ceil_div(channels, p.channels_per_item), items = num_items(p);
   for (int64_t item = claim(share); item < items; item = claim(share)) {
@@ -239,7 +244,7 @@ void run_group_sums(const GroupSums& p, const Share& share) {
       for (int64_t r = 0; r < rows; r++, sums.before += p.in.pixels)
         for (int64_t c = channel; c < end; c++)
           sum_plane<S, kActivation, kMoments>(x[r] + c * p.in.pixels, kMoments ? nullptr : dy[r] + c * p.in.pixels,
-                                              p.in.pixels, kMoments ? 0 : scale[c], kMoments ? 0 : shift[c],
+                                              p.in.pixels, kPlain ? 0 : scale[c], kPlain ? 0 : shift[c],
                                               kMoments ? 0 : center[c], c, sums);
     }
   }

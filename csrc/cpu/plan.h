@@ -29,15 +29,16 @@ void for_each_row(const Groups& groups, int64_t g, int64_t num_rows, const F& f)
 
 /// W_t = base_coeffs[t] · base + Σ_k coeffs[t, k] · deltas[k]; without tasks there is one row of coefficients.
 struct Weight {
-  Matrix base;  // data null: none, for no row
+  Matrix base;
   std::vector<Term> deltas;  // their own coefficients are not used
   const void* coeffs;       // [T, K]: float, or double for float64 problems
   const void* base_coeffs;  // null: 1
   bool wide;                // coefficients are double
+  bool has_base = true;     // without, rows of no delta are left as they are
 
   double coeff(int64_t t, int64_t k) const { return at(coeffs, t * static_cast<int64_t>(deltas.size()) + k); }
   /// t = -1: of rows that are no task's.
-  double base_coeff(int64_t t) const { return !base.data ? 0.0 : base_coeffs && t >= 0 ? at(base_coeffs, t) : 1.0; }
+  double base_coeff(int64_t t) const { return !has_base ? 0.0 : base_coeffs && t >= 0 ? at(base_coeffs, t) : 1.0; }
 
  private:
   double at(const void* p, int64_t i) const {

@@ -141,7 +141,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
       add_group(row, row + rows, base, true, true);
     } else {
       if (has_base) add_group(row, row + rows, base, true, false);
-      if (closed) add_group(row, row + closed, {}, !has_base, true);
+      if (closed && weight.has_base) add_group(row, row + closed, {}, !has_base, true);
     }
     for (const size_t start = i; i < end; row += members[i++].rows) {
       const std::vector<Term>& deltas = members[i].deltas;

@@ -32,6 +32,8 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.metadata: dict[str, str] = {}
         self._get: dict[str, Callable[[], Tensor]] = {}
+        self._shared = isinstance(source, Mapping)
+        self._copies: dict[tuple[object, ...], Tensor] = {}
         if isinstance(source, Mapping):
             self.label = "a state dict"
             self._hold(_state_dict(source, "source"))
@@ -52,6 +54,16 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         return self._get[name]()
+
+    def own(self, name: str) -> Tensor:
+        """A tensor that nobody else writes to: of a state dict, whose model may go on, a copy. Tied ones stay tied."""
+        tensor = self.get(name)
+        if not self._shared:
+            return tensor
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in self._copies or not tensor.numel():
+            self._copies[place] = tensor.clone()
+        return self._copies[place]
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         self._get = {name: lambda t=t: t.detach() for name, t in tensors.items()}  # type: ignore[misc]

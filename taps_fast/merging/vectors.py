@@ -71,7 +71,8 @@ class TaskVectors:
             progress: called with each tensor's name as it is read.
 
         Returns:
-            Task vectors whose memory is the base and K deltas. While reading, one tensor of one checkpoint more.
+            Task vectors whose memory is the base and K deltas, shared with nobody: what is given as a state dict is
+            copied. While reading, one tensor of one checkpoint more.
 
         Raises:
             ValueError: tensors that differ in name, shape or dtype (the first are named), a delta that is not
@@ -90,12 +91,12 @@ class TaskVectors:
         for name in names:
             if progress is not None:
                 progress(name)
-            merged[name] = start = first.get(name)
+            merged[name] = start = first.own(name)
             each = [_delta(name, start, other) for other in others.values()]
             if start.is_floating_point() and any(bool(delta.any()) for delta in each):
                 deltas[name] = each
         _same_base(others, merged)
-        mine = {t: {n: c.get(n) for n in c.names if _matches(n, patterns)} for t, c in others.items()}
+        mine = {t: {n: c.own(n) for n in c.names if _matches(n, patterns)} for t, c in others.items()}
         return cls(merged, deltas, list(others), mine)
 
     def __len__(self) -> int:
