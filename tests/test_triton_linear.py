@@ -228,6 +228,26 @@ def test_tables_hold_any_value():
     assert _arguments.table(values, torch.device(DEVICE))[: len(values)].tolist() == values
 
 
+def test_tables_are_kept_on_the_default_stream_alone(monkeypatch):
+    """The compiler's CUDA graphs warm up uncaptured, on a stream of their own, in memory that is theirs."""
+    stream = SimpleNamespace(cuda_stream=_arguments.DEFAULT_STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def write(values, device):
+        return [*values]
+
+    def table(index=0):
+        return _arguments._kept_or_written(write, (3, 5), torch.device("cuda", index))
+
+    kept = table()
+    stream.cuda_stream = 0x7F00
+    warm = table()
+    assert warm is not kept and warm is not table()
+    stream.cuda_stream = _arguments.DEFAULT_STREAM
+    assert table() is kept and table(1) is not kept
+
+
 def test_an_algorithm_it_does_not_have_is_refused():
     x = torch.randn(3, 16, device=DEVICE)
     with pytest.raises(ValueError, match="algorithm must be split or merge, got 'blend'"):
