@@ -123,6 +123,9 @@ def _few_rows(problem: Problem) -> bool:
 
 
 def _streams(problem: Problem) -> bool:
+    """Not weights whose rows are not contiguous: the kernel would copy all of them at each call."""
+    if problem.turned:
+        return False
     more = problem.dtype == torch.float32 and _mixed(problem)
     return problem.rows <= (STREAM_ROWS_FLOAT32 if more else STREAM_ROWS)
 

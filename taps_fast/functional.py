@@ -342,6 +342,7 @@ def _run(
         last and shape[:2] == (conv[3], 1),
         area,
         last and weights_last,
+        not conv and base.stride(1) != 1 and shape[1] > 1,
     )
     choice, pixels = select(problem, backend, algorithm), None
     if choice.backend == "linear":
