@@ -49,8 +49,8 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
             f"numbers its programs in 31 bits, got {problem.rows} rows, {tasks} tasks, {problem.num_deltas} deltas, "
             f"weight {problem.shape}"
         )
-    if torch.cuda.is_available() and torch.cuda.get_device_properties().major < 8:
-        yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch()}"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(problem.gpu).major < 8:
+        yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch(problem.gpu)}"
 
 
 @on_its_device
@@ -283,7 +283,9 @@ def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Tensor]:
 def _planned_by_extension(rows: Rows, tasks: int) -> bool:
     """Whether one block of the CUDA extension does it all: fewer launches, until there is too much for a block."""
     small = max(rows.count, rows.samples) <= PLAN_SAMPLES and tasks <= PLAN_TASKS
-    return small and rows.ids is not None and rows.ids.is_cuda and _ext.cuda_refusal() is None
+    if not small or rows.ids is None or not rows.ids.is_cuda:
+        return False
+    return _ext.cuda_refusal(rows.ids.device.index) is None
 
 
 def _rows_in_group_order(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,8 @@ class Problem(NamedTuple):
     """Whether x and base are."""
     turned: bool = False
     """Whether a matrix has in features that are no neighbours in memory, as the weights of GPT-2."""
+    gpu: int | None = None
+    """Which of several GPUs, where the tensors are on one; None: the current one."""
 
 
 def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> Deltas:

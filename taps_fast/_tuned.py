@@ -49,11 +49,11 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def arch() -> str:
-    """The chip of the current CUDA device."""
+def arch(index: int | None = None) -> str:
+    """The chip of a CUDA device, the current one unless said."""
     if not torch.cuda.is_available():
         return OTHER
-    properties = torch.cuda.get_device_properties()  # which torch.compile knows, as it does not the capability
+    properties = torch.cuda.get_device_properties(index)  # which torch.compile knows, as it does not the capability
     return arch_of((properties.major, properties.minor))
 
 

@@ -343,6 +343,7 @@ def _run(
         area,
         last and weights_last,
         not conv and base.stride(1) != 1 and shape[1] > 1,
+        x.device.index,
     )
     choice, pixels = select(problem, backend, algorithm), None
     if choice.backend == "linear":
