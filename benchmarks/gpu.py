@@ -215,7 +215,7 @@ def kernels() -> set[str]:
     return {
         name
         for path in (CHECKOUT / "kernels").glob("*.py")
-        for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+        for name in re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
     }
 
 

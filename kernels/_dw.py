@@ -9,6 +9,9 @@ import triton.language as tl
 
 from ._tiles import coefficient, group_range, inside, locate, pick, weighted
 
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+_BATCH = ("M", "K", "P", "B")
+
 
 @triton.jit
 def outer_products(
@@ -132,7 +135,7 @@ def store_part(into, values, ro, ri, O, I):
     tl.store(into + offset, values, mask=(ro < O)[:, None] & (ri < I)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BATCH)
 def dw_task_kernel(
     partial_ptr,
     slots_ptr,
@@ -207,7 +210,7 @@ def dw_task_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "P"])
 def dw_splits_kernel(
     slots_ptr,
     outputs,
@@ -252,7 +255,7 @@ def dw_splits_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "T", "B"])
 def dw_shared_kernel(
     outputs,
     dy_ptr,

@@ -6,7 +6,7 @@ import triton.language as tl
 from ._tiles import coefficient, next_source, pick
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "L", "slots"])
 def merge_kernel(
     weight_ptr,
     sources,

@@ -61,7 +61,9 @@ def activation_gradient(dy, u, ACTIVATION: tl.constexpr):
     return dy
 
 
-@triton.jit
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+# Whether N is in whole sixteens stays known here, without which Triton 3.6 spills.
+@triton.jit(do_not_specialize=["T", "B", "inner"])
 def scale_shift_kernel(
     y_ptr,
     x_ptr,
@@ -122,7 +124,7 @@ def scale_shift_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "B"])
 def task_sums_kernel(
     first_ptr,
     second_ptr,
@@ -204,7 +206,7 @@ def task_sums_kernel(
         tl.store(second_ptr + into, tl.sum(second, axis=1), mask=real_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "P", "T", "rows_per_sample"])
 def sum_parts_kernel(
     out_ptr,
     partial_ptr,

@@ -120,7 +120,8 @@ def _from_one(which: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k + 1 for k in which)
 
 
-@triton.jit
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+@triton.jit(do_not_specialize=["M", "B", "inner", "rows_per_sample"])
 def coded_kernel(
     out_ptr,
     x_ptr,

@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Facts:
     hazards: int
 
 
-def recorded(chip: tuple[int, int]) -> list[Launch]:
+def recorded(chip: tuple[int, int], exercise: Callable[[], object] | None = None) -> list[Launch]:
     """Every launch of the host code on one chip, over rows, dtypes, single and mixed, each gradient."""
     found: dict[Launch, None] = {}
 
@@ -127,7 +127,7 @@ def recorded(chip: tuple[int, int]) -> list[Launch]:
         _configs.processors = lambda device: PROCESSORS
         for module, name, kernel in kernels:
             setattr(module, name, Recorder(kernel))
-        _exercise()
+        (exercise or _exercise)()
     finally:
         _configs.capability, _configs.processors = chip_of, processors
         for vendor, precision in zip(VENDORS, precisions, strict=True):

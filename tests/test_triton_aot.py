@@ -5,6 +5,7 @@ One chip and the kernels that multiply run here; `make test-triton` compiles eve
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,13 +39,18 @@ LAUNCH = aot.Launch(
 )
 
 
-def compile_for(*arguments: str) -> list[str]:
-    """`aot.py` in a process of its own, since this one interprets kernels; its table's lines."""
+def output_of(script: Path, *arguments: str) -> str:
+    """Of a process of its own, since this one interprets kernels."""
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     plain["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), plain.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=plain)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+    return done.stdout
+
+
+def compile_for(*arguments: str) -> list[str]:
+    """The lines of the table of `aot.py`."""
+    return [line for line in output_of(SCRIPT, *arguments).splitlines() if line.endswith(" ok")]
 
 
 def test_mixed_batches_compile_for_hopper():
@@ -53,6 +59,12 @@ def test_mixed_batches_compile_for_hopper():
     assert sum("split_kernel" in line for line in lines) >= 8
     assert sum("dw_task_kernel" in line for line in lines) >= 2
     assert sum("conv2d_kernel" in line for line in lines) >= 4
+
+
+def test_batches_of_other_sizes_compile_nothing_more():
+    """Rows, samples, rows a sample, tasks and deltas: 1, multiples of 16 and others."""
+    more = json.loads(output_of(SCRIPT.with_name("variants.py")))
+    assert len(more) >= 8 and not any(more.values()), more
 
 
 def test_a_config_that_nobody_compiles_is_found():
