@@ -61,6 +61,16 @@ def test_mixed_batches_compile_for_hopper():
     assert sum("conv2d_kernel" in line for line in lines) >= 4
 
 
+def test_chips_without_entries_of_their_own_compile():
+    lines = compile_for("--chips", "8.9", "--only", "bf16 mixed", "--kernels", "split_kernel")
+    assert len(lines) >= 8
+
+
+def test_a_chip_that_is_like_another_has_its_tiles():
+    shipped = {chip: list(aot._configs.shipped(chip)) for chip in ((10, 0), (10, 3), (8, 9))}
+    assert shipped[10, 3] == shipped[10, 0] != shipped[8, 9]
+
+
 def test_batches_of_other_sizes_compile_nothing_more():
     """Rows, samples, rows a sample, tasks and deltas: 1, multiples of 16 and others."""
     more = json.loads(output_of(SCRIPT.with_name("variants.py")))
@@ -112,6 +122,13 @@ def test_a_few_registers_may_spill_beside_products_on_ordinary_units():
     assert aot.failures(launch, facts) == []
     assert aot.failures(LAUNCH, facts) and aot.failures(launch, replace(facts, spills_in_loops=1))
     assert aot.failures(launch, replace(facts, spills=aot.SPILLS + 4))
+
+
+def test_fewer_may_spill_on_chips_without_entries_of_their_own():
+    launch, facts = replace(LAUNCH, chip=(8, 9)), replace(GOOD, spills=aot.SPILLS_PARTLY)
+    assert aot.failures(launch, facts) == []
+    assert aot.failures(LAUNCH, facts) and aot.failures(launch, replace(facts, spills_in_loops=1))
+    assert aot.failures(launch, replace(facts, spills=aot.SPILLS_PARTLY + 4))
 
 
 def test_atomics_are_found_in_machine_code():

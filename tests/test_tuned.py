@@ -53,6 +53,13 @@ def test_a_chip_nobody_knows_uses_other():
         _tuned.crossover("linear", "sm_90", torch.int8)
 
 
+def test_a_chip_that_is_like_another_uses_its_entries():
+    assert _tuned.LIKE["sm_103"] == "sm_100"
+    for op, dtype in (("linear", torch.bfloat16), ("conv2d", torch.float32)):
+        assert _tuned.crossover(op, "sm_103", dtype) == _tuned.crossover(op, "sm_100", dtype)
+        assert _tuned.crossover(op, "sm_103", dtype) != _tuned.crossover(op, "other", dtype)
+
+
 def test_a_measurement_replaces_the_model(table, on_hopper):
     other = ENTRY | {"arch": "other"}
     table([ENTRY, other])
