@@ -110,6 +110,7 @@ def splits(programs: int, steps: int, processors: int) -> int:
     return 1 << most.bit_length() - 1
 
 
+@functools.cache
 def capability(device: torch.device) -> Capability:
     """Of a CUDA device; the interpreter, on the CPU, behaves like the smallest chip."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)

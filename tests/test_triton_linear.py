@@ -203,6 +203,16 @@ def test_weights_of_a_mixed_batch_take_bounded_scratch(monkeypatch, dtype):
     assert max(bank.nbytes for bank in banks) <= limit
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_by_task_is_added_as_torch_adds_it(dtype):
+    """Bit for bit: in float32, and rounded once more."""
+    x, base, bias = (torch.randn(n, 24, device=DEVICE).to(dtype) for n in (15, 24, 4))
+    ids = torch.tensor([2, -1, 0, 2, 1], device=DEVICE)
+    weight, index = (base, [base], torch.ones(3, 1, device=DEVICE), None), TaskBatch.from_ids(ids, 3).tensors
+    plain, biased = (linear.linear_fwd(x, *weight, b, *index, 3, "merge") for b in (None, bias))
+    assert torch.equal(biased, plain + bias[ids.repeat_interleave(3)])
+
+
 def test_how_many_features_are_merged_at_once():
     scratch = merge.SCRATCH
     assert merge.part_of(4096, 4096, 9, 2) == 3584
