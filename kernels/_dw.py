@@ -7,6 +7,7 @@ Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a s
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._tiles import coefficient, group_range, inside, locate, pick, weighted
 
 # What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
@@ -135,6 +136,7 @@ def store_part(into, values, ro, ri, O, I):
     tl.store(into + offset, values, mask=(ro < O)[:, None] & (ri < I)[None, :])
 
 
+@direct
 @triton.jit(do_not_specialize=_BATCH)
 def dw_task_kernel(
     partial_ptr,
@@ -210,6 +212,7 @@ def dw_task_kernel(
         )  # fmt: skip
 
 
+@direct
 @triton.jit(do_not_specialize=["K", "P"])
 def dw_splits_kernel(
     slots_ptr,
@@ -255,6 +258,7 @@ def dw_splits_kernel(
     )  # fmt: skip
 
 
+@direct
 @triton.jit(do_not_specialize=["K", "T", "B"])
 def dw_shared_kernel(
     outputs,
@@ -313,6 +317,7 @@ def dw_shared_kernel(
     )
 
 
+@direct
 @triton.jit
 def sum_slots_kernel(dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """dcoeffs[pair p] = Σ over tiles of slots[p, tile], in an order that depends on the number of tiles alone."""

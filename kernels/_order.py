@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from ._launch import direct
 
+
+@direct
 @triton.jit(do_not_specialize=["B", "K"])
 def joined_ids_kernel(
     ids_out_ptr,
@@ -34,6 +37,7 @@ def joined_ids_kernel(
     tl.store(slots_ptr + sample, joined + 1, mask=real)
 
 
+@direct
 @triton.jit(do_not_specialize=["M", "B", "inner", "rows_per_sample", "groups"])
 def grouped_rows_kernel(
     rows_ptr,

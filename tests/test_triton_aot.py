@@ -14,6 +14,8 @@ from pathlib import Path
 
 import aot
 import pytest
+import torch
+from taps_fast.kernels import _launch
 
 SCRIPT = Path(aot.__file__)
 GOOD = aot.Facts(
@@ -39,9 +41,9 @@ LAUNCH = aot.Launch(
 )
 
 
-def output_of(script: Path, *arguments: str) -> str:
+def output_of(script: Path, *arguments: str, **variables: str) -> str:
     """Of a process of its own, since this one interprets kernels."""
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     plain["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), plain.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,6 +77,16 @@ def test_batches_of_other_sizes_compile_nothing_more():
     """Rows, samples, rows a sample, tasks and deltas: 1, multiples of 16 and others."""
     more = json.loads(output_of(SCRIPT.with_name("variants.py")))
     assert len(more) >= 8 and not any(more.values()), more
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose driver needs no stand-in")
+def test_direct_launches_hand_on_what_triton_would():
+    """Each kernel but the one whose arguments are values that never come again; what differs fails in the script."""
+    script = SCRIPT.with_name("direct_launches.py")
+    found = json.loads(output_of(script, TAPS_FAST_TRITON_LAUNCH=""))
+    known = tuple(map(int, found["triton"].split(".")[:2])) in _launch.READ
+    assert set(found["direct"]) == (aot.unlaunched([]) - {"write_kernel"} if known else set())
+    assert json.loads(output_of(script, TAPS_FAST_TRITON_LAUNCH="triton"))["direct"] == []
 
 
 def test_a_config_that_nobody_compiles_is_found():

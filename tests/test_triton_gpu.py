@@ -8,7 +8,8 @@ import cuda_build
 import pytest
 import torch
 import torch.nn.functional as F
-from taps_fast.kernels import _configs, linear
+import triton
+from taps_fast.kernels import _configs, _gradients, _launch, linear
 from triton_shim import to_tf32
 
 from taps_fast import _ext
@@ -115,6 +116,26 @@ def test_compiled_whole_and_never_again_for_another_mix(algorithm):
             y = compiled(layer.x, layer.ids)
             got = [y, *torch.autograd.grad(y, layer.inputs, layer.dy)]
             torch.testing.assert_close(got, layer())
+
+
+@pytest.mark.skipif(not _launch.DIRECT, reason="Triton launches")
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_launched_directly_and_by_triton_alike(monkeypatch, algorithm):
+    """The same bits. Whoever counts launches is a hook, so that nothing would be direct."""
+    torch.use_deterministic_algorithms(False)
+    for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
+        monkeypatch.setattr(hook, "calls", [])
+    layer, ways = Layer(algorithm), []
+    layer()
+    for seed in range(3):
+        layer.change(seed)
+        ways.append(layer())
+    assert _gradients.dw_task_kernel.known
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch.Kernel, "launch", lambda self, grid, *args, **how: self.jit[grid](*args, **how))
+        for seed in range(3):
+            layer.change(seed)
+            assert all(map(torch.equal, layer(), ways[seed]))
 
 
 @pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
