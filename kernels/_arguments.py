@@ -19,6 +19,8 @@ from torch import Tensor
 
 ARGUMENTS = 32
 """Pointers passed one by one. Each number of them compiles once; beyond, one table serves all."""
+DEFAULT_STREAM = 0
+"""Its handle, on every device."""
 
 
 class Pointers(NamedTuple):
@@ -53,21 +55,23 @@ def common_power(addresses: Sequence[int]) -> int:
 def table(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 [>= len(values)] on the device, written by kernels of ARGUMENTS values each.
 
-    A table of the same values is written once and kept. Not while a graph is captured: what a graph reads must be
-    its own, and what it would write only its replays do.
+    On the default stream a table of the same values is written once and kept. Elsewhere it is written anew: what a
+    graph reads must be its own, and what it would write only its replays do. That a stream is being captured does not
+    tell: `torch.compile(mode="reduce-overhead")` first runs a call uncaptured, on a stream of its own, in memory that
+    its graphs will write over. Nothing is ever captured from the default stream.
     """
     return _kept_or_written(_written, tuple(values), device)
 
 
 def _kept_or_written(make: Callable[..., Any], values: tuple[int, ...], device: torch.device) -> Any:
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        return _kept(make, values, device, torch.cuda.current_stream(device).cuda_stream)
+    if device.type == "cuda" and torch.cuda.current_stream(device).cuda_stream == DEFAULT_STREAM:
+        return _kept(make, values, device)
     return make(values, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept(make: Callable[..., Any], values: tuple[int, ...], device: torch.device, stream: int) -> Any:
-    """One for each stream, since another would not wait until it is written. The values are the key: never stale."""
+def _kept(make: Callable[..., Any], values: tuple[int, ...], device: torch.device) -> Any:
+    """The values are the key: never stale. What was allocated under `torch.cuda.use_mem_pool` outlives the pool."""
     return make(values, device)
 
 

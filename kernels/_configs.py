@@ -19,7 +19,6 @@ from taps_fast import _tuned
 Capability = tuple[int, int]
 
 SHARED_BYTES = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
-"""Shared memory one program may use; SHARED_BYTES_ELSEWHERE on any other chip."""
 SHARED_BYTES_ELSEWHERE = 101376
 
 IEEE = ".ieee"
@@ -50,10 +49,14 @@ class Config:
         return self.stages * reduced * kept * itemsize
 
 
+def shared_limit(capability: Capability) -> int:
+    """Bytes of shared memory that one program may use."""
+    return SHARED_BYTES.get(capability, SHARED_BYTES_ELSEWHERE)
+
+
 def supports(config: Config, kernel: str, itemsize: int, capability: Capability) -> bool:
     """Whether the chip holds the operands; 1 KB is left for reductions."""
-    limit = SHARED_BYTES.get(capability, SHARED_BYTES_ELSEWHERE) - 1024
-    return config.shared_bytes(kernel, itemsize) <= limit
+    return config.shared_bytes(kernel, itemsize) <= shared_limit(capability) - 1024
 
 
 @functools.cache
@@ -65,7 +68,8 @@ def entries(kernel: str, itemsize: int, capability: Capability) -> list[tuple[fl
             rows = float("inf") if e["rows"] is None else e["rows"]
             config = Config(*e["blocks"], e["warps"], e["stages"], e.get("registers"))
             found.setdefault(e["arch"], []).append((rows, config))
-    own = found.get(_tuned.arch_of(capability), found[_tuned.OTHER])
+    arch = _tuned.arch_of(capability)
+    own = found.get(arch) or found.get(_tuned.LIKE.get(arch, _tuned.OTHER)) or found[_tuned.OTHER]
     return sorted(own, key=lambda entry: entry[0])
 
 
@@ -106,6 +110,7 @@ def splits(programs: int, steps: int, processors: int) -> int:
     return 1 << most.bit_length() - 1
 
 
+@functools.cache
 def capability(device: torch.device) -> Capability:
     """Of a CUDA device; the interpreter, on the CPU, behaves like the smallest chip."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)

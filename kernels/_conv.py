@@ -8,6 +8,7 @@ registers it would be the left operand that Triton mis-compiles, and rounded.
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._split import bias_tile
 from ._tiles import coefficient, inside, places, rounds, source_at
 
@@ -16,6 +17,7 @@ _SHAPES = ("N", "H", "W", "pixels", "columns", "taps", "taps_w", "B", "inner")
 _SETTINGS = ("step_h", "step_w", "pad_h", "pad_w", "dilate_h", "dilate_w")
 
 
+@direct
 @triton.jit(do_not_specialize=[*_SHAPES, *_SETTINGS])
 def conv2d_kernel(
     y_ptr,

@@ -7,7 +7,11 @@ Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a s
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._tiles import coefficient, group_range, inside, locate, pick, weighted
+
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+_BATCH = ("M", "K", "P", "B")
 
 
 @triton.jit
@@ -132,7 +136,8 @@ def store_part(into, values, ro, ri, O, I):
     tl.store(into + offset, values, mask=(ro < O)[:, None] & (ri < I)[None, :])
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=_BATCH)
 def dw_task_kernel(
     partial_ptr,
     slots_ptr,
@@ -207,7 +212,8 @@ def dw_task_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["K", "P"])
 def dw_splits_kernel(
     slots_ptr,
     outputs,
@@ -252,7 +258,8 @@ def dw_splits_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["K", "T", "B"])
 def dw_shared_kernel(
     outputs,
     dy_ptr,
@@ -310,6 +317,7 @@ def dw_shared_kernel(
     )
 
 
+@direct
 @triton.jit
 def sum_slots_kernel(dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """dcoeffs[pair p] = Σ over tiles of slots[p, tile], in an order that depends on the number of tiles alone."""

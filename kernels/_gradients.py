@@ -43,13 +43,22 @@ def linear_dw(
     rows = Rows(ids, order, offsets, x.shape[0], max(inner, 1))
     shape = (dy.shape[1], x.shape[1])
     plan = _plan(tuple(pairs), tuple(ddeltas_for), len(deltas), weight.tasks, rows.mixed, need_dbase)
-    dcoeffs = torch.zeros_like(coeffs) if need_dcoeffs else coeffs.new_empty(0)
-    dbias = sums_of_rows(dy, ids, order, offsets, inner) if need_dbias else coeffs.new_empty(0)
+    nothing = rows.count == 0 or math.prod(shape) == 0
+    if not need_dcoeffs:
+        dcoeffs = coeffs.new_empty(0)
+    else:  # without a list of pairs each entry is written
+        dcoeffs = (torch.zeros_like if nothing or plan.pairs else torch.empty_like)(coeffs)
+    if not need_dbias:
+        dbias = coeffs.new_empty(0)
+    elif rows.mixed:
+        dbias = sums_of_rows(dy, ids, order, offsets, inner)
+    else:
+        dbias = dy.sum(0, keepdim=True, dtype=torch.float32)
     unwanted = base.new_empty(0)
     dbase = base.new_empty(shape) if need_dbase else unwanted
     ddeltas = list(map(base.new_empty, itertools.repeat(shape, len(ddeltas_for))))
     made = (unwanted, dbase, *ddeltas)
-    if rows.count == 0 or math.prod(shape) == 0:
+    if nothing:
         torch._foreach_zero_([dbase, *ddeltas])
         return dcoeffs, ddeltas, dbase, dbias
     for n in plan.unused:

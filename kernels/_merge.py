@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._tiles import coefficient, next_source, pick
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["K", "L", "slots"])
 def merge_kernel(
     weight_ptr,
     sources,

@@ -3,8 +3,11 @@
 import triton
 import triton.language as tl
 
+from ._launch import direct
 
-@triton.jit
+
+@direct
+@triton.jit(do_not_specialize=["B", "K"])
 def joined_ids_kernel(
     ids_out_ptr,
     slots_ptr,
@@ -34,7 +37,8 @@ def joined_ids_kernel(
     tl.store(slots_ptr + sample, joined + 1, mask=real)
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["M", "B", "inner", "rows_per_sample", "groups"])
 def grouped_rows_kernel(
     rows_ptr,
     ends_ptr,

@@ -6,6 +6,7 @@ x [N, C, P] is dense, channels first or last, P its pixels. A table is [C] or [T
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._tiles import group_range, locate
 
 
@@ -61,7 +62,10 @@ def activation_gradient(dy, u, ACTIVATION: tl.constexpr):
     return dy
 
 
-@triton.jit
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+# Whether N is in whole sixteens stays known here, without which Triton 3.6 spills.
+@direct
+@triton.jit(do_not_specialize=["T", "B", "inner"])
 def scale_shift_kernel(
     y_ptr,
     x_ptr,
@@ -122,7 +126,8 @@ def scale_shift_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["N", "T", "B"])
 def task_sums_kernel(
     first_ptr,
     second_ptr,
@@ -204,7 +209,8 @@ def task_sums_kernel(
         tl.store(second_ptr + into, tl.sum(second, axis=1), mask=real_c)
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["N", "P", "T", "rows_per_sample"])
 def sum_parts_kernel(
     out_ptr,
     partial_ptr,

@@ -7,10 +7,16 @@ the weight's strides exchanged, so that there I is the layer's out features and 
 import triton
 import triton.language as tl
 
+from ._launch import direct
 from ._tiles import coefficient, inside, locate, places, rounds, source_at, weighted
 
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+# Whether M is in whole sixteens stays known: exact float32 then takes half as many registers (sm_80).
+_BATCH = ("T", "B", "inner")
 
-@triton.jit
+
+@direct
+@triton.jit(do_not_specialize=["K", "rows_per_sample", *_BATCH])
 def split_kernel(
     y_ptr,
     x_ptr,
@@ -117,7 +123,8 @@ def bias_tile(bias_ptr, task, ro, O, T, BIAS: tl.constexpr):
     return tl.load(bias_ptr + offset, mask=(ro < O)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@direct
+@triton.jit(do_not_specialize=["M", *_BATCH])
 def sum_splits_kernel(
     y_ptr,
     partial_ptr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _configs
 from ._arguments import cdiv, grid, pointers, table, triton_dtype
+from ._launch import direct
 from ._problem import Rows
 from ._tiles import locate, pick
 
@@ -120,7 +121,9 @@ def _from_one(which: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k + 1 for k in which)
 
 
-@triton.jit
+# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
+@direct
+@triton.jit(do_not_specialize=["M", "B", "inner", "rows_per_sample"])
 def coded_kernel(
     out_ptr,
     x_ptr,

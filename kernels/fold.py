@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import merge
 from ._arguments import cdiv, grid, pointers
+from ._launch import direct
 from ._tiles import pick
 
 BLOCK = 1024
@@ -16,6 +17,7 @@ REGISTERS = 255  # left to its own guess, the assembler spills
 STEPS = 8  # blocks that one program of the gradient sums before it writes
 
 
+@direct
 @triton.jit
 def fold_kernel(
     out_ptr,
@@ -57,6 +59,7 @@ def fold_kernel(
     tl.store(out_ptr + element, total.to(dtype), mask=real)
 
 
+@direct
 @triton.jit
 def fold_grad_kernel(
     partials_ptr,

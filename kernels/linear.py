@@ -49,8 +49,8 @@ def not_supported_reasons(problem: Problem) -> Iterator[str]:
             f"numbers its programs in 31 bits, got {problem.rows} rows, {tasks} tasks, {problem.num_deltas} deltas, "
             f"weight {problem.shape}"
         )
-    if torch.cuda.is_available() and torch.cuda.get_device_properties().major < 8:
-        yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch()}"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(problem.gpu).major < 8:
+        yield f"needs compute capability 8.0 or newer, the device is {_tuned.arch(problem.gpu)}"
 
 
 @on_its_device
@@ -226,8 +226,11 @@ def _merged_product(x: Tensor, weight: Weight, rows: Rows, bias: Tensor | None, 
         _mixed_product(y, x, weight, *_joined(weight, rows), axis)
     elif summed == 0:
         y.zero_()
-    if bias is not None:
-        y += bias if bias.dim() == 1 else bias[_task_of_row(rows)]
+    if bias is not None and bias.dim() == 1:
+        y += bias
+    elif bias is not None:
+        index = (rows.ids, rows.order, rows.offsets, rows.inner)
+        torch.ops.taps_fast.scale_shift_(y, None, bias.float(), *index, "none")
     return y
 
 
@@ -283,7 +286,9 @@ def _joined(weight: Weight, rows: Rows) -> tuple[Rows, Tensor]:
 def _planned_by_extension(rows: Rows, tasks: int) -> bool:
     """Whether one block of the CUDA extension does it all: fewer launches, until there is too much for a block."""
     small = max(rows.count, rows.samples) <= PLAN_SAMPLES and tasks <= PLAN_TASKS
-    return small and rows.ids is not None and rows.ids.is_cuda and _ext.cuda_refusal() is None
+    if not small or rows.ids is None or not rows.ids.is_cuda:
+        return False
+    return _ext.cuda_refusal(rows.ids.device.index) is None
 
 
 def _rows_in_group_order(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -309,14 +314,8 @@ def _rows_in_group_order(rows: Rows) -> tuple[Tensor, Tensor]:
     return place, ends
 
 
-def _task_of_row(rows: Rows) -> Tensor:
-    """int64 [M]: task of each row, -1 (the last entry of a table) for the base."""
-    row = torch.arange(rows.count, device=rows.ids.device)
-    return rows.ids[row // rows.inner % rows.samples]
-
-
 def _grouped_mm_fits(x: Tensor, summed: int, features: int, groups: int) -> bool:
     """Whether F.grouped_mm runs this as one kernel; where it would not, it loops on the host and stalls the stream."""
     if x.dtype != torch.bfloat16 or summed % 8 or features % 8 or groups >= 1024:
         return False
-    return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return x.device.type == "cpu" or _configs.capability(x.device)[0] in (9, 10)

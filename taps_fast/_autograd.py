@@ -299,7 +299,12 @@ def _like_table(sums: Tensor | None, table: Tensor | None) -> Tensor | None:
     """Sums by task as the gradient of a table, which may be one row for all tasks."""
     if sums is None or table is None:
         return None
-    return sums if sums.shape == table.shape else sums.sum(0)
+    return _rows_as(sums, table.shape)
+
+
+def _rows_as(sums: Tensor, shape: torch.Size) -> Tensor:
+    """Sums by task as they are, or of all tasks where ``shape`` is one row; a single row needs no further sum."""
+    return (sums if sums.numel() == shape.numel() else sums.sum(0)).reshape(shape)
 
 
 def _no_second_derivatives(function: str, advice: str) -> None:
@@ -316,4 +321,4 @@ def _dbias(dy: Tensor, sums: Tensor | None, shape: torch.Size, call: Call) -> Te
         return dy.sum([0, *pixels], dtype=wide).to(dy.dtype)
     if sums is None:
         sums = sums_of_rows(dy.sum(pixels, dtype=wide) if pixels else dy, call.batch, call.inner)
-    return (sums if sums.shape == shape else sums.sum(0).reshape(shape)).to(dy.dtype)
+    return _rows_as(sums, shape).to(dy.dtype)

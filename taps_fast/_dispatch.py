@@ -86,7 +86,7 @@ def _cuda(problem: Problem) -> Iterator[str]:
         yield f"takes at most {STREAM_DELTAS} deltas, got {problem.num_deltas}"
     if max(problem.rows, *problem.shape) >= 2**30:
         yield f"counts rows and features in 30 bits, got {problem.rows} rows and weight {problem.shape}"
-    if (reason := _ext.cuda_refusal()) is not None:
+    if (reason := _ext.cuda_refusal(problem.gpu)) is not None:
         yield reason
 
 
@@ -123,6 +123,9 @@ def _few_rows(problem: Problem) -> bool:
 
 
 def _streams(problem: Problem) -> bool:
+    """Not weights whose rows are not contiguous: the kernel would copy all of them at each call."""
+    if problem.turned:
+        return False
     more = problem.dtype == torch.float32 and _mixed(problem)
     return problem.rows <= (STREAM_ROWS_FLOAT32 if more else STREAM_ROWS)
 
@@ -152,7 +155,7 @@ def _small_images(problem: Problem) -> bool:
 
 
 def _crossover(problem: Problem) -> _tuned.Crossover:
-    return _tuned.crossover(problem.op, _tuned.arch(), problem.dtype)
+    return _tuned.crossover(problem.op, _tuned.arch(problem.gpu), problem.dtype)
 
 
 def _split_why(problem: Problem) -> str:
@@ -332,7 +335,9 @@ def describe_machine() -> str:
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
     lines.append(f"CPU kernels: {_ext.CPU_ERROR or torch.ops.taps_fast.cpu_isa()}")
     if torch.cuda.is_available():
-        lines.append(f"CUDA device: {torch.cuda.get_device_name()}; CUDA kernels: {_ext.cuda_refusal() or 'loaded'}")
+        for index in range(torch.cuda.device_count()):
+            name, refusal = torch.cuda.get_device_name(index), _ext.cuda_refusal(index)
+            lines.append(f"CUDA device {index}: {name}; CUDA kernels: {refusal or 'loaded'}")
     else:
         lines.append("CUDA device: none")
     try:

@@ -54,11 +54,11 @@ if CUDA_LOADED:
 _OTHER_CHIP = f"taps_fast._C_cuda was built for others. To build it: {_how_to_build()}"
 
 
-def cuda_refusal() -> str | None:
-    """Why the compiled CUDA kernels do not run on the current device, or None."""
+def cuda_refusal(index: int | None = None) -> str | None:
+    """Why the compiled CUDA kernels do not run on a device, the current one unless said, or None."""
     if CUDA_ERROR is not None or not torch.cuda.is_available():
         return CUDA_ERROR
-    chip = torch.cuda.get_device_properties()  # which torch.compile knows
+    chip = torch.cuda.get_device_properties(index)  # which torch.compile knows
     if any(major == chip.major and minor <= chip.minor for major, minor in CUDA_CHIPS):
         return None
     return f"the device has compute capability {chip.major}.{chip.minor}, {_OTHER_CHIP}"

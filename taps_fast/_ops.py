@@ -85,6 +85,7 @@ are contiguous, factors in the dtype of coefficients; y may be, and its dtype is
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -325,10 +326,12 @@ def fold_grad(
 def _from(module: str, name: str) -> Callable[..., Any]:
     """A kernel that is imported when it first runs."""
 
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
 
-    return run
+    return lambda *args: kernel()(*args)
 
 
 _NORMS = {name for name in SCHEMAS if "_norm" in name or name == "track_statistics"}

@@ -46,6 +46,10 @@ class Problem(NamedTuple):
     """Output pixels of an image."""
     channels_last: bool = False
     """Whether x and base are."""
+    turned: bool = False
+    """Whether a matrix has in features that are no neighbours in memory, as the weights of GPT-2."""
+    gpu: int | None = None
+    """Which of several GPUs, where the tensors are on one; None: the current one."""
 
 
 def unbind_deltas(function: str, deltas: Sequence[Delta] | Tensor) -> Deltas:

@@ -11,7 +11,7 @@
   Its float32 entries assume tf32, which PyTorch allows convolutions by default.
 * ``configs``: tile sizes of the Triton kernels, by kernel, chip, bytes an element and rows; see `kernels/_configs.py`.
 
-A chip that has no entry uses that of "other".
+A chip that has no entry uses that of the one that it is like, or of "other".
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 
 PATH = Path(__file__).with_name("tuned.json")
 OTHER = "other"
+LIKE = {"sm_103": "sm_100"}
+"""Chips of one generation, with the same units and shared memory; of these only one was looked at."""
 TENSORS = {"linear": 3, "conv2d": 1}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -49,11 +51,11 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def arch() -> str:
-    """The chip of the current CUDA device."""
+def arch(index: int | None = None) -> str:
+    """The chip of a CUDA device, the current one unless said."""
     if not torch.cuda.is_available():
         return OTHER
-    properties = torch.cuda.get_device_properties()  # which torch.compile knows, as it does not the capability
+    properties = torch.cuda.get_device_properties(index)  # which torch.compile knows, as it does not the capability
     return arch_of((properties.major, properties.minor))
 
 
@@ -62,7 +64,8 @@ def crossover(op: str, arch: str, dtype: torch.dtype) -> Crossover:
     Raises:
         KeyError: an op or dtype without an entry.
     """
-    return CROSSOVERS.get((op, arch, dtype)) or CROSSOVERS[op, OTHER, dtype]
+    own = CROSSOVERS.get((op, arch, dtype)) or CROSSOVERS.get((op, LIKE.get(arch, OTHER), dtype))
+    return own or CROSSOVERS[op, OTHER, dtype]
 
 
 def crossovers(entries: list[dict[str, Any]]) -> dict[tuple[str, str, torch.dtype], Crossover]:

@@ -347,6 +347,8 @@ def _run(
         last and shape[:2] == (conv[3], 1),
         area,
         last and weights_last,
+        not conv and base.stride(1) != 1 and shape[1] > 1,
+        x.device.index,
     )
     choice, pixels = select(problem, backend, algorithm), None
     if choice.backend == "linear":

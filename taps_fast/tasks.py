@@ -110,7 +110,7 @@ class TaskBatch:
 def grouped(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """(order, offsets) of a `TaskBatch`, on any device, and whether all ids are in range, where that was seen."""
     small = ids.shape[0] <= PLAN_SAMPLES and num_tasks <= PLAN_TASKS
-    if ids.is_cuda and small and _ext.cuda_refusal() is None:
+    if ids.is_cuda and small and _ext.cuda_refusal(ids.device.index) is None:
         order, offsets, _, valid = torch.ops.taps_fast.task_plan(ids, num_tasks)
         return order, offsets, valid
     ascending, order = torch.sort(ids, stable=True)

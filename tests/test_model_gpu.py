@@ -117,3 +117,23 @@ def test_compiled_into_cuda_graphs(name):
             for _ in range(3):  # it warms up, records, and replays
                 y = compiled(x.to(DEVICE), tasks=ids.to(DEVICE))
             close(y, here(x, tasks=ids))
+
+
+def test_trained_in_cuda_graphs():
+    """Mixed batches through the compiler's own graphs, forward and backward, with other mixes of the same size."""
+    torch.use_deterministic_algorithms(False)
+    here, there = pair("transformer")
+    compiled = torch.compile(there.train(), mode="reduce-overhead")
+    here.train()
+    x = images(len(ROWS), dtype=torch.float32)
+    for mix in ([0, 1, -1, 2, 0, 1], [2, 2, 1, 0, -1, 0], [0, 0, 0, 0, 0, 0], [0, 1, 2, -1, 1, 0]):
+        ids = torch.tensor(mix)
+        for model, run in ((here, here), (there, compiled)):
+            model.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            device = next(model.parameters()).device
+            run(x.to(device), tasks=ids.to(device)).nan_to_num(neginf=0).square().sum().backward()
+        for (name, p), q in zip(here.named_parameters(), there.parameters(), strict=True):
+            if p.grad is not None:
+                assert q.grad is not None, name
+                close(q.grad, p.grad)

@@ -5,6 +5,7 @@ One chip and the kernels that multiply run here; `make test-triton` compiles eve
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import aot
 import pytest
+import torch
+from taps_fast.kernels import _launch
 
 SCRIPT = Path(aot.__file__)
 GOOD = aot.Facts(
@@ -38,13 +41,18 @@ LAUNCH = aot.Launch(
 )
 
 
-def compile_for(*arguments: str) -> list[str]:
-    """`aot.py` in a process of its own, since this one interprets kernels; its table's lines."""
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def output_of(script: Path, *arguments: str, **variables: str) -> str:
+    """Of a process of its own, since this one interprets kernels."""
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     plain["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), plain.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=plain)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+    return done.stdout
+
+
+def compile_for(*arguments: str) -> list[str]:
+    """The lines of the table of `aot.py`."""
+    return [line for line in output_of(SCRIPT, *arguments).splitlines() if line.endswith(" ok")]
 
 
 def test_mixed_batches_compile_for_hopper():
@@ -53,6 +61,32 @@ def test_mixed_batches_compile_for_hopper():
     assert sum("split_kernel" in line for line in lines) >= 8
     assert sum("dw_task_kernel" in line for line in lines) >= 2
     assert sum("conv2d_kernel" in line for line in lines) >= 4
+
+
+def test_chips_without_entries_of_their_own_compile():
+    lines = compile_for("--chips", "8.9", "--only", "bf16 mixed", "--kernels", "split_kernel")
+    assert len(lines) >= 8
+
+
+def test_a_chip_that_is_like_another_has_its_tiles():
+    shipped = {chip: list(aot._configs.shipped(chip)) for chip in ((10, 0), (10, 3), (8, 9))}
+    assert shipped[10, 3] == shipped[10, 0] != shipped[8, 9]
+
+
+def test_batches_of_other_sizes_compile_nothing_more():
+    """Rows, samples, rows a sample, tasks and deltas: 1, multiples of 16 and others."""
+    more = json.loads(output_of(SCRIPT.with_name("variants.py")))
+    assert len(more) >= 8 and not any(more.values()), more
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose driver needs no stand-in")
+def test_direct_launches_hand_on_what_triton_would():
+    """Each kernel but the one whose arguments are values that never come again; what differs fails in the script."""
+    script = SCRIPT.with_name("direct_launches.py")
+    found = json.loads(output_of(script, TAPS_FAST_TRITON_LAUNCH="direct"))
+    known = tuple(map(int, found["triton"].split(".")[:2])) in _launch.READ
+    assert set(found["direct"]) == (aot.unlaunched([]) - {"write_kernel"} if known else set())
+    assert json.loads(output_of(script, TAPS_FAST_TRITON_LAUNCH=""))["direct"] == []
 
 
 def test_a_config_that_nobody_compiles_is_found():
@@ -100,6 +134,13 @@ def test_a_few_registers_may_spill_beside_products_on_ordinary_units():
     assert aot.failures(launch, facts) == []
     assert aot.failures(LAUNCH, facts) and aot.failures(launch, replace(facts, spills_in_loops=1))
     assert aot.failures(launch, replace(facts, spills=aot.SPILLS + 4))
+
+
+def test_fewer_may_spill_on_chips_without_entries_of_their_own():
+    launch, facts = replace(LAUNCH, chip=(8, 9)), replace(GOOD, spills=aot.SPILLS_PARTLY)
+    assert aot.failures(launch, facts) == []
+    assert aot.failures(LAUNCH, facts) and aot.failures(launch, replace(facts, spills_in_loops=1))
+    assert aot.failures(launch, replace(facts, spills=aot.SPILLS_PARTLY + 4))
 
 
 def test_atomics_are_found_in_machine_code():

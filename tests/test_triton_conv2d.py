@@ -188,7 +188,7 @@ GOOD = Problem(
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(_tuned, "arch", lambda: "sm_90")
+    monkeypatch.setattr(_tuned, "arch", lambda index=None: "sm_90")
     monkeypatch.setitem(_dispatch._REASONS, "triton", conv2d.not_supported_reasons)
 
 

@@ -8,7 +8,8 @@ import cuda_build
 import pytest
 import torch
 import torch.nn.functional as F
-from taps_fast.kernels import _configs, linear
+import triton
+from taps_fast.kernels import _configs, _gradients, _launch, linear
 from triton_shim import to_tf32
 
 from taps_fast import _ext
@@ -115,6 +116,61 @@ def test_compiled_whole_and_never_again_for_another_mix(algorithm):
             y = compiled(layer.x, layer.ids)
             got = [y, *torch.autograd.grad(y, layer.inputs, layer.dy)]
             torch.testing.assert_close(got, layer())
+
+
+@pytest.mark.skipif(not _launch.DIRECT, reason="Triton launches")
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_launched_directly_and_by_triton_alike(monkeypatch, algorithm):
+    """The same bits. Whoever counts launches is a hook, so that nothing would be direct."""
+    torch.use_deterministic_algorithms(False)
+    for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
+        monkeypatch.setattr(hook, "calls", [])
+    layer, ways = Layer(algorithm), []
+    layer()
+    for seed in range(3):
+        layer.change(seed)
+        ways.append(layer())
+    assert _gradients.dw_task_kernel.known
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch.Kernel, "launch", lambda self, grid, *args, **how: self.jit[grid](*args, **how))
+        for seed in range(3):
+            layer.change(seed)
+            assert all(map(torch.equal, layer(), ways[seed]))
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_trained_in_the_compilers_own_graphs(algorithm):
+    """It warms up uncaptured, and then raises if anything but results stays in its graphs' memory."""
+    torch.use_deterministic_algorithms(False)
+    layer = Layer(algorithm)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.forward, fullgraph=True, mode="reduce-overhead")
+    for seed in range(5):
+        layer.change(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(layer.x, layer.ids)
+        got = [t.clone() for t in (y, *torch.autograd.grad(y, layer.inputs, layer.dy))]
+        torch.testing.assert_close(got, layer())
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_many_deltas_in_the_compilers_own_graphs(algorithm):
+    """More than travel as arguments: their addresses lie in a table."""
+    torch.use_deterministic_algorithms(False)
+    base, *deltas = torch.randn(41, 64, 64, device="cuda", dtype=torch.bfloat16) / 8
+    coeffs = torch.rand(3, 40, device="cuda")
+
+    def forward(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        batch = TaskBatch.from_ids(ids, 3)
+        return delta_linear(x, base, deltas, coeffs, tasks=batch, backend="triton", algorithm=algorithm)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        x = torch.randn(24, 64, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randint(-1, 3, (24,), device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x, ids), forward(x, ids))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -42,7 +42,7 @@ def host_code_alone(monkeypatch):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel(name in ("joined_ids_kernel", "grouped_rows_kernel")))
     kept = _arguments._kept
-    monkeypatch.setattr(_arguments, "_kept_or_written", lambda make, values, device: kept(make, values, device, 0))
+    monkeypatch.setattr(_arguments, "_kept_or_written", kept)
     kept.cache_clear()
     # Results lie elsewhere each time, and their addresses are written anew.
     monkeypatch.setattr(torch, "empty_like", functools.cache(torch.empty_like))

@@ -203,6 +203,16 @@ def test_weights_of_a_mixed_batch_take_bounded_scratch(monkeypatch, dtype):
     assert max(bank.nbytes for bank in banks) <= limit
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_by_task_is_added_as_torch_adds_it(dtype):
+    """Bit for bit: in float32, and rounded once more."""
+    x, base, bias = (torch.randn(n, 24, device=DEVICE).to(dtype) for n in (15, 24, 4))
+    ids = torch.tensor([2, -1, 0, 2, 1], device=DEVICE)
+    weight, index = (base, [base], torch.ones(3, 1, device=DEVICE), None), TaskBatch.from_ids(ids, 3).tensors
+    plain, biased = (linear.linear_fwd(x, *weight, b, *index, 3, "merge") for b in (None, bias))
+    assert torch.equal(biased, plain + bias[ids.repeat_interleave(3)])
+
+
 def test_how_many_features_are_merged_at_once():
     scratch = merge.SCRATCH
     assert merge.part_of(4096, 4096, 9, 2) == 3584
@@ -226,6 +236,26 @@ def test_too_many_weights_to_merge_are_refused_with_a_reason():
 def test_tables_hold_any_value():
     values = [*range(40), 2**47 - 16, 16, 0, 1]
     assert _arguments.table(values, torch.device(DEVICE))[: len(values)].tolist() == values
+
+
+def test_tables_are_kept_on_the_default_stream_alone(monkeypatch):
+    """The compiler's CUDA graphs warm up uncaptured, on a stream of their own, in memory that is theirs."""
+    stream = SimpleNamespace(cuda_stream=_arguments.DEFAULT_STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def write(values, device):
+        return [*values]
+
+    def table(index=0):
+        return _arguments._kept_or_written(write, (3, 5), torch.device("cuda", index))
+
+    kept = table()
+    stream.cuda_stream = 0x7F00
+    warm = table()
+    assert warm is not kept and warm is not table()
+    stream.cuda_stream = _arguments.DEFAULT_STREAM
+    assert table() is kept and table(1) is not kept
 
 
 def test_an_algorithm_it_does_not_have_is_refused():

@@ -26,7 +26,7 @@ def table(monkeypatch):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(_tuned, "arch", lambda: "sm_90")
+    monkeypatch.setattr(_tuned, "arch", lambda index=None: "sm_90")
     monkeypatch.setitem(_dispatch._REASONS, "triton", lambda problem: iter(()))
 
 
@@ -53,6 +53,13 @@ def test_a_chip_nobody_knows_uses_other():
         _tuned.crossover("linear", "sm_90", torch.int8)
 
 
+def test_a_chip_that_is_like_another_uses_its_entries():
+    assert _tuned.LIKE["sm_103"] == "sm_100"
+    for op, dtype in (("linear", torch.bfloat16), ("conv2d", torch.float32)):
+        assert _tuned.crossover(op, "sm_103", dtype) == _tuned.crossover(op, "sm_100", dtype)
+        assert _tuned.crossover(op, "sm_103", dtype) != _tuned.crossover(op, "other", dtype)
+
+
 def test_a_measurement_replaces_the_model(table, on_hopper):
     other = ENTRY | {"arch": "other"}
     table([ENTRY, other])
@@ -77,7 +84,7 @@ def test_a_measurement_replaces_the_model(table, on_hopper):
 def test_a_chip_that_the_extension_was_not_built_for_is_refused(built, served, on_hopper, monkeypatch):
     """Then Triton's kernels serve it, and `explain` says why; all of it can be traced."""
     chip = SimpleNamespace(major=9, minor=0)
-    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda: chip)
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda index: chip)
     monkeypatch.setattr(_ext, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(_ext, "CUDA_ERROR", None)
     monkeypatch.setattr(_ext, "CUDA_CHIPS", built)

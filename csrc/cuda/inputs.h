@@ -7,7 +7,7 @@
 
 #include <limits>
 #include <optional>
-#include <string>
+#include <ostream>
 #include <vector>
 
 #include "../common/check.h"
@@ -19,10 +19,27 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
+/// A tensor's shape, for messages: written when one is, so that a check that holds costs nothing.
+struct Shape {
+  const Tensor& of;
+};
+
+inline Shape shape_of(const Tensor& t) { return {t}; }
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << "[";
+  for (int64_t i = 0; i < shape.of.dim(); i++) out << (i ? ", " : "") << shape.of.size(i);
+  return out << "]";
+}
+
+/// A new tensor beside another, by libtorch's function: `torch::stable::new_empty` looks the operator up by name.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                         std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype = type ? torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type)) : 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()),
+                                                   type ? &dtype : nullptr, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 inline DType dtype_of(const char* op, const Tensor& x) {

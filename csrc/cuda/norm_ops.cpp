@@ -57,9 +57,7 @@ class Call {
   bool is_empty() const { return lines.rows * lines.channels * lines.pixels == 0; }
 
   /// A result like x, in its layout where that is dense.
-  Tensor like_x() const {
-    return is_dense() ? torch::stable::empty_like(x_) : torch::stable::new_empty(x_, x_.sizes());
-  }
+  Tensor like_x() const { return is_dense() ? torch::stable::empty_like(x_) : new_tensor(x_, x_.sizes()); }
 
   /// The elements of x or of a gradient, in the order that `lines` describes.
   const void* elements(const char* name, const Tensor& t) {
@@ -79,9 +77,7 @@ class Call {
     return {inputs_.vector(name, *t, count * lines.channels, table_type_), by_task ? lines.channels : 0};
   }
 
-  Tensor table_like(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(x_, sizes, table_type_);
-  }
+  Tensor table_like(std::initializer_list<int64_t> sizes) const { return new_tensor(x_, sizes, table_type_); }
 
   Lines lines = {DType::kFloat32, 0, 0, 1, false, nullptr, nullptr, nullptr, 0, 1, 0};
 

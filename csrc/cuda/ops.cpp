@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "architectures.h"
@@ -69,7 +70,7 @@ Tensor linear_stream(const Tensor& x, const Tensor& base, const std::vector<Tens
     p.bias = inputs.vector("bias", *bias, p.out_features, type);
   }
 
-  Tensor y = torch::stable::new_empty(x, {p.rows, p.out_features});
+  Tensor y = new_tensor(x, {p.rows, p.out_features});
   if (p.rows == 0 || p.out_features == 0) return y;
   p.y = y.mutable_data_ptr();
   const Current current(x);
@@ -81,7 +82,7 @@ Tensor linear_stream(const Tensor& x, const Tensor& base, const std::vector<Tens
 template <class T>
 Tensor result(const Tensor& like, std::initializer_list<int64_t> shape, T** data,
               std::optional<ScalarType> type = std::nullopt) {
-  Tensor made = torch::stable::new_empty(like, shape, type);
+  Tensor made = new_tensor(like, shape, type);
   *data = static_cast<T*>(made.mutable_data_ptr());
   return made;
 }

@@ -36,10 +36,16 @@ inline int current_device_index() {
 
 inline Device current_device() {
   const int index = current_device_index();
-  int processors = 1, capability = 8;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
-  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index);
-  return {processors, capability >= 9};
+  static std::atomic<int> known[64];  // 0: not asked yet
+  int found = known[index & 63].load(std::memory_order_relaxed);
+  if (found == 0) {
+    int processors = 1, capability = 8;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index);
+    found = processors << 8 | capability;
+    known[index & 63].store(found, std::memory_order_relaxed);
+  }
+  return {found >> 8, (found & 255) >= 9};
 }
 
 template <auto kernel, class Problem>
