@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import coloured, here, refused, train  # noqa: F401
+from test_train import SHORT, coloured, here, refused, train  # noqa: F401
 
 from taps_fast.train.backbone import backbone
 from taps_fast.train.data import TrainError
@@ -22,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--device", "cuda:99"], "train: device must be one that PyTorch has here, got 'cuda:99' ("),
         (["--head", "conv1"], "train: the network must run on an image, got RuntimeError: "),
         (["--image-size", "2"], "(--head classifier, an input (1, 3, 2, 2) of data.npz)"),
+        (
+            ["--epochs", "1"],
+            "train: warmup-epochs must leave the penalty an epoch, got 1 of 1 (--warmup-epochs 0 begins",
+        ),
         (["--task", "v1.0"], "got 'v1.0' (--task says it, else --out)"),
         (["--task", "", "--out", "."], "got '' (--task says it, else --out)"),
     ],
@@ -122,6 +126,6 @@ def test_dtypes_of_numpy():
     np.savez("wide.npz", images=images, labels=labels.numpy().astype("uint16"))
     np.savez("same.npz", images=images.astype("float32"), labels=labels.numpy())
     for name in ("wide", "same"):
-        assert train("--out", f"out-{name}", "--task", "cubs", "--epochs", "1", data=f"{name}.npz") == 0
+        assert train("--out", f"out-{name}", "--task", "cubs", *SHORT, data=f"{name}.npz") == 0
     wide, same = (Path(f"out-{name}", "log.csv").read_text() for name in ("wide", "same"))
     assert wide == same

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "score-lr",
             _above_zero,
-            "the first, of SGD for scores (layers / steps: the penalty alone then moves a score by λ/4 in the mean)",
+            "of SGD for scores, falling once the penalty is there (what lets the penalty alone move a score by λ/4, in the "
+            "mean)",
         ),
         ("warmup-epochs", _whole, "epochs without the penalty"),
         ("seed", int, "of the head, the order, the held-out part and the augmentation"),
@@ -96,9 +97,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         _check_name(task)
         device = _device(args.device)
+        options = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if name != "lam"}
+        recipes = [Recipe(lam=lam, **options) for lam in args.lam]
         images, test = load(args.data, args.image_size, args.test, args.hold_out, args.seed)
         print(f"{task}: {len(images)} training and {len(test)} test images of {len(images.names)} classes", flush=True)
-        points = [_train(args, task, lam, images, test, device) for lam in args.lam]
+        points = [_train(args, task, recipe, images, test, device) for recipe in recipes]
         if len(points) > 1:
             tradeoff(points, args.out / "sweep.png")
             print(f"accuracy against parameters: {args.out / 'sweep.png'}")
@@ -124,9 +127,9 @@ def _device(name: str) -> torch.device:
 
 
 def _train(
-    args: argparse.Namespace, task: str, lam: float, images: Images, test: Images, device: torch.device
+    args: argparse.Namespace, task: str, recipe: Recipe, images: Images, test: Images, device: torch.device
 ) -> Point:
-    out = args.out if len(args.lam) == 1 else args.out / f"lam-{lam:g}"
+    out = args.out if len(args.lam) == 1 else args.out / f"lam-{recipe.lam:g}"
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     base = backbone(args.backbone, pretrained=not args.random, weights=args.weights).to(device)
@@ -141,13 +144,12 @@ def _train(
     dtypes = (parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
     images.dtype = test.dtype = next(dtypes, torch.float32)
     _try(model, task, images, device, head)
-    options = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if name != "lam"}
     training = Training(
         model,
         task,
         images,
         test,
-        Recipe(lam=lam, **options),
+        recipe,
         out,
         device=device,
         workers=args.workers,
@@ -155,7 +157,7 @@ def _train(
         tensorboard=args.tensorboard,
     )
     begun = f", from step {training.step}" if training.step else ""
-    print(f"{args.backbone}, head {head}, {len(model.conversion.layers)} layers with gates, λ = {lam:g}{begun}")
+    print(f"{args.backbone}, head {head}, {len(model.conversion.layers)} layers with gates, λ = {recipe.lam:g}{begun}")
     point = training.run(lambda line: print(line, flush=True))
     print(f"best: accuracy {point.accuracy:.1%} with {point.parameters:.1%} of the base's parameters, in {out / BEST}")
     return point
