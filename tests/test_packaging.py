@@ -80,6 +80,15 @@ def test_public_names_exist():
         taps_fast.delta_lineal  # noqa: B018
 
 
+def test_public_modules_need_no_import_of_their_own():
+    modules = ("formats", "merging", "nn", "peft", "stacked", "train")
+    assert set(modules) <= set(dir(taps_fast))
+    result = run(f"import taps_fast; print([getattr(taps_fast, name).__name__ for name in {modules}])", root=ROOT)
+    assert result.stdout == f"{[f'taps_fast.{name}' for name in modules]}\n", result.stderr
+    result = run("import sys, taps_fast; print([n for n in sys.modules if n.startswith('taps_fast.nn')])", root=ROOT)
+    assert result.stdout == "[]\n", result.stderr
+
+
 def test_missing_extension_is_said_once(copy):
     result = run(FORWARD + "import importlib, taps_fast.functional; importlib.reload(taps_fast)", root=copy)
     assert result.returncode == 0, result.stderr
