@@ -86,6 +86,8 @@ def test_a_run_learns_and_writes(here, capsys):
     assert train("--out", "out/cubs", "--epochs", "8", "--lam", "1", "--test", "data.npz") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("cubs: 24 training and 24 test images of 3 classes\ntiny:Net, head classifier, 2 layers")
+    where = "cuda:0" if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    assert printed.splitlines()[1].endswith(f"λ = 1, {where}")
     with open("out/cubs/log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(8)] and rows[-1]["step"] == "24"
@@ -309,7 +311,7 @@ def test_tensorboard_logs(here, monkeypatch, capsys):
     assert seen[0] == ("out/tensorboard", 0) and ("accuracy", 3) in seen and ("loss", 3) in seen
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     text = refused(capsys, *SHORT, "--tensorboard", "--bf16")
-    assert "--tensorboard needs tensorboard: pip install tensorboard" in text
+    assert "--tensorboard needs tensorboard: pip install 'taps-fast[train]'" in text
 
 
 def test_micro_batches_average_to_the_whole_batch():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from test_train import SHORT, coloured, here, refused, train  # noqa: F401
 
+from taps_fast.train import command
 from taps_fast.train.backbone import backbone
 from taps_fast.train.data import TrainError
 
@@ -91,6 +94,30 @@ def test_bad_backbones(spec, text):
     with pytest.raises(TrainError) as error:
         backbone(spec)
     assert text in str(error.value)
+
+
+def test_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    for name in ("torchvision", "timm", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        TrainError, match=r"needs torchvision, which is not installed: pip install 'taps-fast\[train\]' "
+    ):
+        backbone("torchvision:resnet18")
+    with pytest.raises(TrainError, match=r"needs timm, which is not installed \("):
+        backbone("timm:resnet18")
+    for name in "abcdef":
+        Path("folder", name).mkdir(parents=True)
+        Path("folder", name, "1.png").touch()
+    text = "train: Pillow must be installed to read images: pip install 'taps-fast[train]' ("
+    assert refused(capsys, data="folder").startswith(text)
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_trains_on_the_gpu_where_there_is_one(monkeypatch, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert parser.parse_args(["data", "--backbone", "x:y", "--out", "out"]).device == device
 
 
 def test_a_head_that_is_not_the_last_layer(capsys):

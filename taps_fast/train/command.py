@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Trains TAPS on one task: gated deltas, norms and a head over a frozen backbone. Writes into OUT: "
         f"{CHECKPOINT} (run the same command again after a kill, and it goes on bit for bit), {LOG}, and the task "
-        f"folders {BEST} (the most accurate epoch among those with the penalty) and {LAST}."
+        f"folders {BEST} (the most accurate epoch among those with the penalty) and {LAST}. Images are squeezed to a "
+        "square and normalised with ImageNet's mean and standard deviation; inputs in a file that are not uint8 stay "
+        "as they are."
     )
     parser.add_argument(
         "data",
@@ -40,11 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torchvision:NAME, timm:NAME, transformers:NAME or module:callable",
     )
     parser.add_argument("--out", required=True, type=Path, help="the folder of the run")
-    parser.add_argument("--task", help="its name (that of OUT)")
+    parser.add_argument("--task", help="the task's name (the last part of OUT)")
     parser.add_argument(
-        "--test", type=Path, metavar="DATA", help="test images (val or test in DATA, else a part of it)"
+        "--test", type=Path, metavar="DATA", help="test images (val or test in DATA, else --hold-out of its images)"
     )
-    parser.add_argument("--hold-out", type=_share, default=0.2, metavar="P", help="that part (%(default)s)")
+    parser.add_argument(
+        "--hold-out",
+        type=_share,
+        default=0.2,
+        metavar="P",
+        help="the part of the images that tests and does not train, where there are no test images (%(default)s)",
+    )
     parser.add_argument("--head", metavar="PATH", help="the module that the task replaces (the last Linear)")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict for the backbone")
     parser.add_argument("--random", action="store_true", help="do not load the backbone's pretrained weights")
@@ -57,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "score-lr",
             _above_zero,
-            "of SGD for scores, falling once the penalty is there (what lets the penalty alone move a score by λ/4, in the "
-            "mean)",
+            "of SGD for scores; it falls once the penalty is there (such that the penalty alone moves a score by λ/4 "
+            "in the mean)",
         ),
         ("warmup-epochs", _whole, "epochs without the penalty"),
         ("seed", int, "of the head, the order, the held-out part and the augmentation"),
@@ -85,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", choices=("ste", "raw"), default="ste", help="raw: the score multiplies (%(default)s)")
     parser.add_argument("--augment", action="store_true", help="random crops and mirror images")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--device", default="cpu", help="such as cpu or cuda (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="such as cpu or cuda (%(default)s)")
     parser.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that load (%(default)s)")
     parser.add_argument("--checkpoint-every", type=_whole, default=0, metavar="STEPS", help="besides one an epoch")
     parser.add_argument("--tensorboard", action="store_true", help="also write its logs")
@@ -157,7 +166,12 @@ def _train(
         tensorboard=args.tensorboard,
     )
     begun = f", from step {training.step}" if training.step else ""
-    print(f"{args.backbone}, head {head}, {len(model.conversion.layers)} layers with gates, λ = {recipe.lam:g}{begun}")
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    print(
+        f"{args.backbone}, head {head}, {len(model.conversion.layers)} layers with gates, λ = {recipe.lam:g}, "
+        f"{device}{threads}{begun}",
+        flush=True,
+    )
     point = training.run(lambda line: print(line, flush=True))
     print(f"best: accuracy {point.accuracy:.1%} with {point.parameters:.1%} of the base's parameters, in {out / BEST}")
     return point
