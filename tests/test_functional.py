@@ -299,8 +299,8 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(pairs=[(0, 1)]), ValueError, r"pairs must be \(task, delta\) in \[0, 2\) x \[0, 1\), got \(0, 1\)"),
         (dict(batch_dim=1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got 1 \(x"),
         (dict(batch_dim=-1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got -1 \(x"),
-        (dict(backend="cudnn"), ValueError, r"backend must be one of .*reference, got 'cudnn'"),
-        (dict(algorithm="fast"), ValueError, r"algorithm must be auto, .*split.*, got 'fast'"),
+        (dict(backend="cudnn"), ValueError, r"^delta_linear: backend must be one of .*reference, got 'cudnn'"),
+        (dict(algorithm="fast"), ValueError, r"^delta_linear: algorithm must be auto, .*split.*, got 'fast'"),
     ],
 )
 def test_linear_errors(changes: dict[str, Any], kind: type[Exception], text: str) -> None:
@@ -318,6 +318,7 @@ def call_conv2d(**changes: Any) -> Tensor:
 @pytest.mark.parametrize(
     "changes, kind, text",
     [
+        (dict(backend="cude"), ValueError, "^delta_conv2d: backend must be one of .*reference, got 'cude'"),
         (dict(x=torch.randn(4, 6)), ValueError, r"delta_conv2d: x must be \[N, C, H, W\] or \[C, H, W\], got \(4, 6\)"),
         (dict(x=torch.randn(2, 3, 6, 6)), ValueError, r"groups must split x's 3 channels into base's 4"),
         (dict(groups=4), ValueError, r"groups must split x's 4 channels into base's 4 and divide its 6 outputs, got 4"),
@@ -349,7 +350,7 @@ def _problem(**changes: Any) -> Problem:
     [
         ("triton", "auto", "runs on CUDA devices, the tensors are on cpu"),
         ("aten", "auto", "serves convolutions only"),
-        ("reference", "merge", "cannot run this problem"),
+        ("reference", "merge", "^delta_linear: backend='reference', algorithm='merge' cannot run this problem"),
     ],
 )
 def test_an_explicit_backend_that_cannot_run_says_why(backend: str, algorithm: str, reason: str) -> None:
