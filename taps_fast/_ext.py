@@ -44,7 +44,6 @@ def _load(name: str) -> str | None:
 
 
 CPU_ERROR = _load("_C")
-CPU_LOADED = CPU_ERROR is None
 CUDA_ERROR = f"PyTorch {torch.__version__} has no CUDA" if torch.version.cuda is None else _load("_C_cuda")
 CUDA_LOADED = CUDA_ERROR is None
 CUDA_CHIPS: list[tuple[int, int]] = []
