@@ -14,7 +14,7 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 CALL = {
     "_autocast", "_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "stacked", "tasks",
 }  # fmt: skip
-LAYERS = {"_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
+LAYERS = {"_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
     "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_regions", "_slices", "_statistics",
     "convert", "model", "peft", "sharing", "store",
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "_fold": set(),
     "_pointwise": {"tasks"},
     "_ext": set(),
+    "_names": set(),
     "_tuned": set(),
     "kernels": {"_ext", "_problem", "_tuned", "tasks"},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._names import nearest
 from ..tasks import BASE, TaskBatch
 
 BASE_NAME = "base"
@@ -263,13 +263,6 @@ class Located:
             f"{tuple(x.shape)} and {batch.size} ids "
             f"({self.refusal or 'call model.probe(...) once with an input like this one'})"
         )
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint after an unknown name."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    listed = ", ".join(known) if known else "none"
-    return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
 
 
 def task_by_task(

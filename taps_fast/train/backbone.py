@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store import did_you_mean
+from .._names import did_you_mean
 from .data import TrainError
 
 
