@@ -21,9 +21,9 @@ MODEL = {
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
-    "__main__": {"__init__", "_dispatch", "_problem", "demo", "train", *MODEL},
-    "demo": {"__init__", "train", *LAYERS, *MODEL},
-    "train": {"__init__", *LAYERS, *MODEL},
+    "__main__": {"__init__", "_command", "_dispatch", "_problem", "demo", "train", *MODEL},
+    "demo": {"__init__", "_command", "train", *LAYERS, *MODEL},
+    "train": {"__init__", "_command", *LAYERS, *MODEL},
     "merging": {"__init__", *LAYERS, *MODEL},
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "_pointwise": {"tasks"},
     "_ext": set(),
     "_names": set(),
+    "_command": set(),
     "_tuned": set(),
     "kernels": {"_ext", "_problem", "_tuned", "tasks"},
 }

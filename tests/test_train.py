@@ -78,8 +78,8 @@ def train(*options, data="data.npz"):
 def refused(capsys, *options, data="data.npz"):
     assert train("--out", "out", *options, data=data) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m taps_fast train: error: ")
-    return line.removeprefix("python -m taps_fast train: error: ")
+    assert line.startswith("python -m taps_fast: error: ")
+    return line.removeprefix("python -m taps_fast: error: ")
 
 
 def test_a_run_learns_and_writes(here, capsys):

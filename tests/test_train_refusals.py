@@ -21,8 +21,6 @@ pytestmark = pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--device", "nonsense"], "train: device must be one that PyTorch has here, got 'nonsense' ("),
-        (["--device", "cuda:99"], "train: device must be one that PyTorch has here, got 'cuda:99' ("),
         (["--head", "conv1"], "train: the network must run on an image, got RuntimeError: "),
         (["--image-size", "2"], "(--head classifier, an input (1, 3, 2, 2) of data.npz)"),
         (
@@ -69,6 +67,8 @@ def test_bad_data(capsys):
         (["--lam", "nan"], "argument --lam: must be finite and at least 0, got 'nan'"),
         (["--threshold", "0"], "argument --threshold: must be finite and above 0, got '0'"),
         (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
+        (["--device", "nonsense"], "argument --device: must be a device of this machine, got 'nonsense' ("),
+        (["--device", "cuda:99"], "argument --device: must be a device of this machine, got 'cuda:99' ("),
         (["--hold-out", "1"], "argument --hold-out: must be between 0 and 1, got '1'"),
     ],
 )
@@ -117,7 +117,7 @@ def test_trains_on_the_gpu_where_there_is_one(monkeypatch, there, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert parser.parse_args(["data", "--backbone", "x:y", "--out", "out"]).device == device
+    assert parser.get_default("device") == device
 
 
 def test_a_head_that_is_not_the_last_layer(capsys):
