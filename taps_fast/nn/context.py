@@ -51,12 +51,16 @@ class TaskContext:
     """The task names of a model and the selection of its running forward, shared by all its layers.
 
     Threads have a selection each. It is set by the model's forward and gone when that returns.
+
+    Args:
+        owner: what error messages begin with.
+        tasks: names to begin with.
+        alone: whether it belongs to one layer, of no model.
     """
 
     def __init__(self, owner: str, tasks: Iterable[str] = (), *, alone: bool = False) -> None:
         self.owner = owner
         self.alone = alone
-        """Whether it belongs to one layer, of no model."""
         self.tasks: list[str] = []
         self.default: str | None = None
         self.frozen = False
