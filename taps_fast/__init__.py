@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 # Imported for what they do: the one declares the operators, the other loads the kernels that are compiled.
 from taps_fast import (
@@ -26,17 +27,20 @@ _PUBLIC = {
     "delta_linear": "functional",
     "scale_shift": "norms",
 }
+_MODULES = ("formats", "merging", "nn", "peft", "stacked", "train")
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"taps_fast.{name}")
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"taps_fast.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'taps_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_MODULES})
 
 
 def _register_kernels() -> None:

@@ -15,6 +15,7 @@ import safetensors
 import torch
 
 from . import __version__, _dispatch, store
+from ._command import UserError
 from ._problem import Problem
 from ._slices import gives_memory_back
 from .sharing import Sharing, readable_bytes
@@ -82,10 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-
-
-class UserError(Exception):
-    """Something the person at the command line can put right; shown without a traceback."""
 
 
 def _benchmarks() -> ModuleType:

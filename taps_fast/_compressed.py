@@ -39,7 +39,7 @@ def stays_apart(delta: Format, base: Tensor, rows: int, algorithm: str) -> bool:
         return algorithm == "split"
     if isinstance(delta, LowRank):
         return delta.rank * sum(base.shape) < base.numel()
-    return CODED_ROWS >= rows and base.device.type == "cpu" and _ext.CPU_LOADED
+    return CODED_ROWS >= rows and base.device.type == "cpu" and _ext.CPU_ERROR is None
 
 
 def decoded_by_kernel(
@@ -54,7 +54,7 @@ def decoded_by_kernel(
     """The deltas whose codes `linear_coded` reads: on a CPU, where nothing needs a gradient and there is a weight."""
     if base.numel() == 0:
         return set()
-    if x.device.type != "cpu" or not _ext.CPU_LOADED or backend not in (None, "cpu"):
+    if x.device.type != "cpu" or _ext.CPU_ERROR is not None or backend not in (None, "cpu"):
         return set()
     if algorithm not in ("auto", "blend", "split"):
         return set()
@@ -82,7 +82,7 @@ def is_low_rank_stack(
     """Whether `linear_low_rank_` takes all deltas: on a CPU, where nothing needs a gradient and they stay apart."""
     if not isinstance(deltas, Stack) or not isinstance(deltas.like, LowRank) or backend not in (None, "cpu"):
         return False
-    if x.device.type != "cpu" or not _ext.CPU_LOADED or not stays_apart(deltas.like, base, rows, algorithm):
+    if x.device.type != "cpu" or _ext.CPU_ERROR is not None or not stays_apart(deltas.like, base, rows, algorithm):
         return False
     tensors = (x, base, coeffs, bias, *deltas.tensors.values())
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

@@ -283,9 +283,9 @@ def select(problem: Problem, backend: str | None = None, algorithm: str = "auto"
 
 def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"select: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"delta_{problem.op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if algorithm != "auto" and algorithm not in ALGORITHMS:
-        raise ValueError(f"select: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        raise ValueError(f"delta_{problem.op}: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
     usable: dict[tuple[str, object], bool] = {}
     able: Choice | None = None
     for row in TABLE:
@@ -302,7 +302,7 @@ def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
     if backend is not None and able is not None:
         return able
     raise BackendError(
-        f"select: backend={backend!r}, algorithm={algorithm!r} cannot run this problem\n" + explain(problem)
+        f"delta_{problem.op}: backend={backend!r}, algorithm={algorithm!r} cannot run this problem\n" + explain(problem)
     )
 
 

@@ -44,12 +44,10 @@ def _load(name: str) -> str | None:
 
 
 CPU_ERROR = _load("_C")
-CPU_LOADED = CPU_ERROR is None
 CUDA_ERROR = f"PyTorch {torch.__version__} has no CUDA" if torch.version.cuda is None else _load("_C_cuda")
-CUDA_LOADED = CUDA_ERROR is None
 CUDA_CHIPS: list[tuple[int, int]] = []
 """The compute capabilities that the CUDA extension was compiled for; each serves its generation, from itself on."""
-if CUDA_LOADED:
+if CUDA_ERROR is None:
     CUDA_CHIPS = [divmod(int(n) // 10, 10) for n in torch.ops.taps_fast.cuda_architectures().split(",")]
 _OTHER_CHIP = f"taps_fast._C_cuda was built for others. To build it: {_how_to_build()}"
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import _prepare, _statistics
 from ._prepare import Preparation
-from ._probe import batch_of, probe
+from ._probe import batch_of, probe, probe_first
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion, rest
 from .nn import TaskContext
-from .nn.context import PREPARED, Mix, Selection
+from .nn.context import PREPARED, Mix, Selection, TaskNames
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -140,6 +142,42 @@ class PreparedModel(nn.Module):
                 f"samples change another's: {self.meeting} shows it (run one task a batch, or exclude the "
                 "modules before that place)"
             )
+
+    def forward(self, *args: Any, tasks: TaskNames | None = None, **kwargs: Any) -> Any:
+        """The model's output, with the weights of ``tasks``.
+
+        Args:
+            *args, **kwargs: what the model takes.
+            tasks: one name for all samples ("base": none); a list of B names, ids or None (the base); a [B] tensor of
+                ids, which index `tasks` (-1: the base) and do not recompile a compiled model; or a `TaskBatch`.
+                Default: the task of `set_task`, else the only one, else (no task at all) the base.
+
+        Returns:
+            What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
+            included. Tasks that the batch lacks get no gradient where names or ids are on the host, and zeros for
+            ids on a device, a `TaskBatch` and in compiled models.
+
+        Raises:
+            ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer
+                whose batch axis is not known, samples that would change each other (see `probe`).
+            TypeError: tasks that are neither names nor integers.
+        """
+        # Ids go to the device once here, not once a layer.
+        first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
+        selection = self.context.resolve(tasks, None if first is None else first.device)
+        if selection.mix is None or torch.compiler.is_compiling():
+            self._apart(selection)
+            return self._run(selection, args, kwargs)
+        count = selection.mix.batch.size
+        if count and not self.probed:
+            probe_first(self, args, kwargs, count)
+        axes = self.input_axes(args, kwargs, count)
+        self._apart(selection)
+        if first is not None and axes is not None and not self.training:
+            most = self.slice_of(first, count, selection.mix.batch)
+            if most is not None:
+                return self._in_slices(selection.mix, args, kwargs, axes, most)
+        return self._run(selection, args, kwargs)
 
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)

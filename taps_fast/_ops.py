@@ -366,7 +366,7 @@ for _name, _schema in SCHEMAS.items():
         _part = _name.partition("_")[0] if _name.startswith(("coded", "fold")) else "pointwise"
         _plain, _kernel = _from(f"taps_fast._{_part}", _name), _from(f"taps_fast.kernels.{_part}", _name)
         _chosen = _kernel if _part == "fold" else _unless_float64(_kernel, _plain)
-        _compiled = _name in POINTWISE and _ext.CUDA_LOADED
+        _compiled = _name in POINTWISE and _ext.CUDA_ERROR is None
         if _name in POINTWISE:
             torch.library.define(f"{_op}.uncompiled", _schema, tags=(torch.Tag.needs_fixed_stride_order,))
         for _each in (_op, f"{_op}.uncompiled")[: 1 + (_name in POINTWISE)]:

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ._names import nearest
 from ._problem import DTYPES
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
-from .nn.context import nearest
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask

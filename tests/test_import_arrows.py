@@ -14,16 +14,16 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 CALL = {
     "_autocast", "_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "stacked", "tasks",
 }  # fmt: skip
-LAYERS = {"_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
+LAYERS = {"_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
     "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_regions", "_slices", "_statistics",
     "convert", "model", "peft", "sharing", "store",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
-    "__main__": {"__init__", "_dispatch", "_problem", "demo", "train", *MODEL},
-    "demo": {"__init__", "train", *LAYERS, *MODEL},
-    "train": {"__init__", *LAYERS, *MODEL},
+    "__main__": {"__init__", "_command", "_dispatch", "_problem", "demo", "train", *MODEL},
+    "demo": {"__init__", "_command", "train", *LAYERS, *MODEL},
+    "train": {"__init__", "_command", *LAYERS, *MODEL},
     "merging": {"__init__", *LAYERS, *MODEL},
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
@@ -48,6 +48,8 @@ MAY_IMPORT = {
     "_fold": set(),
     "_pointwise": {"tasks"},
     "_ext": set(),
+    "_names": set(),
+    "_command": set(),
     "_tuned": set(),
     "kernels": {"_ext", "_problem", "_tuned", "tasks"},
 }

@@ -140,7 +140,7 @@ def test_concrete():
     torch.testing.assert_close(trained.state("a")["fc.weight"], trained.weights()["fc.weight"].detach())
     trained.sampling = True
     assert not torch.equal(trained.masks()["fc.weight"], trained.masks()["fc.weight"])
-    with pytest.raises(ValueError, match="ConcreteModel: route must be 'whole' without parts"):
+    with pytest.raises(ValueError, match="ConcreteModel: route must be 'whole' without parts, got 'layer'$"):
         merging.ConcreteModel(base, vectors, head="head", route="layer")
 
 

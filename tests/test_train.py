@@ -67,7 +67,8 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("tiny", None)
 
 
-OPTIONS = ["--backbone", "tiny:Net", "--image-size", "12", "--batch", "8", "--lr", "0.02", "--warmup-epochs", "1"]
+OPTIONS = ["--backbone", "tiny:Net", "--image-size", "12", "--batch", "8", "--lr", "0.02"]
+SHORT = ["--epochs", "1", "--warmup-epochs", "0"]
 
 
 def train(*options, data="data.npz"):
@@ -77,14 +78,16 @@ def train(*options, data="data.npz"):
 def refused(capsys, *options, data="data.npz"):
     assert train("--out", "out", *options, data=data) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m taps_fast train: error: ")
-    return line.removeprefix("python -m taps_fast train: error: ")
+    assert line.startswith("python -m taps_fast: error: ")
+    return line.removeprefix("python -m taps_fast: error: ")
 
 
 def test_a_run_learns_and_writes(here, capsys):
     assert train("--out", "out/cubs", "--epochs", "8", "--lam", "1", "--test", "data.npz") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("cubs: 24 training and 24 test images of 3 classes\ntiny:Net, head classifier, 2 layers")
+    where = "cuda:0" if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    assert printed.splitlines()[1].endswith(f"λ = 1, {where}")
     with open("out/cubs/log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(8)] and rows[-1]["step"] == "24"
@@ -131,25 +134,30 @@ def test_a_killed_run_goes_on_bit_for_bit(here, capsys):
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):
-    assert train("--out", "out", "--epochs", "1") == 0
+    assert train("--out", "out", *SHORT) == 0
     before = Path("out/checkpoint.pt").read_bytes()
-    assert train("--out", "out", "--epochs", "1") == 0
+    assert train("--out", "out", *SHORT) == 0
     assert (
         Path("out/checkpoint.pt").read_bytes() == before
         and "epoch" not in capsys.readouterr().out.split("from step")[1]
     )
 
 
-@pytest.mark.parametrize(
-    ("warmup", "accuracies", "saved"),
-    [(1, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4]), (9, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4, 5])],
-)
-def test_the_folder_of_the_best_is_of_the_epoch_that_is_reported(tmp_path, monkeypatch, warmup, accuracies, saved):
-    """Epochs before the penalty are replaced by the first with it, however accurate they were."""
+def training_of(recipe, out):
+    """A run of a small network with two adapted layers, on six images."""
     images = Images("x", torch.rand(6, 3, 8, 8), torch.arange(6) % 3, ["a", "b", "c"], 8)
-    model = TapsModel(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 3)), ["cubs"], head="2")
-    recipe = loop.Recipe(epochs=5, batch=6, warmup_epochs=warmup)
-    training = loop.Training(model, "cubs", images, images, recipe, tmp_path, device=torch.device("cpu"))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model = TapsModel(net, ["cubs"], head="3")
+    return loop.Training(model, "cubs", images, images, recipe, out, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "lam", "accuracies", "saved"),
+    [(1, 0.5, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4]), (9, 0.0, [0.9, 0.5, 0.8, 0.8, 0.7], [1, 2, 3, 4, 5])],
+)
+def test_the_folder_of_the_best_is_of_the_epoch_that_is_reported(tmp_path, monkeypatch, warmup, lam, accuracies, saved):
+    """Epochs before the penalty are replaced by the first with it, however accurate they were."""
+    training = training_of(loop.Recipe(epochs=5, batch=6, warmup_epochs=warmup, lam=lam), tmp_path)
     tested, found = iter(accuracies), []
     monkeypatch.setattr(loop, "accuracy", lambda *args, **tasks: next(tested))
     monkeypatch.setattr(TapsModel, "save_task", lambda model, task, folder: found.append((folder.name, training.step)))
@@ -168,13 +176,13 @@ def test_the_folder_of_the_best_is_of_the_epoch_that_is_reported(tmp_path, monke
     ],
 )
 def test_resume_from_another_run(here, capsys, options, text):
-    assert train("--out", "out", "--epochs", "1") == 0
+    assert train("--out", "out", *SHORT) == 0
     capsys.readouterr()
-    assert text in refused(capsys, "--epochs", "1", *options)
+    assert text in refused(capsys, *SHORT, *options)
 
 
 def test_a_loss_that_is_not_a_number(here, capsys):
-    assert train("--out", "out", "--epochs", "1", "--lr", "1e30") == 2
+    assert train("--out", "out", *SHORT, "--lr", "1e30") == 2
     text = capsys.readouterr().err
     assert "must be finite, got" in text and "at step" in text and "last good checkpoint: no checkpoint yet" in text
     images, labels = coloured()
@@ -247,7 +255,7 @@ def test_image_folders(here):
     np.savez("four.npz", images=images[4:5].numpy(), labels=[0])
     same, _ = load(Path("four.npz"), 12, Path("four.npz"), 0.2, 0)
     assert torch.equal(training[index][0], same[0][0]) and training.names[int(training[index][1])] == "g"
-    assert train("--out", "out", "--epochs", "1", "--workers", "1", data="folder") == 0
+    assert train("--out", "out", *SHORT, "--workers", "1", data="folder") == 0
     (here / "folder/val/x").mkdir()
     with pytest.raises(TrainError, match="classes of .*val must be those of training, got 'x'"):
         load(here / "folder", 12, None, 0.2, 0)
@@ -299,11 +307,11 @@ def test_tensorboard_logs(here, monkeypatch, capsys):
             pass
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    assert train("--out", "out", "--epochs", "1", "--tensorboard", "--bf16") == 0
+    assert train("--out", "out", *SHORT, "--tensorboard", "--bf16") == 0
     assert seen[0] == ("out/tensorboard", 0) and ("accuracy", 3) in seen and ("loss", 3) in seen
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    text = refused(capsys, "--epochs", "1", "--tensorboard", "--bf16")
-    assert "--tensorboard needs tensorboard: pip install tensorboard" in text
+    text = refused(capsys, *SHORT, "--tensorboard", "--bf16")
+    assert "--tensorboard needs tensorboard: pip install 'taps-fast[train]'" in text
 
 
 def test_micro_batches_average_to_the_whole_batch():
@@ -329,6 +337,20 @@ def test_any_number_of_steps_has_a_schedule():
             schedule.optimizer.step()
             schedule.step()
         assert min(rates) > 0 and max(rates) <= 1.0
+
+
+@pytest.mark.parametrize("by", ["layer", "size"])
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "batch"), [(1, 0, 6), (1, 0, 1), (2, 1, 6), (2, 1, 1), (5, 1, 2), (9, 8, 2)]
+)
+def test_the_penalty_alone_moves_scores_by_a_quarter_of_lambda(tmp_path, by, epochs, warmup, batch):
+    """In the mean over the layers, whatever the warm-up and the number of steps."""
+    recipe = loop.Recipe(epochs, batch, lam=0.08, lr=1e-30, warmup_epochs=warmup, penalty_by=by)
+    training = training_of(recipe, tmp_path)
+    training.run(lambda line: None)
+    assert training.step == epochs * 6 // batch
+    scores = [layer.scores["cubs"].item() for layer in training.model.conversion.layers.values()]
+    assert 0.15 - sum(scores) / len(scores) == pytest.approx(0.08 / 4)
 
 
 def test_warm_up_skips_as_many_epochs_as_it_says():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_train import coloured, here, refused, train  # noqa: F401
+from test_train import SHORT, coloured, here, refused, train  # noqa: F401
 
+from taps_fast.train import command
 from taps_fast.train.backbone import backbone
 from taps_fast.train.data import TrainError
 
@@ -18,10 +21,12 @@ pytestmark = pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--device", "nonsense"], "train: device must be one that PyTorch has here, got 'nonsense' ("),
-        (["--device", "cuda:99"], "train: device must be one that PyTorch has here, got 'cuda:99' ("),
         (["--head", "conv1"], "train: the network must run on an image, got RuntimeError: "),
         (["--image-size", "2"], "(--head classifier, an input (1, 3, 2, 2) of data.npz)"),
+        (
+            ["--epochs", "1"],
+            "train: warmup-epochs must leave the penalty an epoch, got 1 of 1 (--warmup-epochs 0 begins",
+        ),
         (["--task", "v1.0"], "got 'v1.0' (--task says it, else --out)"),
         (["--task", "", "--out", "."], "got '' (--task says it, else --out)"),
     ],
@@ -62,6 +67,8 @@ def test_bad_data(capsys):
         (["--lam", "nan"], "argument --lam: must be finite and at least 0, got 'nan'"),
         (["--threshold", "0"], "argument --threshold: must be finite and above 0, got '0'"),
         (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
+        (["--device", "nonsense"], "argument --device: must be a device of this machine, got 'nonsense' ("),
+        (["--device", "cuda:99"], "argument --device: must be a device of this machine, got 'cuda:99' ("),
         (["--hold-out", "1"], "argument --hold-out: must be between 0 and 1, got '1'"),
     ],
 )
@@ -87,6 +94,30 @@ def test_bad_backbones(spec, text):
     with pytest.raises(TrainError) as error:
         backbone(spec)
     assert text in str(error.value)
+
+
+def test_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    for name in ("torchvision", "timm", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        TrainError, match=r"needs torchvision, which is not installed: pip install 'taps-fast\[train\]' "
+    ):
+        backbone("torchvision:resnet18")
+    with pytest.raises(TrainError, match=r"needs timm, which is not installed \("):
+        backbone("timm:resnet18")
+    for name in "abcdef":
+        Path("folder", name).mkdir(parents=True)
+        Path("folder", name, "1.png").touch()
+    text = "train: Pillow must be installed to read images: pip install 'taps-fast[train]' ("
+    assert refused(capsys, data="folder").startswith(text)
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_trains_on_the_gpu_where_there_is_one(monkeypatch, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert parser.get_default("device") == device
 
 
 def test_a_head_that_is_not_the_last_layer(capsys):
@@ -122,6 +153,6 @@ def test_dtypes_of_numpy():
     np.savez("wide.npz", images=images, labels=labels.numpy().astype("uint16"))
     np.savez("same.npz", images=images.astype("float32"), labels=labels.numpy())
     for name in ("wide", "same"):
-        assert train("--out", f"out-{name}", "--task", "cubs", "--epochs", "1", data=f"{name}.npz") == 0
+        assert train("--out", f"out-{name}", "--task", "cubs", *SHORT, data=f"{name}.npz") == 0
     wide, same = (Path(f"out-{name}", "log.csv").read_text() for name in ("wide", "same"))
     assert wide == same

@@ -7,12 +7,12 @@ Head-only training and full fine-tuning get the same budget, and the table says 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from .._command import UserError, device, positive
 from ..model import TapsModel
 from . import report, train
 from .data import TASKS, Task, load
@@ -39,19 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=names, default=names, metavar="TASK", help="%(choices)s (all)")
     images = f"of {train.STEPS * train.BATCH} images, for every task"
     for option, kind, default, help in (
-        ("--epochs", _positive, 5, images),
+        ("--epochs", positive, 5, images),
         ("--lam", float, 0.5, "λ of the penalty on scores: more closes more layers"),
         ("--seed", int, 3, "of the splits, new heads and order of images"),
-        ("--image-size", _positive, 64, "pixels a side that the network sees"),
-        ("--device", _device, "cpu", "such as cpu or cuda"),
+        ("--image-size", positive, 64, "pixels a side that the network sees"),
+        ("--device", device, "cpu", "such as cpu or cuda"),
         ("--out", Path, Path("taps_demo"), "where task folders and the picture go"),
     ):
         name = option.lstrip("-")[0].upper()
         parser.add_argument(option, type=kind, default=default, metavar=name, help=f"{help} (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the demo and prints its report; 0: it is done, 2: it could not start, with the reason on standard error."""
+def run(args: argparse.Namespace) -> None:
+    """Runs the demo and prints its report.
+
+    Raises:
+        UserError: it cannot start, and why.
+    """
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tasks = [load(name, args.image_size, args.seed) for name in dict.fromkeys(args.tasks)]
@@ -61,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in PACKAGES:
             raise
-        return _refuse(f"{error.name} must be installed: pip install 'taps-fast[demo]'")
+        raise UserError(f"demo: {error.name} must be installed: pip install 'taps-fast[demo]'") from None
     except OSError as error:
-        return _refuse(f"--out must be a folder that can be written, got {args.out} ({error})")
+        raise UserError(f"demo: --out must be a folder that can be written, got {args.out} ({error})") from None
     start = time.perf_counter()
     served = TapsModel(base, head=train.HEAD)
     threads = f" ({torch.get_num_threads()} threads)" if plan.device.type == "cpu" else ""
@@ -84,7 +88,6 @@ def run(args: argparse.Namespace) -> int:
     served.sharing().plot(picture)
     print(f"Which layers each task opened: {picture}; task folders: {args.out / 'tasks'}")
     print(f"{time.perf_counter() - start:.0f} s")
-    return 0
 
 
 def _task(base: torch.nn.Module, served: TapsModel, task: Task, plan: train.Plan, out: Path) -> report.Result:
@@ -124,23 +127,3 @@ def _task(base: torch.nn.Module, served: TapsModel, task: Task, plan: train.Plan
         sharing.added_parameters(task.name) / sharing.base_parameters,
         sum(file.stat().st_size for file in folder.iterdir()),
     )
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m taps_fast demo: error: {reason}", file=sys.stderr)
-    return 2
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r} ({error})") from None
-    return device

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..model import TapsModel
 from ..train import loop
-from ..train.loop import WARMUP, schedules
+from ..train.loop import schedules
 from .data import Split, Task
 
 HEAD = "_fc"
@@ -30,6 +30,8 @@ STEPS = 12
 LR = 2.5e-3
 HEAD_LR = 1e-2  # where nothing else moves
 SCORE_LR = 0.8
+WARMUP = 0.1
+"""The part of the steps without the penalty."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ def adamerging(
     Returns:
         The trained `MergedModel`; ``.state(task)`` is a plain state dict.
 
+    Raises:
+        ValueError: as `MergedModel`.
+
     Cost: a step folds once, runs each task's batch forward and backward once, and reads each delta once more for all
     coefficients' gradients. Source: AdaMerging, arXiv 2310.02575, equations of task-wise and layer-wise AdaMerging and
     of the entropy objective.

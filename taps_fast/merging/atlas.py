@@ -36,6 +36,9 @@ def atlas(
     Returns:
         The trained `MergedModel`.
 
+    Raises:
+        ValueError: as `MergedModel` and `random_parts`.
+
     Cost: as `adamerging`; parts cost a byte a weight. Source: aTLAS, arXiv 2407.02880, equations of anisotropic
     scaling and of aTLAS x K (here P: K is the number of deltas).
     """
@@ -62,7 +65,18 @@ def atlas(
 
 
 def random_parts(vectors: TaskVectors, num_parts: int, seed: int = 0) -> dict[str, Tensor]:
-    """uint8 by name: each element's class, drawn at random from ``num_parts``.
+    """Classes of elements at random, for coefficients of their own (`MergedModel`, coeffs="part").
+
+    Args:
+        vectors: whose tensors are split.
+        num_parts: how many classes, at most 256.
+        seed: of the draw.
+
+    Returns:
+        uint8 by name, in the tensors' shapes and on their devices: each element's class.
+
+    Raises:
+        ValueError: ``num_parts`` out of range.
 
     >>> vectors = TaskVectors({"w": torch.zeros(100)}, {"w": [torch.ones(100)]}, ["a"])
     >>> random_parts(vectors, 3)["w"].unique().tolist()

@@ -21,6 +21,9 @@ class ConcreteModel(MergedModel):
     Args:
         model, vectors: as in `MergedModel`, with its keyword arguments.
         temperature: of the relaxed Bernoulli variables. logit: where the mask's logits start. seed: of the noise.
+
+    Raises:
+        ValueError: as `MergedModel`; another route than "whole", or parts.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class ConcreteModel(MergedModel):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        route, parts = kwargs.get("route", "whole"), kwargs.get("parts")
+        if route != "whole" or parts is not None:
+            with_parts = "" if parts is None else " with parts"
+            raise ValueError(f"ConcreteModel: route must be 'whole' without parts, got {route!r}{with_parts}")
         super().__init__(model, vectors, **kwargs)
-        if kwargs.get("route", "whole") != "whole" or kwargs.get("parts") is not None:
-            raise ValueError("ConcreteModel: route must be 'whole' without parts, got another")
         self.temperature, self.sampling = temperature, False
         # At least float32: in float16 what Adam divides by would be 0.
         wide = {name: torch.promote_types(vectors.base[name].dtype, torch.float32) for name in vectors.names}
@@ -80,6 +85,9 @@ def concrete(
 
     Returns:
         The trained model, whose mask is now without noise.
+
+    Raises:
+        ValueError: as `MergedModel`.
 
     Cost: as `adamerging`, and as many trained numbers as weights. Source: Concrete Subspace Learning, arXiv 2312.06173:
     a shared relaxed Bernoulli mask, rescaled by its mean. The paper trains mask and coefficients in two nested loops;

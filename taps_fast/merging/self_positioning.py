@@ -70,6 +70,9 @@ def self_positioning(
     Returns:
         (the merged state dict, the coefficients λ·c [K]).
 
+    Raises:
+        ValueError: init that is not K positive numbers.
+
     Cost: a step folds once and reads the deltas once more for the K + 1 gradients. Source: Self Positioning, of which
     the spherical composition and its K + 1 scalars are taken. The order of composition (the tasks'), positive weights
     through exp, Adam, and the penalty are this library's choice.

@@ -47,7 +47,18 @@ def ties(vectors: TaskVectors, scale: float = 1.0, density: float = 0.2) -> dict
 
 
 def elected(vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
-    """Deltas trimmed as in `ties`, without the elements whose sign lost: what AdaMerging++ weighs."""
+    """Deltas trimmed as in `ties`, without the elements whose sign lost: what AdaMerging++ weighs.
+
+    Args:
+        vectors: base and deltas, which are left as they are.
+        density: the share of each task's elements that is kept, the largest.
+
+    Returns:
+        The same base with new deltas.
+
+    Raises:
+        ValueError: a density that is not in (0, 1].
+    """
     limits = thresholds(vectors, density)
 
     def change(name: str, deltas: list[Tensor]) -> list[Tensor]:

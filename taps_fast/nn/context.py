@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._names import nearest
 from ..tasks import BASE, TaskBatch
 
 BASE_NAME = "base"
@@ -51,12 +51,16 @@ class TaskContext:
     """The task names of a model and the selection of its running forward, shared by all its layers.
 
     Threads have a selection each. It is set by the model's forward and gone when that returns.
+
+    Args:
+        owner: what error messages begin with.
+        tasks: names to begin with.
+        alone: whether it belongs to one layer, of no model.
     """
 
     def __init__(self, owner: str, tasks: Iterable[str] = (), *, alone: bool = False) -> None:
         self.owner = owner
         self.alone = alone
-        """Whether it belongs to one layer, of no model."""
         self.tasks: list[str] = []
         self.default: str | None = None
         self.frozen = False
@@ -263,13 +267,6 @@ class Located:
             f"{tuple(x.shape)} and {batch.size} ids "
             f"({self.refusal or 'call model.probe(...) once with an input like this one'})"
         )
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint after an unknown name."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    listed = ", ".join(known) if known else "none"
-    return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
 
 
 def task_by_task(

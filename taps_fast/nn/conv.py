@@ -31,7 +31,8 @@ class FastTapsConv2d(TapsLayer):
         tasks, threshold, initial_score, gate: as `FastTapsLinear`.
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, or an unknown gate.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
+            one or an initial score that is not finite.
 
     Cost: `delta_conv2d`'s; images behind closed gates share the base convolution.
     Source: TAPS, arXiv 2203.16708.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import scale_shift
+from ..norms import scale_shift
 from .context import Selection
 
 if TYPE_CHECKING:

@@ -71,6 +71,9 @@ class TaskHead(PerTask):
 
     Linear heads run as a baked bank: one `delta_linear` for each distinct width, in which a task's "delta" is
     its whole weight and the base coefficient is 0. Other heads run task by task.
+
+    Args:
+        base, context, path: as `PerTask`.
     """
 
     padded = True

@@ -30,7 +30,8 @@ class FastTapsLinear(TapsLayer):
         gate: "ste" (a gate with a straight-through gradient) or "raw" (the score itself multiplies the delta).
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, or an unknown gate.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
+            one or an initial score that is not finite.
 
     Cost: `delta_linear`'s; a closed gate's rows share the base product in inference.
     Source: TAPS, arXiv 2203.16708.
@@ -86,7 +87,6 @@ class FastTapsLinear(TapsLayer):
             tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
             batch_dim: the axis of input that ``tasks`` given here goes along, as in `delta_linear`.
-            after: what `TapsModel.prepare_inference` folds into this layer.
 
         Raises:
             ValueError: an unknown task, several tasks and none said, ids that do not divide the batch.

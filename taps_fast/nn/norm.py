@@ -33,7 +33,11 @@ def norm_type(module: nn.Module) -> type[TaskNorm]:
 
 
 class TaskNorm(PerTask):
-    """A norm of any other type: mixed batches run task by task."""
+    """A norm of any other type: mixed batches run task by task.
+
+    Args:
+        base, context, path: as in `PerTask`.
+    """
 
     def train(self, mode: bool = True) -> TaskNorm:
         super().train(mode)

@@ -20,6 +20,11 @@ class PerTask(Located, nn.Module):
 
     Attributes it lacks are those of the active task's module, so code that reads ``norm.eps`` or ``head.weight``
     goes on working.
+
+    Args:
+        base: what stood here in the network.
+        context: the model's, with the names of its tasks.
+        path: where it is in the network, for messages.
     """
 
     def __init__(self, base: nn.Module, context: TaskContext, path: str) -> None:

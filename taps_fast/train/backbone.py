@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store import did_you_mean
+from .._names import did_you_mean
 from .data import TrainError
 
 
@@ -41,7 +41,10 @@ def backbone(spec: str, *, pretrained: bool = True, weights: Path | None = None)
         else:
             found = _call(source, name, spec)
     except ModuleNotFoundError as error:
-        raise TrainError(f"train: backbone {spec!r} needs {error.name}, which is not installed ({error})") from None
+        get = ": pip install 'taps-fast[train]'" if error.name == "torchvision" else ""
+        raise TrainError(
+            f"train: backbone {spec!r} needs {error.name}, which is not installed{get} ({error})"
+        ) from None
     except TrainError:
         raise
     except (TypeError, ValueError, RuntimeError, OSError) as error:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .._command import UserError
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class TrainError(ValueError):
+class TrainError(UserError, ValueError):
     """Something that the person who trains can put right."""
 
 
@@ -208,7 +210,9 @@ def _decode(path: Path) -> Tensor:
     try:
         from PIL import Image
     except ImportError as error:
-        raise TrainError(f"train: Pillow must be installed to read images: pip install pillow ({error})") from None
+        raise TrainError(
+            f"train: Pillow must be installed to read images: pip install 'taps-fast[train]' ({error})"
+        ) from None
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))

@@ -26,14 +26,18 @@ CHECKPOINT, LOG, BEST, LAST = "checkpoint.pt", "log.csv", "best", "last"
 WARMUP = 0.1
 """The part of the steps in which the learning rate rises."""
 SETTLED = 0.5
-"""The part of the steps after which scores rest, so that weights and norms train on for the gates that stayed open."""
+"""The part of the penalty's steps after which scores rest; weights and norms train on for the gates left open."""
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything here changes the result, and a checkpoint of another recipe is refused."""
+    """How to train. Everything here changes the result, and a checkpoint of another recipe is refused.
+
+    Raises:
+        TrainError: a warm-up that leaves the penalty no epoch.
+    """
 
     epochs: int = 5
     batch: int = 32
@@ -47,6 +51,13 @@ class Recipe:
     augment: bool = False
     bf16: bool = False
 
+    def __post_init__(self) -> None:
+        if self.lam and self.warmup_epochs >= self.epochs:
+            raise TrainError(
+                f"train: warmup-epochs must leave the penalty an epoch, got {self.warmup_epochs} of {self.epochs} "
+                "(--warmup-epochs 0 begins with it, --lam 0 trains without)"
+            )
+
 
 def schedules(
     groups: list[dict[str, Any]],
@@ -55,8 +66,9 @@ def schedules(
     steps: int,
     lr: float,
     score_lr: float,
+    begin: int = 0,
 ) -> list[LRScheduler]:
-    """AdamW under one cycle for weights; for scores plain SGD, whose rate falls to 0 at `SETTLED` of the steps.
+    """AdamW under one cycle for weights; for scores plain SGD, whose rate falls from step ``begin`` (`score_factor`).
 
     SGD keeps the size of a score's gradient: layers that help hold out against the penalty.
 
@@ -71,8 +83,29 @@ def schedules(
     found: list[LRScheduler] = [OneCycleLR(adam, peaks, total_steps=steps + 1, pct_start=rise)]
     if scores is not None:
         sgd = torch.optim.SGD(scores["params"], lr=score_lr)
-        found.append(LambdaLR(sgd, lambda step: max(0.0, 1 - step / (SETTLED * steps))))
+        found.append(LambdaLR(sgd, lambda step: score_factor(step, steps, begin)))
     return found
+
+
+def score_factor(step: int, steps: int, begin: int) -> float:
+    """What multiplies the scores' rate: 1 until the penalty begins, 0 from `SETTLED` of the steps with it on.
+
+    >>> [score_factor(step, 10, begin=2) for step in range(10)]
+    [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    """
+    return min(1.0, max(0.0, 1 - (step - begin) / (SETTLED * (steps - begin))))
+
+
+def score_rate(layers: int, steps: int, begin: int) -> float:
+    """The rate with which the penalty alone moves scores by λ/4 in all in the mean, whatever network and length.
+
+    Its gradient is λ/layers in the mean, and the factors of its steps sum to a quarter of their number or a little
+    more.
+
+    >>> score_rate(4, 10, begin=2) * sum(score_factor(step, 10, 2) for step in range(2, 10)) / 4
+    0.25
+    """
+    return layers / (4 * sum(score_factor(step, steps, begin) for step in range(begin, steps)))
 
 
 @torch.no_grad()
@@ -119,10 +152,10 @@ class Training:
         images.augmented = recipe.augment
         self.per_epoch = count(images, recipe.batch)
         steps = recipe.epochs * self.per_epoch
+        begin = recipe.warmup_epochs * self.per_epoch if recipe.warmup_epochs < recipe.epochs else 0
         weights, scores = model.task_parameters(task)
-        # So the penalty alone moves scores by λ/4 in all in the mean, in steps of λ/steps, whatever network and length.
-        rate = len(model.conversion.layers) / steps if recipe.score_lr is None else recipe.score_lr
-        self.schedules = schedules([weights], scores, steps=steps, lr=recipe.lr, score_lr=rate)
+        rate = score_rate(len(model.conversion.layers), steps, begin) if recipe.score_lr is None else recipe.score_lr
+        self.schedules = schedules([weights], scores, steps=steps, lr=recipe.lr, score_lr=rate, begin=begin)
         self.gates = GateLog(model, task)
         self.step = 0
         self.losses: list[Tensor] = []
@@ -298,5 +331,5 @@ def _writer(out: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise TrainError(f"train: --tensorboard needs tensorboard: pip install tensorboard ({error})") from None
+        raise TrainError(f"train: --tensorboard needs tensorboard: pip install 'taps-fast[train]' ({error})") from None
     return SummaryWriter(str(out / "tensorboard"), purge_step=step)

@@ -66,6 +66,10 @@ def accumulate(
 class GateLog:
     """A callback for the end of an epoch: how much a task shares, and which gates have moved since the last call.
 
+    Args:
+        model: that trains.
+        task: one of its tasks.
+
     >>> from torch import nn
     >>> from taps_fast import TapsModel
     >>> model = TapsModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["cubs"])

@@ -1,0 +1,138 @@
+"""Which task each sample of a batch is of: what may be said, what is refused, and how long it holds."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from nets import TASKS, ConvNet, Transformer, images, three_tasks
+from torch import nn
+
+from taps_fast import TapsModel, TaskBatch
+
+ROWS = ["cars", "cubs", None, "dogs", "cars", "cubs"]
+
+
+def test_default_and_active_task():
+    model, x = three_tasks(ConvNet()), images(2)
+    with pytest.raises(ValueError, match=r"TapsModel: tasks must be said where there are several"):
+        model(x)
+    model.set_task("cars")
+    assert torch.equal(model(x), model(x, tasks="cars"))
+    model.set_task("base")
+    assert torch.equal(model(x), model(x, tasks="base"))
+    model.set_task(None)
+    for task in ("dogs", "cars"):
+        model.remove_task(task)
+    assert torch.equal(model(x), model(x, tasks="cubs"))
+    model.remove_task("cubs")
+    assert torch.equal(model(x), model(x, tasks="base")) and not list(p for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda m: m(images(2), tasks="cub"), r"task must be one of its tasks, got 'cub' \(did you mean 'cubs'\?"),
+        (lambda m: m(images(2), tasks=["cubs", "birds"]), r"got 'birds' \(known: cubs, cars, dogs\)"),
+        (lambda m: m(images(2), tasks=[0, 3]), r"tasks must be ids in \[-1, 3\), -1 being the base, got 3"),
+        (lambda m: m(images(3), tasks=[0, 1]), "one id a sample, got 2 ids and no input"),
+        (
+            lambda m: (m.probe(images(2)), m(images(3), tasks=[0, 1])),
+            "one id a sample, got 2 ids and an input of 3 samples",
+        ),
+        (lambda m: m.merge("cub"), "did you mean 'cubs'"),
+        (lambda m: m.set_task("cub"), "did you mean 'cubs'"),
+        (lambda m: m.penalty("cub"), "did you mean 'cubs'"),
+        (lambda m: m.remove_task("cub"), "did you mean 'cubs'"),
+        (lambda m: m.task_parameters("cub"), "did you mean 'cubs'"),
+        (lambda m: m.add_task("cubs"), "task must be new, got 'cubs'"),
+        (lambda m: m.add_task("a.b"), "task must be a name"),
+    ],
+)
+def test_bad_input(act, text):
+    model = three_tasks(ConvNet())
+    with pytest.raises(ValueError, match=text):
+        act(model)
+    assert model.tasks == list(TASKS) and model.context.active is None
+
+
+def test_wrong_types_name_the_layer():
+    model = three_tasks(ConvNet())
+    with pytest.raises(TypeError, match="conv1: delta_conv2d: base must be torch.float32 like x, got torch.float64"):
+        model(images(2, dtype=torch.float32), tasks="cubs")
+    with pytest.raises(TypeError, match="tasks must be integers, got torch.float32"):
+        model(images(2), tasks=torch.tensor([0.0, 1.0]))
+
+
+def test_a_selection_does_not_outlive_its_forward():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise KeyError("inside")
+
+    model = three_tasks(nn.Sequential(nn.Conv2d(3, 4, 1), Fails()), head=None)
+    with pytest.raises(KeyError, match="inside"):
+        model(images(2), tasks="cubs")
+    assert model.context.active is None
+    with pytest.raises(ValueError, match="tasks must be said where there are several"):
+        model.model[0](images(2))
+
+
+def test_threads():
+    model = three_tasks(ConvNet())
+    model.probe(images(2))
+    x = images(3)
+    tasks = ["cubs", "cars", "dogs", "base", (0, 1, 2), (2, -1, 0)] * 4
+    say = [task if isinstance(task, str) else torch.tensor(task) for task in tasks]
+    want = {task: model(x, tasks=s) for task, s in zip(tasks, say, strict=True)}
+    with ThreadPoolExecutor(4) as pool:
+        for task, y in zip(tasks, pool.map(lambda s: model(x, tasks=s), say), strict=True):
+            assert torch.equal(y, want[task])
+
+
+@pytest.mark.parametrize("net", [ConvNet, Transformer])
+@pytest.mark.parametrize("ids", [[], TaskBatch.from_ids([], 3)])
+def test_a_first_batch_without_samples(net, ids):
+    model, x = three_tasks(net()), images(4)
+    y = model(x[:0], tasks=ids)
+    with pytest.raises(ValueError, match="tasks must have one id a sample, got 0 ids"):
+        model(x, tasks=ids)
+    assert y.shape == model(x, tasks=[0, 1, 2, -1])[:0].shape
+
+
+class Weighs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, weights=None):
+        h = self.a(x).relu()
+        return self.b(h if weights is None else h * weights)
+
+
+@pytest.mark.parametrize("slice", [None, 2])
+@pytest.mark.parametrize("ids", [["cubs", None, "cars", "cubs"], ["cubs"] * 4], ids=["mixed", "one task"])
+def test_an_optional_input_comes_and_goes(slice, ids):
+    x, weights = (torch.randn(4, n, dtype=torch.float64) for n in (5, 1))
+    for first, second in ((weights, None), (None, weights), (weights, weights[:1]), (weights[:1], weights)):
+        model = three_tasks(Weighs(), head=None, slice=slice)
+        model(x, first, tasks=ids)
+        y = model(x, second, tasks=ids)
+        for i, task in enumerate(ids):
+            own = second if second is None or len(second) == 1 else second[i : i + 1]
+            torch.testing.assert_close(y[i : i + 1], model.merge(task or "base")(x[i : i + 1], own))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("count", [0, 3, 7])
+def test_ids_are_counted_whatever_they_are(count, grad):
+    """Also where no layer is open, and where as many ids as features are given."""
+    x = torch.randn(6, 7)
+    for score in (0.0, 1.0):
+        model = TapsModel(nn.Linear(7, 2), ["cubs", "cars"]).eval()
+        model.probe(x)
+        for task in model.tasks:
+            model.conversion.layers[""].scores[task].data.fill_(score)
+        for ids in ([0] * count, [-1] * count, ([0, 1] * 4)[:count]):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"{count} ids and an input of 6"):
+                model(x, tasks=ids)
