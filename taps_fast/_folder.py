@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
+import types
 from collections.abc import Iterator
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from . import peft, store
 from .convert import computed
 from .formats import FORMATS, Format
 from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
-from .nn.head import check_head, new_head
+from .nn.head import check_head, new_head, width_of
 from .nn.layer import TapsLayer
 from .nn.per_task import PerTask
 from .sharing import LayerRecord, Sharing, TaskRecord
@@ -23,6 +26,10 @@ from .store import TaskFolderError
 
 if TYPE_CHECKING:
     from .model import TapsModel
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+"""Tensors, children, hooks and the mode."""
+_PLAIN = (str, int, float, complex, Enum, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Loaded(NamedTuple):
@@ -120,13 +127,24 @@ def _head_recipe(model: TapsModel, task: str) -> dict[str, Any] | None:
     if own is None:
         return None
     base, head = own.base, own.tasks[task]
-    shapes = [{name: tuple(t.shape) for name, t in module.state_dict().items()} for module in (base, head)]
-    if type(head) is type(base) and shapes[0] == shapes[1]:
+    if _likeness(head) == _likeness(base):
         return {"kind": "copy"}
-    if type(head) is type(base) and type(head) in (nn.Linear, nn.Conv2d) and shapes[0].keys() == shapes[1].keys():
-        if shapes[0]["weight"][1:] == shapes[1]["weight"][1:]:
-            return {"kind": "classes", "classes": shapes[1]["weight"][0]}
+    if type(head) is type(base) and type(head) in (nn.Linear, nn.Conv2d):
+        classes = width_of(head)
+        # On meta no random numbers are drawn.
+        if classes and _likeness(head) == _likeness(new_head(copy.deepcopy(base).to("meta"), classes, own.path)):
+            return {"kind": "classes", "classes": classes}
     return {"kind": "custom", "type": type(head).__name__}
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    """What modules must have in common to be the same function of their tensors: types, plain attributes, shapes."""
+    own = [
+        (type(m), *tree_flatten({key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}))
+        for m in module.modules()
+    ]
+    parts = [(kind, [v if isinstance(v, _PLAIN) else type(v) for v in leaves], spec) for kind, leaves, spec in own]
+    return parts, {name: t.shape for name, t in module.state_dict().items()}
 
 
 def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None) -> dict[str, nn.Module]:
