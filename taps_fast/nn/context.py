@@ -254,7 +254,7 @@ class Located:
         found = self.layouts.get(x.dim())
         if found is not None:
             return found
-        if self.images_first and x.dim() == 4 and x.shape[0] == batch.size:
+        if self.images_first and self.refusal is None and x.dim() == 4 and x.shape[0] == batch.size:
             return Layout()
         if batch.size == 0 and 0 in x.shape:
             return Layout(x.shape.index(0))
