@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import types
 from collections.abc import Iterator
 from enum import Enum
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 """Tensors, children, hooks and the mode."""
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PLAIN = (str, int, float, complex, Enum, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -66,7 +68,12 @@ def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> 
             if child is not None:
                 # nn.MultiheadAttention's own name for its in-projection is in_proj_weight.
                 joint = "_" if isinstance(module, TaskAttention) and name == "in_proj" else "."
-                yield from base_tensors(child, prefix + name + joint, head=head)
+                yield from base_tensors(child, plain_name(prefix + name + joint), head=head)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the levels that torch.compile, checkpoint_wrapper and FSDP put into it."""
+    return _WRAPPED.sub("", name)
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
