@@ -104,7 +104,8 @@ class PerTask(Located, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
+            special = name.startswith("__") and name.endswith("__")  # such as __deepcopy__ of a parametrized base
+            if special or not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
             selection = self.selected()
             if selection.mix is None or not len(self.tasks):
