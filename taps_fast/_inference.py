@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import _prepare, _statistics
+from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion, rest
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection
+from .nn.layer import TapsLayer
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -105,9 +109,11 @@ class PreparedModel(nn.Module):
         self._unprepared("to")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         self._unprepared("load_state_dict")
-        super()._load_from_state_dict(*args)
+        if not metadata.get("assign_to_params_buffers", False):
+            _part(self.model, f"{prefix}model", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
         """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
@@ -204,6 +210,23 @@ class PreparedModel(nn.Module):
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
         return contextlib.nullcontext(), _Running(self.context, self.context.active)
+
+
+@torch.no_grad()
+def _part(model: nn.Module, prefix: str, state_dict: dict[str, Any]) -> None:
+    """Gives base parameters that will change storage of their own: it is that of the network which was adapted."""
+    base = {id(t) for _, t in base_tensors(model, head=True) if type(t) is nn.Parameter}
+    incoming = {plain_name(name): value for name, value in state_dict.items()}
+    for path, module in model.named_modules(prefix=prefix, remove_duplicate=False):
+        held = dict(module._parameters)
+        if isinstance(module, TapsLayer):
+            held |= {ordinary: operator.attrgetter(own)(module) for ordinary, own in module._stored.items()}
+        for name, parameter in held.items():
+            new = incoming.get(plain_name(f"{path}.{name}"))
+            if parameter is None or id(parameter) not in base or not isinstance(new, Tensor):
+                continue
+            if not (parameter.is_meta or new.is_meta or torch.equal(parameter, new.to(parameter))):
+                parameter.data = parameter.data.clone()
 
 
 class _Running:
