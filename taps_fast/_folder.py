@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -93,6 +95,38 @@ def refuse_sharded(model: TapsModel, function: str) -> None:
         raise ValueError(
             f"TapsModel.{function}: the model must get its tasks before it is sharded, got {sharded} sharded"
         )
+
+
+def given_head(model: TapsModel, classes: int | None, head: nn.Module | None) -> dict[str, nn.Module]:
+    """By path: the head of a new task, if one is said."""
+    own = model.conversion.head
+    if own is None and (classes is not None or head is not None):
+        raise ValueError("TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got no path")
+    if own is None:
+        return {}
+    if classes is not None:
+        if head is not None:
+            raise ValueError("TapsModel.add_task: classes or head must be given, got both")
+        head = new_head(own.base, classes, own.path)
+    check_head(head, own.path)
+    return {} if head is None else {own.path: head}
+
+
+@contextlib.contextmanager
+def adding(model: TapsModel, task: str, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, layers get what ``task`` has of them; then it gets norms and head: ``modules``, or the base's. All or
+    nothing, and no other thread sees the task before."""
+    with model.context.adding(task, functools.partial(forget, model)):
+        yield
+        for path, module in model.conversion.located().items():
+            if isinstance(module, PerTask):
+                module.add_task(task, modules.get(path))
+
+
+def forget(model: TapsModel, task: str) -> None:
+    """Takes from every module what ``task`` has there."""
+    for module in model.conversion.located().values():
+        module.remove_task(task)
 
 
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
@@ -236,20 +270,17 @@ def load(model: TapsModel, folder: str | os.PathLike[str], name: str | None, hea
         names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
         module.load_state_dict(names)
     task = meta["task"] if name is None else name
-    model.context.add(task)
     opened = 0
-    for path, layer in model.conversion.layers.items():
-        is_open = f"{path}.delta" in tensors or path in formats
-        layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
-        opened += is_open
-        for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
-            if f"{path}.{key}" in tensors:
-                owned[task].data.copy_(tensors[f"{path}.{key}"])
-        if path in formats:
-            layer.set_delta(task, formats[path])
-    for path, module in model.conversion.located().items():
-        if path in modules and isinstance(module, PerTask):
-            module.add_task(task, modules[path])
+    with adding(model, task, modules):
+        for path, layer in model.conversion.layers.items():
+            is_open = f"{path}.delta" in tensors or path in formats
+            layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
+            opened += is_open
+            for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
+                if f"{path}.{key}" in tensors:
+                    owned[task].data.copy_(tensors[f"{path}.{key}"])
+            if path in formats:
+                layer.set_delta(task, formats[path])
     return Loaded(task, len(tensors), opened, len(model.conversion.layers))
 
 
@@ -260,15 +291,12 @@ def load_lora(
     layers = model.conversion.layers
     transposed = [path for path, layer in layers.items() if isinstance(layer, TransposedLinear)]
     deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
-    model.add_task(name, classes, head=head)
-    for path, layer in layers.items():
-        if path in deltas:
-            layer.set_delta(name, deltas[path])
-            score = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
-        else:
-            layer.close(name)
-            score = model.threshold - 1.0
-        layer.scores[name].data.fill_(score)
+    with adding(model, name, given_head(model, classes, head)):
+        for path, layer in layers.items():
+            opened = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
+            layer.add_task(name, score=opened if path in deltas else model.threshold - 1.0, delta=path in deltas)
+            if path in deltas:
+                layer.set_delta(name, deltas[path])
     return Loaded(name, 2 * len(deltas), len(deltas), len(layers))
 
 
