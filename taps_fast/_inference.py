@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +162,8 @@ class PreparedModel(nn.Module):
     def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None] | None:
         """The batch axis of each part of an input of ``count`` samples; None: it is unlike the one that was probed.
 
-        A part that had no batch axis there and has one of that size here counts as unlike: it may have got one.
+        A part that had no batch axis there and has one of that size here counts as unlike: it may have got one. So does
+        an object, such as a cache, which the samples of one forward share.
 
         Raises:
             ValueError: an input of another number of samples.
@@ -179,7 +181,8 @@ class PreparedModel(nn.Module):
                 )
             batch_of(args, kwargs, count)
         shared = [leaf for leaf, a in zip(leaves, axes, strict=False) if a is None and isinstance(leaf, Tensor)]
-        return axes if alike and sizes == {count} and all(count not in t.shape for t in shared) else None
+        plain = all(leaf is None or isinstance(leaf, (Tensor, str, Number)) for leaf in leaves)
+        return axes if alike and plain and sizes == {count} and all(count not in t.shape for t in shared) else None
 
     def _in_slices(self, mix: Mix, args: Any, kwargs: Any, axes: list[int | None], most: int) -> Any:
         assert self.slicing is not None and self.slicing.output_axes is not None

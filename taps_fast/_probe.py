@@ -11,6 +11,7 @@ batch would give it something else than a batch of its own, and is refused.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     with _ONE_AT_A_TIME, _undisturbed(model), own_forwards(model):
         try:
             samples = [(t, t, t) if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
-            one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
+            one, twice, two = (([s[i] for s in samples], spec) for i in range(3))
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
@@ -86,7 +87,7 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
             ) from error
     numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
     output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
-    given, made = (sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (one, single))
+    given, made = (sum(t.nbytes for t in part if isinstance(t, Tensor)) for part in (one[0], tree_leaves(single)))
     work = largest.all_bytes / max(2 * given + 4 * made, 1)
     model.slicing = Slicing(axes, dims_of(leaves), output_axes, largest.bytes / max(numel, 1), work)
     mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
@@ -241,8 +242,9 @@ def _outputs(single: Any, double: Any, differing: Any, disturbed: list[Any]) -> 
 
 
 def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tuple[Calls, Any]:
-    """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart.
+    """One forward on the base, of ``inputs``: leaves, and how they are nested.
 
+    ``see(path, call, x, y)`` is called for every call of every module that tells tasks apart.
     ``change(path, x, y)`` is what the module returns instead. Random numbers are the same in each forward.
     Returns what was seen, and the model's output.
     """
@@ -264,7 +266,9 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
     try:
         for path, module in model.conversion.located().items():
             handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
-        args, kwargs = inputs
+        leaves, spec = inputs
+        # Objects are copied for each forward, which may change them, as a cache of keys and values.
+        args, kwargs = tree_unflatten([t if isinstance(t, Tensor) else copy.deepcopy(t) for t in leaves], spec)
         torch.manual_seed(0)
         previous = model.context.enter(Selection())
         try:
