@@ -13,7 +13,7 @@ from ..model import TapsModel
 from ..nn import TaskContext
 from .backbone import backbone, head_of, logits_of
 from .data import Images, TrainError, load
-from .loop import BEST, CHECKPOINT, LAST, LOG, Recipe, Training
+from .loop import BEST, CHECKPOINT, CLASSES, LAST, LOG, Recipe, Training
 from .pieces import Point, tradeoff
 
 DEFAULT = Recipe()
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
     parser.description = (
         "Trains TAPS on one task: gated deltas, norms and a head over a frozen backbone. Writes into OUT: "
-        f"{CHECKPOINT} (run the same command again after a kill, and it goes on bit for bit), {LOG}, and the task "
-        f"folders {BEST} (the most accurate epoch among those with the penalty) and {LAST}."
+        f"{CHECKPOINT} (run the same command again after a kill, and it goes on bit for bit), {LOG}, "
+        f"{CLASSES} (their names in the order of the outputs), and the task folders {BEST} (the most "
+        f"accurate epoch among those with the penalty) and {LAST}."
     )
     parser.add_argument(
         "data",
