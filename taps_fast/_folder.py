@@ -23,15 +23,15 @@ from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.head import check_head, new_head, width_of
 from .nn.layer import TapsLayer
-from .nn.per_task import PerTask
+from .nn.per_task import PerTask, own_copy
 from .sharing import LayerRecord, Sharing, TaskRecord
 from .store import TaskFolderError
 
 if TYPE_CHECKING:
     from .model import TapsModel
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-"""Tensors, children, hooks and the mode."""
+_OF_EVERY_MODULE = {*vars(nn.Module()), "reset_running_stats"}
+"""Tensors, children, hooks, the mode; and what rests in a base."""
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PLAIN = (str, int, float, complex, Enum, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 
@@ -190,7 +190,7 @@ def _likeness(module: nn.Module) -> tuple[Any, ...]:
 
 def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None) -> dict[str, nn.Module]:
     """New norms and a new head, by path, into which a folder's tensors fit. ``model`` is not changed."""
-    modules = {path: copy.deepcopy(norm.base).requires_grad_() for path, norm in model.conversion.norms.items()}
+    modules = {path: own_copy(norm.base) for path, norm in model.conversion.norms.items()}
     own, recipe = model.conversion.head, meta.get("head")
     if (own is None) != (recipe is None):
         with_head, without = ("the folder", "the model") if own is None else ("the model", "the folder")
@@ -199,7 +199,7 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         return modules
     check_head(head, own.path)
     if head is None and recipe["kind"] == "copy":
-        head = copy.deepcopy(own.base).requires_grad_()
+        head = own_copy(own.base)
     elif head is None and recipe["kind"] == "classes":
         head = new_head(own.base, recipe["classes"], own.path)
     elif head is None:

@@ -95,7 +95,11 @@ class PreparedModel(nn.Module):
         _prepare.unprepare(self)
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; training undoes `prepare_inference`."""
+        """As ``nn.Module.train``; training undoes `prepare_inference`.
+
+        Norms of the base rest in it. ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only
+        of those that its loader shows, and leaves the base's as they are.
+        """
         if mode:
             self.unprepare()
         super().train(mode)

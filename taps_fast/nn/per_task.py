@@ -35,7 +35,7 @@ class PerTask(Located, nn.Module):
     def add_task(self, task: str, module: nn.Module | None = None) -> None:
         """Gives ``task`` a module: ``module``, or a trainable copy of the base."""
         if module is None:
-            module = copy.deepcopy(self.base).requires_grad_()
+            module = own_copy(self.base)
         self.tasks[task] = module.train(self.training)
         self.agree(task)
 
@@ -119,6 +119,23 @@ class PerTask(Located, nn.Module):
             if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
                 raise RuntimeError(text) from None
             return value
+
+
+def keep_statistics() -> None:
+    """Stands in for ``reset_running_stats`` of norms of the base: `torch.optim.swa_utils.update_bn` asks all for it."""
+
+
+def own_copy(base: nn.Module) -> nn.Module:
+    """A trainable copy of a base, which rests no more."""
+    return released(copy.deepcopy(base).requires_grad_())
+
+
+def released(module: nn.Module) -> nn.Module:
+    """Gives norms that were of a base ``reset_running_stats`` back."""
+    for part in module.modules():
+        if vars(part).get("reset_running_stats") is keep_statistics:
+            del part.reset_running_stats
+    return module
 
 
 def _agree(module: PerTask, _: object) -> None:
