@@ -126,9 +126,12 @@ class PreparedModel(nn.Module):
         Also finds whether what a task changes of one sample would reach its neighbours, as in attention over the batch
         axis: mixed batches of such a model are refused, with the first module that shows it; one task a batch runs.
 
-        Runs the base five times on one and two samples made from this input, without gradients, in eval mode;
+        Runs the base six times on one and two samples made from this input, without gradients, in eval mode;
         buffers and random states stay as they are. The first mixed forward does this by itself, except under
         ``torch.compile``.
+
+        What two samples do not show is not seen: give a batch whose first two samples differ in all that steers a
+        forward, such as their length. Of a batch of one sample the second is made up, of the same length.
 
         Args:
             *args, **kwargs: a typical input of the model, of any batch size.

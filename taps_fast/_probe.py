@@ -1,11 +1,12 @@
 """Finding the axis of each layer's input that carries the batch, by running the base on one and two samples.
 
-Forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]``, and ``[a, b]`` twice more. From the
-first to the second, the batch axis is the one that doubles. From the second to the third, the entries along it that
-change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
-every second one where samples alternate. In the last two, all that a task could change of one sample, first b and then
-a, is changed: what every module that tells tasks apart returns for it. Where that reaches the other sample, a mixed
-batch would give it something else than a batch of its own, and is refused.
+Forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]``, ``[b, a]``, and ``[a, b]`` twice
+more. From the first to the second, the batch axis is the one that doubles. From the second to the third, the entries
+along it that change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of
+each image), every second one where samples alternate. The fourth must change them once more: entries that stay are in
+an order of their own, sorted by what they hold. In the last two, all that a task could change of one sample, first b
+and then a, is changed: what every module that tells tasks apart returns for it. Where that reaches the other sample, a
+mixed batch would give it something else than a batch of its own, and is refused.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     located = model.conversion.located()
     with _ONE_AT_A_TIME, _undisturbed(model), own_forwards(model):
         try:
-            samples = [(t, t, t) if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
-            one, twice, two = (([s[i] for s in samples], spec) for i in range(3))
+            samples = [(t,) * 4 if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
+            one, twice, two, turned = (([s[i] for s in samples], spec) for i in range(4))
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
             mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
-            _locate(located, shapes, grown, mixed)
+            swapped, _ = _run(model, turned, lambda path, call, x, y: _digest(x, shapes, path, call))
+            _locate(located, shapes, grown, mixed, swapped)
             disturbed = [_disturbed(model, two, _Neighbour(located, shapes, mixed, changed)) for changed in (1, 0)]
         except Exception as error:
             raise ValueError(
@@ -96,16 +98,17 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     model.probed = True
 
 
-def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) -> None:
-    """Layouts and multiply-adds, or why there are none, from the first three forwards."""
+def _locate(located: dict[str, Any], *forwards: Calls) -> None:
+    """Layouts and multiply-adds, or why there are none, from the first four forwards."""
+    shapes = forwards[0]
     for path, module in located.items():
         if isinstance(module, TapsLayer):
             module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.fan_in
         layouts: dict[int, Layout] = {}
         refusal: str | None = None
-        calls = [seen.get(path, []) for seen in (shapes, grown, mixed)]
-        for (shape, _), (double, before), (_, after) in zip(*calls, strict=False):
-            found = _layout(shape, double, before, after)
+        calls = [seen.get(path, []) for seen in forwards]
+        for (shape, _), (double, before), (_, after), (_, swapped) in zip(*calls, strict=False):
+            found = _layout(shape, double, before, after, swapped)
             if isinstance(found, Layout) and layouts.setdefault(len(shape), found) != found:
                 found = "it is called several times, with the batch in different places"
             if isinstance(found, str):
@@ -117,16 +120,24 @@ def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) 
 
 
 def _layout(
-    shape: tuple[int, ...], double: tuple[int, ...], before: Tensor | None, after: Tensor | None
+    shape: tuple[int, ...], double: tuple[int, ...], before: Tensor | None, after: Tensor | None, swapped: Tensor | None
 ) -> Layout | str:
     """The layout that explains what was seen at one call, or why none does."""
     if shape == double:
         return f"its input {shape} does not grow with the batch; exclude it from the conversion"
     axis = _grown(shape, double)
-    if axis is None or before is None or after is None or before.shape != after.shape:
+    if (
+        axis is None
+        or before is None
+        or after is None
+        or swapped is None
+        or not before.shape == after.shape == swapped.shape
+    ):
         return f"its input goes from {shape} to {double} when the batch doubles"
     changed = ((before != after) & ~(before.isnan() & after.isnan())).nonzero().flatten().tolist()
     repeats = shape[axis]
+    if 0 < len(changed) <= repeats and _equal(after, swapped):
+        return f"its input {double} has the samples' rows in an order that depends on them"
     outer, alternating = all(i >= repeats for i in changed), all(i % 2 for i in changed)
     if outer and repeats == 1:
         return Layout(axis, None)
@@ -281,14 +292,14 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
     return calls, output
 
 
-def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[a], [a, a] and [a, b], where b is the user's own second sample if it differs from the first."""
+def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[a], [a, a], [a, b] and [b, a], where b is the user's own second sample if it differs from the first."""
     a = leaf.detach().narrow(axis, 0, 1)
     others = (leaf.detach().narrow(axis, i, 1) for i in range(1, leaf.shape[axis]))
     b = next((other for other in others if not torch.equal(other, a)), None)
     if b is None:
         b = a + torch.randn_like(a) if a.is_floating_point() else a.roll(1, -1)
-    return a, torch.cat([a, a], axis), torch.cat([a, b], axis)
+    return a, torch.cat([a, a], axis), torch.cat([a, b], axis), torch.cat([b, a], axis)
 
 
 @contextlib.contextmanager
