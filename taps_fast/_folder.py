@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
-from collections.abc import Iterator
+import re
+import types
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from . import peft, store
 from .convert import computed
 from .formats import FORMATS, Format
 from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
-from .nn.head import check_head, new_head
+from .nn.head import check_head, new_head, width_of
 from .nn.layer import TapsLayer
-from .nn.per_task import PerTask
+from .nn.per_task import PerTask, own_copy
 from .sharing import LayerRecord, Sharing, TaskRecord
 from .store import TaskFolderError
 
 if TYPE_CHECKING:
     from .model import TapsModel
+
+_OF_EVERY_MODULE = {*vars(nn.Module()), "reset_running_stats"}
+"""Tensors, children, hooks, the mode; and what rests in a base."""
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_PLAIN = (str, int, float, complex, Enum, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Loaded(NamedTuple):
@@ -59,7 +70,12 @@ def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> 
             if child is not None:
                 # nn.MultiheadAttention's own name for its in-projection is in_proj_weight.
                 joint = "_" if isinstance(module, TaskAttention) and name == "in_proj" else "."
-                yield from base_tensors(child, prefix + name + joint, head=head)
+                yield from base_tensors(child, plain_name(prefix + name + joint), head=head)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the levels that torch.compile, checkpoint_wrapper and FSDP put into it."""
+    return _WRAPPED.sub("", name)
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,6 +95,38 @@ def refuse_sharded(model: TapsModel, function: str) -> None:
         raise ValueError(
             f"TapsModel.{function}: the model must get its tasks before it is sharded, got {sharded} sharded"
         )
+
+
+def given_head(model: TapsModel, classes: int | None, head: nn.Module | None) -> dict[str, nn.Module]:
+    """By path: the head of a new task, if one is said."""
+    own = model.conversion.head
+    if own is None and (classes is not None or head is not None):
+        raise ValueError("TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got no path")
+    if own is None:
+        return {}
+    if classes is not None:
+        if head is not None:
+            raise ValueError("TapsModel.add_task: classes or head must be given, got both")
+        head = new_head(own.base, classes, own.path)
+    check_head(head, own.path)
+    return {} if head is None else {own.path: head}
+
+
+@contextlib.contextmanager
+def adding(model: TapsModel, task: str, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, layers get what ``task`` has of them; then it gets norms and head: ``modules``, or the base's. All or
+    nothing, and no other thread sees the task before."""
+    with model.context.adding(task, functools.partial(forget, model)):
+        yield
+        for path, module in model.conversion.located().items():
+            if isinstance(module, PerTask):
+                module.add_task(task, modules.get(path))
+
+
+def forget(model: TapsModel, task: str) -> None:
+    """Takes from every module what ``task`` has there."""
+    for module in model.conversion.located().values():
+        module.remove_task(task)
 
 
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
@@ -120,18 +168,29 @@ def _head_recipe(model: TapsModel, task: str) -> dict[str, Any] | None:
     if own is None:
         return None
     base, head = own.base, own.tasks[task]
-    shapes = [{name: tuple(t.shape) for name, t in module.state_dict().items()} for module in (base, head)]
-    if type(head) is type(base) and shapes[0] == shapes[1]:
+    if _likeness(head) == _likeness(base):
         return {"kind": "copy"}
-    if type(head) is type(base) and type(head) in (nn.Linear, nn.Conv2d) and shapes[0].keys() == shapes[1].keys():
-        if shapes[0]["weight"][1:] == shapes[1]["weight"][1:]:
-            return {"kind": "classes", "classes": shapes[1]["weight"][0]}
+    if type(head) is type(base) and type(head) in (nn.Linear, nn.Conv2d):
+        classes = width_of(head)
+        # On meta no random numbers are drawn.
+        if classes and _likeness(head) == _likeness(new_head(copy.deepcopy(base).to("meta"), classes, own.path)):
+            return {"kind": "classes", "classes": classes}
     return {"kind": "custom", "type": type(head).__name__}
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    """What modules must have in common to be the same function of their tensors: types, plain attributes, shapes."""
+    own = [
+        (type(m), *tree_flatten({key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}))
+        for m in module.modules()
+    ]
+    parts = [(kind, [v if isinstance(v, _PLAIN) else type(v) for v in leaves], spec) for kind, leaves, spec in own]
+    return parts, {name: t.shape for name, t in module.state_dict().items()}
 
 
 def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None) -> dict[str, nn.Module]:
     """New norms and a new head, by path, into which a folder's tensors fit. ``model`` is not changed."""
-    modules = {path: copy.deepcopy(norm.base).requires_grad_() for path, norm in model.conversion.norms.items()}
+    modules = {path: own_copy(norm.base) for path, norm in model.conversion.norms.items()}
     own, recipe = model.conversion.head, meta.get("head")
     if (own is None) != (recipe is None):
         with_head, without = ("the folder", "the model") if own is None else ("the model", "the folder")
@@ -140,7 +199,7 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         return modules
     check_head(head, own.path)
     if head is None and recipe["kind"] == "copy":
-        head = copy.deepcopy(own.base).requires_grad_()
+        head = own_copy(own.base)
     elif head is None and recipe["kind"] == "classes":
         head = new_head(own.base, recipe["classes"], own.path)
     elif head is None:
@@ -211,20 +270,17 @@ def load(model: TapsModel, folder: str | os.PathLike[str], name: str | None, hea
         names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
         module.load_state_dict(names)
     task = meta["task"] if name is None else name
-    model.context.add(task)
     opened = 0
-    for path, layer in model.conversion.layers.items():
-        is_open = f"{path}.delta" in tensors or path in formats
-        layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
-        opened += is_open
-        for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
-            if f"{path}.{key}" in tensors:
-                owned[task].data.copy_(tensors[f"{path}.{key}"])
-        if path in formats:
-            layer.set_delta(task, formats[path])
-    for path, module in model.conversion.located().items():
-        if path in modules and isinstance(module, PerTask):
-            module.add_task(task, modules[path])
+    with adding(model, task, modules):
+        for path, layer in model.conversion.layers.items():
+            is_open = f"{path}.delta" in tensors or path in formats
+            layer.add_task(task, score=tensors[f"{path}.score"].item(), delta=is_open)
+            opened += is_open
+            for key, owned in (("delta", layer.deltas), ("bias_delta", layer.bias_deltas)):
+                if f"{path}.{key}" in tensors:
+                    owned[task].data.copy_(tensors[f"{path}.{key}"])
+            if path in formats:
+                layer.set_delta(task, formats[path])
     return Loaded(task, len(tensors), opened, len(model.conversion.layers))
 
 
@@ -235,15 +291,12 @@ def load_lora(
     layers = model.conversion.layers
     transposed = [path for path, layer in layers.items() if isinstance(layer, TransposedLinear)]
     deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
-    model.add_task(name, classes, head=head)
-    for path, layer in layers.items():
-        if path in deltas:
-            layer.set_delta(name, deltas[path])
-            score = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
-        else:
-            layer.close(name)
-            score = model.threshold - 1.0
-        layer.scores[name].data.fill_(score)
+    with adding(model, name, given_head(model, classes, head)):
+        for path, layer in layers.items():
+            opened = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
+            layer.add_task(name, score=opened if path in deltas else model.threshold - 1.0, delta=path in deltas)
+            if path in deltas:
+                layer.set_delta(name, deltas[path])
     return Loaded(name, 2 * len(deltas), len(deltas), len(layers))
 
 

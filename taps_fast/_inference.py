@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from itertools import chain
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import _prepare, _statistics
+from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion, rest
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection, TaskNames
+from .nn.layer import TapsLayer
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -92,7 +96,11 @@ class PreparedModel(nn.Module):
         _prepare.unprepare(self)
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; training undoes `prepare_inference`."""
+        """As ``nn.Module.train``; training undoes `prepare_inference`.
+
+        Norms of the base rest in it. ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only
+        of those that its loader shows, and leaves the base's as they are.
+        """
         if mode:
             self.unprepare()
         super().train(mode)
@@ -107,9 +115,11 @@ class PreparedModel(nn.Module):
         self._unprepared("to")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         self._unprepared("load_state_dict")
-        super()._load_from_state_dict(*args)
+        if not metadata.get("assign_to_params_buffers", False):
+            _part(self.model, f"{prefix}model", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
         """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
@@ -117,9 +127,12 @@ class PreparedModel(nn.Module):
         Also finds whether what a task changes of one sample would reach its neighbours, as in attention over the batch
         axis: mixed batches of such a model are refused, with the first module that shows it; one task a batch runs.
 
-        Runs the base five times on one and two samples made from this input, without gradients, in eval mode;
+        Runs the base six times on one and two samples made from this input, without gradients, in eval mode;
         buffers and random states stay as they are. The first mixed forward does this by itself, except under
         ``torch.compile``.
+
+        What two samples do not show is not seen: give a batch whose first two samples differ in all that steers a
+        forward, such as their length. Of a batch of one sample the second is made up, of the same length.
 
         Args:
             *args, **kwargs: a typical input of the model, of any batch size.
@@ -193,7 +206,8 @@ class PreparedModel(nn.Module):
     def input_axes(self, args: Any, kwargs: Any, count: int) -> list[int | None] | None:
         """The batch axis of each part of an input of ``count`` samples; None: it is unlike the one that was probed.
 
-        A part that had no batch axis there and has one of that size here counts as unlike: it may have got one.
+        A part that had no batch axis there and has one of that size here counts as unlike: it may have got one. So does
+        an object, such as a cache, which the samples of one forward share.
 
         Raises:
             ValueError: an input of another number of samples.
@@ -211,7 +225,8 @@ class PreparedModel(nn.Module):
                 )
             batch_of(args, kwargs, count)
         shared = [leaf for leaf, a in zip(leaves, axes, strict=False) if a is None and isinstance(leaf, Tensor)]
-        return axes if alike and sizes == {count} and all(count not in t.shape for t in shared) else None
+        plain = all(leaf is None or isinstance(leaf, (Tensor, str, Number)) for leaf in leaves)
+        return axes if alike and plain and sizes == {count} and all(count not in t.shape for t in shared) else None
 
     def _in_slices(self, mix: Mix, args: Any, kwargs: Any, axes: list[int | None], most: int) -> Any:
         assert self.slicing is not None and self.slicing.output_axes is not None
@@ -242,6 +257,23 @@ class PreparedModel(nn.Module):
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
         return contextlib.nullcontext(), _Running(self.context, self.context.active)
+
+
+@torch.no_grad()
+def _part(model: nn.Module, prefix: str, state_dict: dict[str, Any]) -> None:
+    """Gives base parameters that will change storage of their own: it is that of the network which was adapted."""
+    base = {id(t) for _, t in base_tensors(model, head=True) if type(t) is nn.Parameter}
+    incoming = {plain_name(name): value for name, value in state_dict.items()}
+    for path, module in model.named_modules(prefix=prefix, remove_duplicate=False):
+        held = dict(module._parameters)
+        if isinstance(module, TapsLayer):
+            held |= {ordinary: operator.attrgetter(own)(module) for ordinary, own in module._stored.items()}
+        for name, parameter in held.items():
+            new = incoming.get(plain_name(f"{path}.{name}"))
+            if parameter is None or id(parameter) not in base or not isinstance(new, Tensor):
+                continue
+            if not (parameter.is_meta or new.is_meta or torch.equal(parameter, new.to(parameter))):
+                parameter.data = parameter.data.clone()
 
 
 class _Running:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ._prepare import detach_regions
 from .convert import computed
-from .nn.per_task import PerTask
+from .nn.per_task import PerTask, released
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -33,4 +33,4 @@ def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
         setattr(plain.get_submodule(path), attribute, value)
     for parameter in plain.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return plain.train(model.training)
+    return released(plain).train(model.training)

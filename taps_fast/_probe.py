@@ -1,16 +1,18 @@
 """Finding the axis of each layer's input that carries the batch, by running the base on one and two samples.
 
-Forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]``, and ``[a, b]`` twice more. From the
-first to the second, the batch axis is the one that doubles. From the second to the third, the entries along it that
-change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of each image),
-every second one where samples alternate. In the last two, all that a task could change of one sample, first b and then
-a, is changed: what every module that tells tasks apart returns for it. Where that reaches the other sample, a mixed
-batch would give it something else than a batch of its own, and is refused.
+Forwards on samples made from the user's input: ``[a]``, ``[a, a]``, ``[a, b]``, ``[b, a]``, and ``[a, b]`` twice
+more. From the first to the second, the batch axis is the one that doubles. From the second to the third, the entries
+along it that change are those of sample b: the second half where a sample's entries are consecutive (windows cut out of
+each image), every second one where samples alternate. The fourth must change them once more: entries that stay are in
+an order of their own, sorted by what they hold. In the last two, all that a task could change of one sample, first b
+and then a, is changed: what every module that tells tasks apart returns for it. Where that reaches the other sample, a
+mixed batch would give it something else than a batch of its own, and is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -71,13 +73,14 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     located = model.conversion.located()
     with _ONE_AT_A_TIME, _undisturbed(model), own_forwards(model):
         try:
-            samples = [(t, t, t) if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
-            one, twice, two = (tree_unflatten([s[i] for s in samples], spec) for i in range(3))
+            samples = [(t,) * 4 if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
+            one, twice, two, turned = (([s[i] for s in samples], spec) for i in range(4))
             largest = _Largest()
             shapes, single = _run(model, one, largest.see)
             grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
             mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
-            _locate(located, shapes, grown, mixed)
+            swapped, _ = _run(model, turned, lambda path, call, x, y: _digest(x, shapes, path, call))
+            _locate(located, shapes, grown, mixed, swapped)
             disturbed = [_disturbed(model, two, _Neighbour(located, shapes, mixed, changed)) for changed in (1, 0)]
         except Exception as error:
             raise ValueError(
@@ -86,7 +89,7 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
             ) from error
     numel = sum(leaf.numel() // leaf.shape[a] for leaf, a in zip(leaves, axes, strict=True) if a is not None)
     output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
-    given, made = (sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (one, single))
+    given, made = (sum(t.nbytes for t in part if isinstance(t, Tensor)) for part in (one[0], tree_leaves(single)))
     work = largest.all_bytes / max(2 * given + 4 * made, 1)
     model.slicing = Slicing(axes, dims_of(leaves), output_axes, largest.bytes / max(numel, 1), work)
     mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
@@ -95,16 +98,17 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     model.probed = True
 
 
-def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) -> None:
-    """Layouts and multiply-adds, or why there are none, from the first three forwards."""
+def _locate(located: dict[str, Any], *forwards: Calls) -> None:
+    """Layouts and multiply-adds, or why there are none, from the first four forwards."""
+    shapes = forwards[0]
     for path, module in located.items():
         if isinstance(module, TapsLayer):
             module.macs = sum(outputs for _, outputs in shapes.get(path, [])) * module.fan_in
         layouts: dict[int, Layout] = {}
         refusal: str | None = None
-        calls = [seen.get(path, []) for seen in (shapes, grown, mixed)]
-        for (shape, _), (double, before), (_, after) in zip(*calls, strict=False):
-            found = _layout(shape, double, before, after)
+        calls = [seen.get(path, []) for seen in forwards]
+        for (shape, _), (double, before), (_, after), (_, swapped) in zip(*calls, strict=False):
+            found = _layout(shape, double, before, after, swapped)
             if isinstance(found, Layout) and layouts.setdefault(len(shape), found) != found:
                 found = "it is called several times, with the batch in different places"
             if isinstance(found, str):
@@ -116,16 +120,24 @@ def _locate(located: dict[str, Any], shapes: Calls, grown: Calls, mixed: Calls) 
 
 
 def _layout(
-    shape: tuple[int, ...], double: tuple[int, ...], before: Tensor | None, after: Tensor | None
+    shape: tuple[int, ...], double: tuple[int, ...], before: Tensor | None, after: Tensor | None, swapped: Tensor | None
 ) -> Layout | str:
     """The layout that explains what was seen at one call, or why none does."""
     if shape == double:
         return f"its input {shape} does not grow with the batch; exclude it from the conversion"
     axis = _grown(shape, double)
-    if axis is None or before is None or after is None or before.shape != after.shape:
+    if (
+        axis is None
+        or before is None
+        or after is None
+        or swapped is None
+        or not before.shape == after.shape == swapped.shape
+    ):
         return f"its input goes from {shape} to {double} when the batch doubles"
     changed = ((before != after) & ~(before.isnan() & after.isnan())).nonzero().flatten().tolist()
     repeats = shape[axis]
+    if 0 < len(changed) <= repeats and _equal(after, swapped):
+        return f"its input {double} has the samples' rows in an order that depends on them"
     outer, alternating = all(i >= repeats for i in changed), all(i % 2 for i in changed)
     if outer and repeats == 1:
         return Layout(axis, None)
@@ -241,8 +253,9 @@ def _outputs(single: Any, double: Any, differing: Any, disturbed: list[Any]) -> 
 
 
 def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tuple[Calls, Any]:
-    """One forward on the base; ``see(path, call, x, y)`` of every call of every module that tells tasks apart.
+    """One forward on the base, of ``inputs``: leaves, and how they are nested.
 
+    ``see(path, call, x, y)`` is called for every call of every module that tells tasks apart.
     ``change(path, x, y)`` is what the module returns instead. Random numbers are the same in each forward.
     Returns what was seen, and the model's output.
     """
@@ -264,7 +277,9 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
     try:
         for path, module in model.conversion.located().items():
             handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
-        args, kwargs = inputs
+        leaves, spec = inputs
+        # Objects are copied for each forward, which may change them, as a cache of keys and values.
+        args, kwargs = tree_unflatten([t if isinstance(t, Tensor) else copy.deepcopy(t) for t in leaves], spec)
         torch.manual_seed(0)
         previous = model.context.enter(Selection())
         try:
@@ -277,14 +292,14 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
     return calls, output
 
 
-def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[a], [a, a] and [a, b], where b is the user's own second sample if it differs from the first."""
+def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[a], [a, a], [a, b] and [b, a], where b is the user's own second sample if it differs from the first."""
     a = leaf.detach().narrow(axis, 0, 1)
     others = (leaf.detach().narrow(axis, i, 1) for i in range(1, leaf.shape[axis]))
     b = next((other for other in others if not torch.equal(other, a)), None)
     if b is None:
         b = a + torch.randn_like(a) if a.is_floating_point() else a.roll(1, -1)
-    return a, torch.cat([a, a], axis), torch.cat([a, b], axis)
+    return a, torch.cat([a, a], axis), torch.cat([a, b], axis), torch.cat([b, a], axis)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ _FUNCTIONS: dict[Any, str] = {
 _METHODS = {"relu": "relu", "relu_": "relu"}
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""A trace puts back what it found patched, which must not be another's patch."""
 _is_training = operator.attrgetter("training")
 
 
@@ -135,13 +138,13 @@ class Region:
         """The first call, and before it those without samples, which show nothing: both ways, which must agree."""
         found = self.graph.forward(x.clone())
         want = self.own(x)
-        self.verified = x.numel() > 0
         if not _agree(want, found):
             self.gave_up = "its trace gives another result than its forward"
             warnings.warn(
                 f"TapsModel.prepare_inference: {self.path or 'the model'} is left as it is: {self.gave_up}",
                 stacklevel=3,
             )
+        self.verified = x.numel() > 0  # last: from then on other threads run the graph
         return want
 
 
@@ -172,6 +175,22 @@ def regions(model: nn.Module, tasks: Sequence[str]) -> Iterator[Region | tuple[s
 
 
 class _Tracer(fx.Tracer):
+    """While it traces, calls and attributes of the modules of all threads come here; those of others go on as ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
@@ -192,7 +211,8 @@ def _trace(module: nn.Module) -> fx.Graph:
         p.default is p.empty for p in rest
     ):
         raise TypeError("its forward takes several inputs")
-    graph = _Tracer().trace(module, {p.name: p.default for p in rest} or None)
+    with _ONE_AT_A_TIME:
+        graph = _Tracer().trace(module, {p.name: p.default for p in rest} or None)
     for node in reversed(list(graph.nodes)):
         # How fx pins an argument to its default: a placeholder and an assertion.
         if getattr(node.target, "__name__", "") in ("_assert_is_none", "_assert") and not node.users:

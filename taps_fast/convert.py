@@ -22,7 +22,7 @@ from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, Transpose
 from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
-from .nn.per_task import PerTask
+from .nn.per_task import PerTask, keep_statistics
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
@@ -104,8 +104,11 @@ def convert(
 
 def rest(module: nn.Module) -> None:
     """Puts every module of the base that a forward in training mode would change into eval mode."""
-    if _iterates(module) or module._buffers.get("running_mean") is not None:
+    tracks = module._buffers.get("running_mean") is not None
+    if _iterates(module) or tracks:
         module.training = False
+    if tracks and hasattr(module, "reset_running_stats"):
+        module.__dict__["reset_running_stats"] = keep_statistics
     for child in [module.base] if isinstance(module, PerTask) else module.children():
         rest(child)
 

@@ -17,7 +17,6 @@ from ._plain import plain_network
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME
-from .nn.head import check_head, new_head
 from .sharing import Sharing
 
 
@@ -132,24 +131,9 @@ class TapsModel(PreparedModel):
         """
         self._unprepared("add_task")
         _folder.refuse_sharded(self, "add_task")
-        own = self.conversion.head
-        if own is None and (classes is not None or head is not None):
-            raise ValueError(
-                "TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got no path"
-            )
-        if classes is not None and own is not None:
-            if head is not None:
-                raise ValueError("TapsModel.add_task: classes or head must be given, got both")
-            head = new_head(own.base, classes, own.path)
-        if own is not None:
-            check_head(head, own.path)
-        self.context.add(task)
-        for layer in self.conversion.layers.values():
-            layer.add_task(task, delta=deltas)
-        for norm in self.conversion.norms.values():
-            norm.add_task(task)
-        if own is not None:
-            own.add_task(task, head)
+        with _folder.adding(self, task, _folder.given_head(self, classes, head)):
+            for layer in self.conversion.layers.values():
+                layer.add_task(task, delta=deltas)
 
     def remove_task(self, task: str) -> None:
         """Forgets all that belongs to a task. The ids of the tasks after it go down by one.
@@ -159,8 +143,7 @@ class TapsModel(PreparedModel):
         """
         self._unprepared("remove_task")
         self.context.remove(task)
-        for module in self.conversion.located().values():
-            module.remove_task(task)
+        _folder.forget(self, task)
 
     def reopen(self, task: str, score: float | None = None) -> None:
         """Gives every closed layer of ``task`` a zero delta where it has none, and the score to train from again.

@@ -238,3 +238,50 @@ def test_macs_come_from_the_probe():
     assert {layer.macs for layer in model.sharing().layers} == {None}
     model.probe(images(3))
     assert [layer.macs for layer in model.sharing().layers] == [64 * 8 * 27, 64 * 8 * 36, 16 * 6 * 72]
+
+
+class Scaled(nn.Linear):
+    def __init__(self, scale):
+        super().__init__(6, 3)
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    "base, own",
+    [
+        (nn.Sequential(nn.Dropout(), nn.Linear(6, 3)), nn.Sequential(nn.ReLU(), nn.Linear(6, 3))),
+        (nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)), nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 3))),
+        (nn.Sequential(nn.Linear(6, 3), nn.GELU()), nn.Sequential(nn.Linear(6, 3), nn.GELU("tanh"))),
+        (Scaled(1.0), Scaled(2.0)),
+        (nn.Conv2d(6, 3, 3), nn.Conv2d(6, 3, 3, stride=2, padding=1)),
+        (nn.Conv2d(6, 3, 3), nn.Conv2d(6, 4, 3, dilation=2)),
+    ],
+)
+def test_a_head_that_is_another_function_has_to_be_given(base, own, tmp_path):
+    model = TapsModel(nn.Sequential(nn.Identity(), base), head="1").eval()
+    model.add_task("cubs", head=own)
+    model.save_task("cubs", tmp_path)
+    other = TapsModel(nn.Sequential(nn.Identity(), base), head="1").eval()
+    with pytest.raises(store.TaskFolderError, match="head must be given for task 'cubs'"):
+        other.load_task(tmp_path)
+    other.load_task(tmp_path, head=own)
+    x = torch.randn(4, 6, 5, 5) if isinstance(base, nn.Conv2d) else torch.randn(4, 6)
+    assert torch.equal(other(x, tasks="cubs"), model(x, tasks="cubs"))
+
+
+def test_heads_like_the_base_are_made_again_and_saving_draws_no_random_numbers(tmp_path):
+    for base in (nn.Linear(6, 3), nn.Conv2d(6, 3, 3, stride=2, bias=False), nn.Sequential(nn.Dropout(), Scaled(2.0))):
+        model = TapsModel(nn.Sequential(nn.Identity(), base), ["cubs"], head="1")
+        if not isinstance(base, nn.Sequential):
+            model.add_task("cars", classes=5)
+        random = torch.get_rng_state()
+        for task in model.tasks:
+            model.save_task(task, tmp_path / task)
+        assert torch.equal(torch.get_rng_state(), random)
+        other = TapsModel(nn.Sequential(nn.Identity(), base), head="1")
+        for task in model.tasks:
+            other.load_task(tmp_path / task)
+        assert other.state_dict().keys() == model.state_dict().keys() and other.widths == model.widths

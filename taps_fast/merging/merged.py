@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ..nn.attention import TaskAttention
 from ..nn.context import TaskNames
 from ..nn.head import class_axis, new_head
 from ..nn.layer import TapsLayer
-from ..nn.per_task import PerTask
+from ..nn.per_task import PerTask, own_copy
 from .layers import Row, Running, merge_in_place
 from .vectors import TaskVectors
 
@@ -254,7 +253,7 @@ def own_head(network: TapsModel, vectors: TaskVectors, task: str) -> nn.Module:
     if "weight" in tensors:
         module = new_head(owner.base, tensors["weight"].shape[0], owner.path)
     else:
-        module = copy.deepcopy(owner.base)
+        module = own_copy(owner.base)
     module.load_state_dict(tensors)
     return module.requires_grad_(False)
 

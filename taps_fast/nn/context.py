@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .._names import nearest
 from ..tasks import BASE, TaskBatch
+from .owned import Owned
 
 BASE_NAME = "base"
 """What a user writes for a sample that no task claims."""
@@ -77,7 +79,25 @@ class TaskContext:
         self._running = threading.local()
 
     def add(self, task: str) -> None:
-        """Registers a name that can also be a key of parameters and modules."""
+        """Registers a name."""
+        self._check_new(task)
+        self.tasks.append(task)
+
+    @contextlib.contextmanager
+    def adding(self, task: str, forget: Callable[[str], None]) -> Iterator[None]:
+        """Within, ``task`` gets all that it has; its name comes last. What fails or is interrupted is forgotten."""
+        self._check_new(task)
+        try:
+            yield
+            self.tasks.append(task)
+        except BaseException:
+            if task in self.tasks:
+                self.tasks.remove(task)
+            forget(task)
+            raise
+
+    def _check_new(self, task: str) -> None:
+        """Refuses a name in use, or that cannot also be a key of parameters and modules."""
         if not isinstance(task, str):
             raise TypeError(f"{self.owner}: task must be a name, got {task!r}")
         if not task or "." in task or task == BASE_NAME or hasattr(_MODULES, task) or hasattr(_PARAMETERS, task):
@@ -87,7 +107,6 @@ class TaskContext:
             )
         if task in self.tasks:
             raise ValueError(f"{self.owner}: task must be new, got {task!r} (tasks: {', '.join(self.tasks)})")
-        self.tasks.append(task)
 
     def remove(self, task: str) -> None:
         """Forgets a name. The ids of the tasks after it go down by one."""
@@ -95,10 +114,11 @@ class TaskContext:
         if self.default == task:
             self.default = None
 
-    def check(self, task: str) -> str:
-        """The name itself, if there is such a task."""
-        if task not in self.tasks:
-            raise ValueError(f"{self.owner}: task must be one of its tasks, got {task!r} ({nearest(task, self.tasks)})")
+    def check(self, task: str, names: Sequence[str] | None = None) -> str:
+        """The name itself, if there is such a task (among ``names``)."""
+        known = self.tasks if names is None else names
+        if task not in known:
+            raise ValueError(f"{self.owner}: task must be one of its tasks, got {task!r} ({nearest(task, known)})")
         return task
 
     def resolve(self, tasks: TaskNames | None, device: torch.device | None = None) -> Selection:
@@ -107,19 +127,20 @@ class TaskContext:
             tasks = self._default()
         if isinstance(tasks, str):
             return Selection(None if tasks == BASE_NAME else self.check(tasks))
+        names = tuple(self.tasks)  # once: another thread may remove a task, and ids then mean others
         if isinstance(tasks, TaskBatch):
-            if tasks.num_tasks != len(self.tasks):
+            if tasks.num_tasks != len(names):
                 raise ValueError(
-                    f"{self.owner}: tasks must be a TaskBatch of {len(self.tasks)} tasks, got one of {tasks.num_tasks}"
+                    f"{self.owner}: tasks must be a TaskBatch of {len(names)} tasks, got one of {tasks.num_tasks}"
                 )
-            return Selection(mix=Mix(tasks if device is None else tasks.to(device), tuple(self.tasks)))
+            return Selection(mix=Mix(tasks if device is None else tasks.to(device), names))
         if not isinstance(tasks, Tensor):
             if not isinstance(tasks, Iterable):
                 raise TypeError(f"{self.owner}: tasks must be a name, or a name or id for each sample, got {tasks!r}")
-            tasks = torch.tensor([self._id(task) for task in tasks], dtype=torch.int64)
+            tasks = torch.tensor([self._id(task, names) for task in tasks], dtype=torch.int64)
         if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._on_host(TaskBatch.from_ids(tasks, len(self.tasks)), self.tasks, device)
-        return Selection(mix=Mix(TaskBatch.from_ids(tasks, len(self.tasks), device=device), tuple(self.tasks)))
+            return self._on_host(TaskBatch.from_ids(tasks, len(names)), names, device)
+        return Selection(mix=Mix(TaskBatch.from_ids(tasks, len(names), device=device), names))
 
     def part(self, mix: Mix, samples: slice | Tensor) -> Selection:
         """The selection of some samples of a mix."""
@@ -141,11 +162,11 @@ class TaskContext:
         task = names[found[0]] if len(found) == 1 and found[0] != BASE else None
         return Selection(task, mix, uniform=len(found) <= 1)
 
-    def _id(self, task: str | int | None) -> int:
+    def _id(self, task: str | int | None, names: Sequence[str]) -> int:
         if task is None:
             return BASE
         if isinstance(task, str):
-            return BASE if task == BASE_NAME else self.tasks.index(self.check(task))
+            return BASE if task == BASE_NAME else names.index(self.check(task, names))
         try:
             if not isinstance(task, bool):
                 return operator.index(task)
@@ -258,7 +279,7 @@ class Located:
         found = self.layouts.get(x.dim())
         if found is not None:
             return found
-        if self.images_first and x.dim() == 4 and x.shape[0] == batch.size:
+        if self.images_first and self.refusal is None and x.dim() == 4 and x.shape[0] == batch.size:
             return Layout()
         if batch.size == 0 and 0 in x.shape:
             return Layout(x.shape.index(0))
@@ -297,4 +318,4 @@ def task_by_task(
     return torch.cat(parts, axis).index_select(axis, rows.argsort())
 
 
-_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()
+_MODULES, _PARAMETERS = nn.ModuleDict(), Owned()

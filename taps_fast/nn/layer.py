@@ -83,8 +83,8 @@ class TapsLayer(Located, nn.Module):
     def add_tasks(self, tasks: Iterable[str]) -> None:
         """Registers new tasks with a layer that is used alone (a model's layers get theirs from the model)."""
         for task in tasks:
-            self.context.add(task)
-            self.add_task(task)
+            with self.context.adding(task, self._forget):
+                self.add_task(task)
 
     @torch.inference_mode(False)
     def add_task(self, task: str, *, score: float | None = None, delta: bool = True) -> None:
@@ -99,15 +99,16 @@ class TapsLayer(Located, nn.Module):
 
     def close(self, task: str) -> None:
         """Forgets the deltas of ``task``, whose score stays: the gate of a task without storage is closed."""
-        for owned in (self.deltas, self.bias_deltas):
-            if task in owned:
-                del owned[task]
+        self._forget(task, self.deltas, self.bias_deltas)
 
     def remove_task(self, task: str) -> None:
         """Forgets all that ``task`` has here, and in a layer that is used alone its name."""
         if self.context.alone:
             self.context.remove(task)
-        for owned in (self.deltas, self.bias_deltas, self.scores):
+        self._forget(task)
+
+    def _forget(self, task: str, *places: Owned) -> None:
+        for owned in places or (self.deltas, self.bias_deltas, self.scores):
             if task in owned:
                 del owned[task]
 

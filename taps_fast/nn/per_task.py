@@ -40,7 +40,7 @@ class PerTask(Located, nn.Module):
     def add_task(self, task: str, module: nn.Module | None = None) -> None:
         """Gives ``task`` a module: ``module``, or a trainable copy of the base."""
         if module is None:
-            module = copy.deepcopy(self.base).requires_grad_()
+            module = own_copy(self.base)
         self.tasks[task] = module.train(self.training)
         self.agree(task)
 
@@ -109,7 +109,8 @@ class PerTask(Located, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
+            special = name.startswith("__") and name.endswith("__")  # such as __deepcopy__ of a parametrized base
+            if special or not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
             selection = self.selected()
             if selection.mix is None or not len(self.tasks):
@@ -123,6 +124,23 @@ class PerTask(Located, nn.Module):
             if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
                 raise RuntimeError(text) from None
             return value
+
+
+def keep_statistics() -> None:
+    """Stands in for ``reset_running_stats`` of norms of the base: `torch.optim.swa_utils.update_bn` asks all for it."""
+
+
+def own_copy(base: nn.Module) -> nn.Module:
+    """A trainable copy of a base, which rests no more."""
+    return released(copy.deepcopy(base).requires_grad_())
+
+
+def released(module: nn.Module) -> nn.Module:
+    """Gives norms that were of a base ``reset_running_stats`` back."""
+    for part in module.modules():
+        if vars(part).get("reset_running_stats") is keep_statistics:
+            del part.reset_running_stats
+    return module
 
 
 def _agree(module: PerTask, _: object) -> None:

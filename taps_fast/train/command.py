@@ -12,7 +12,7 @@ from ..model import TapsModel
 from ..nn import TaskContext
 from .backbone import backbone, head_of, logits_of
 from .data import Images, TrainError, load
-from .loop import BEST, CHECKPOINT, LAST, LOG, Recipe, Training
+from .loop import BEST, CHECKPOINT, CLASSES, LAST, LOG, Recipe, Training
 from .pieces import Point, tradeoff
 
 DEFAULT = Recipe()
@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
     parser.description = (
         "Trains TAPS on one task: gated deltas, norms and a head over a frozen backbone. Writes into OUT: "
-        f"{CHECKPOINT} (run the same command again after a kill, and it goes on bit for bit), {LOG}, and the task "
-        f"folders {BEST} (the most accurate epoch among those with the penalty) and {LAST}. Images are squeezed to a "
-        "square and normalised with ImageNet's mean and standard deviation; inputs in a file that are not uint8 stay "
-        "as they are."
+        f"{CHECKPOINT} (run the same command again after a kill, and it goes on bit for bit), {LOG}, {CLASSES} (their "
+        f"names in the order of the outputs), and the task folders {BEST} (the most accurate epoch of those with the "
+        f"penalty) and {LAST}. Images are squeezed to a square and normalised with ImageNet's mean and standard "
+        "deviation; inputs in a file that are not uint8 stay as they are."
     )
     parser.add_argument(
         "data",

@@ -107,7 +107,7 @@ def load(path: Path, size: int, test: Path | None, hold_out: float, seed: int) -
 
     Args:
         path: a folder with one folder a class; or one with such folders ``train`` and ``val`` or ``test``; or a file
-            (.npz, .pt, .pth, .safetensors) with tensors "images" and "labels".
+            (.npz, .pt, .pth, .safetensors) with tensors "images" and "labels". What starts with a "." is not looked at.
         test: the same for the test images; None: ``val`` or ``test`` of ``path``, else ``hold_out`` of the images.
 
     Raises:
@@ -157,14 +157,19 @@ def _parts(batch: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 def _read(path: Path, size: int, names: Sequence[str] | None = None) -> Images:
     if path.is_dir():
-        found = [folder.name for folder in sorted(path.iterdir()) if folder.is_dir()]
+        found = [folder.name for folder in sorted(path.iterdir()) if folder.is_dir() and not _hidden(folder, path)]
         unknown = [name for name in found if names is not None and name not in names]
         if unknown:
             raise TrainError(f"train: classes of {path} must be those of training, got {unknown[0]!r} ({names})")
-        names = found if names is None else names
-        items = [
-            (p, i) for i, n in enumerate(names) for p in sorted((path / n).rglob("*")) if p.suffix.lower() in ENDINGS
+        known, names = names is not None, found if names is None else names
+        files = [
+            [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in ENDINGS and not _hidden(p, path)]
+            for name in names
         ]
+        empty = next((name for name, own in zip(names, files, strict=True) if not own), None)
+        if empty is not None and any(files) and not known:
+            raise TrainError(f"train: each folder of {path} must hold images of its class, got none in {empty!r}")
+        items = [(p, i) for i, own in enumerate(files) for p in own]
         return Images(
             str(path), [p for p, _ in items], torch.tensor([i for _, i in items], dtype=torch.int64), names, size
         )
@@ -187,6 +192,11 @@ def _read(path: Path, size: int, names: Sequence[str] | None = None) -> Images:
     if names is None:
         names = [str(i) for i in range(int(labels.max()) + 1 if whole and labels.numel() else 0)]
     return Images(str(path), items, labels, names, size)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    """Whether a tool made it for itself (.ipynb_checkpoints, ._photo.jpg)."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _tensors(path: Path) -> dict[str, Any]:

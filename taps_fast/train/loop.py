@@ -22,7 +22,7 @@ from .backbone import logits_of
 from .data import Images, TrainError, batches, count
 from .pieces import GateLog, Point, accumulate, penalty_weight
 
-CHECKPOINT, LOG, BEST, LAST = "checkpoint.pt", "log.csv", "best", "last"
+CHECKPOINT, LOG, CLASSES, BEST, LAST = "checkpoint.pt", "log.csv", "classes.txt", "best", "last"
 WARMUP = 0.1
 """The part of the steps in which the learning rate rises."""
 SETTLED = 0.5
@@ -185,6 +185,8 @@ class Training:
             TrainError: a loss or weight that is not finite.
         """
         recipe, model = self.recipe, self.model
+        names = "".join(f"{name}\n" for name in self.images.names)
+        write_whole(self.out / CLASSES, lambda path: path.write_text(names, encoding="utf-8"))
         for epoch in range(self.step // self.per_epoch, recipe.epochs):
             model.train()
             lam = penalty_weight(recipe.lam, epoch, recipe.warmup_epochs)
