@@ -26,9 +26,9 @@ TAPS_INLINE void for_each_vector(int64_t n, const F& f) {
         [rest](auto* p, V v) __attribute__((always_inline)) { store_partial(p, v, rest); });
 }
 
-/// A run whose channels are its elements.
+/// One run: what is read of it, and where its dx (null: not wanted) and the sums of its channels go.
 template <class S>
-struct RowGrad {
+struct RunGrad {
   using C = Compute<S>;
   using V = Vec<C>;
   const S *x, *dy;
@@ -37,8 +37,9 @@ struct RowGrad {
   const C* weight;
   C *first, *second;
 
+  /// Channels that are single elements.
   template <bool kWeight>
-  TAPS_INLINE void run(int64_t n, bool center) const {
+  TAPS_INLINE void elements(int64_t n, bool center) const {
     const V m = splat(mean), r = splat(rstd);
     const auto u = [&](int64_t j, V value, const auto& get) __attribute__((always_inline)) {
       if constexpr (kWeight) return value * get(weight + j);
@@ -61,20 +62,9 @@ struct RowGrad {
       put(second + j, get(second + j) + value);
     });
   }
-};
 
-/// A run of planes, one for each of its channels.
-template <class S>
-struct PlanesGrad {
-  using C = Compute<S>;
-  using V = Vec<C>;
-  const S *x, *dy;
-  S* dx;
-  C mean, rstd;
-  const C* weight;
-  C *first, *second;
-
-  void run(int64_t channels, int64_t pixels, bool center) const {
+  /// Channels that are planes.
+  void planes(int64_t channels, int64_t pixels, bool center) const {
     const V m = splat(mean);
     double level = 0, tilt = 0;
     for (int64_t c = 0; c < channels; c++) {
@@ -93,9 +83,9 @@ struct PlanesGrad {
       second[c] += b;
     }
     if (!dx) return;
-    const double elements = double(channels) * pixels;
-    const V less = splat(static_cast<C>(center ? level / elements : 0) * rstd);
-    const V turn = splat(static_cast<C>(tilt / elements) * rstd * rstd * rstd);
+    const double count = double(channels) * pixels;
+    const V less = splat(static_cast<C>(center ? level / count : 0) * rstd);
+    const V turn = splat(static_cast<C>(tilt / count) * rstd * rstd * rstd);
     for (int64_t c = 0; c < channels; c++) {
       const S *xs = x + c * pixels, *dys = dy + c * pixels;
       S* out = dx + c * pixels;
@@ -125,12 +115,10 @@ void run_group_norm_grad(const GroupNormGrad& p, const Share& share) {
         S* dx = p.dx ? static_cast<S*>(p.dx) + at : nullptr;
         const C mean = static_cast<const C*>(p.mean)[run], rstd = static_cast<const C*>(p.rstd)[run];
         const C* w = weight ? weight + channel : nullptr;
-        if (pixels > 1) {
-          PlanesGrad<S>{x, dy, dx, mean, rstd, w, first + channel, second + channel}.run(channels, pixels, p.center);
-          continue;
-        }
-        const RowGrad<S> one{x, dy, dx, mean, rstd, w, first + channel, second + channel};
-        w ? one.template run<true>(channels, p.center) : one.template run<false>(channels, p.center);
+        const RunGrad<S> one{x, dy, dx, mean, rstd, w, first + channel, second + channel};
+        if (pixels > 1) one.planes(channels, pixels, p.center);
+        else if (w) one.template elements<true>(channels, p.center);
+        else one.template elements<false>(channels, p.center);
       }
     }
   }
