@@ -66,4 +66,13 @@ const Kernels& kernels() {
   return chosen;
 }
 
+bool gains_from_fetching_rows() {
+#if defined(__x86_64__)
+  static const bool gains = (__builtin_cpu_init(), !__builtin_cpu_is("intel"));
+  return gains;
+#else
+  return true;
+#endif
+}
+
 }  // namespace taps_fast::cpu

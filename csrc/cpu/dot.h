@@ -21,7 +21,9 @@ template <class E>
 constexpr int64_t kDotRows = kRegisters != 32  ? 8
                              : kDepths<E> == 2 ? 14
                                                : 16;
-constexpr int kDotTile = kRegisters == 32 ? 12 : 4;  // most rows that keep their sums in registers
+/// Most rows that keep their sums in registers; float64, which need not be fast, gets by with fewer kernels.
+template <class E>
+constexpr int kDotTile = kRegisters == 32 && sizeof(E) == 4 ? 12 : 4;
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>
 constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
@@ -154,7 +156,7 @@ TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, 
 template <class S>
 void masked_dot_rows(const Element<S>* a, int64_t num_rows, const Term* const* masks, int64_t row, int64_t num_columns,
                      int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
-  with_constant<kDotTile>(num_rows, [&](auto rows) {
+  with_constant<kDotTile<Element<S>>>(num_rows, [&](auto rows) {
     constexpr int64_t columns = dot_columns(rows.value);
     for (int64_t n = 0; n < num_columns; n += columns)
       masked_dot_tile<S, rows.value>(a, masks, row + n, min(columns, num_columns - n), column, depth, out + n,
@@ -184,7 +186,7 @@ void dot_rows(const Element<S>* a, int64_t num_rows, int64_t part, const Term* t
     count = masked(t) ? 1 : min(kDotTerms<S>, num_terms - t);
     for (int64_t n = 0; n < num_columns; n += columns) {
       for (int64_t m = 0; m < num_rows; m += part) {
-        with_constant<kDotTile>(min(part, num_rows - m), [&](auto rows) {
+        with_constant<kDotTile<Element<S>>>(min(part, num_rows - m), [&](auto rows) {
           const auto run = [&](auto count, auto masked) {
             constexpr int64_t step = dot_columns(rows.value);  // a smaller last group could take more columns
             for (int64_t k = 0; k < min(columns, num_columns - n); k += step)

@@ -76,6 +76,7 @@ struct RowProduct {
   const Pass* passes;
   int64_t num_passes;
   Blocking blocking;
+  bool fetch_rows, fetch_weights;  // whether tiles fetch the next tile's rows, and what the next panel is packed from
 };
 
 /// partials[slot] = <P tile, matrix tile>, summed over tiles by the plan.
@@ -104,7 +105,7 @@ struct WeightGradient {
   int64_t rows, cols;  // O, I: the shape of P
   Matrix dy, x;
   const int64_t* row_index;  // place in the plan's order -> row of dy and x; null: the identity
-  const double* row_scale;   // place in the plan's order -> factor; null: 1
+  const double* row_scale;  // place in the plan's order -> factor; null: 1
   const Job* jobs;
   int64_t num_jobs;
   const Dot* dots;

@@ -176,6 +176,9 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   problem.passes = passes_.data();
   problem.num_passes = passes_.size();
 
+  // A straight panel is packed from rows as well.
+  problem.fetch_rows = gains_from_fetching_rows();
+  problem.fetch_weights = problem.transposed || problem.fetch_rows;
   choose_blocks(threads, table);
 }
 

@@ -110,7 +110,7 @@ class RowWorker {
       const Term* packed = exact ? &alone : terms;
       if (p_.transposed) pack_transposed<S>(panel_, packed, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
       else pack_straight<S>(panel_, kWidth, packed, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
-      if (next.item < items_) look_ahead(ahead, s, next, ceil_div(num_rows, part));
+      if (p_.fetch_weights && next.item < items_) look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
     for (int64_t r = s.row_begin; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
@@ -130,13 +130,16 @@ class RowWorker {
           tile_row(inputs_, n, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch);
         } else {
           const E* a[kTileRows];
-          const char* next[kTileRows];
+          NextRows next;
+          if (p_.fetch_rows) {
+            next.element_size = sizeof(S) * kDepths<E>;
+            next.elements_of_line = Ahead::kLine / next.element_size;
+          }
           for (int64_t i = 0; i < n; i++) {
             a[i] = as_elements(input(r + i) + s.depth_begin, s.depth, i);
-            next[i] = reinterpret_cast<const char*>(input(min(r + n + i, s.row_end - 1)) + s.depth_begin);
+            next.data[i] = reinterpret_cast<const char*>(input(min(r + n + i, s.row_end - 1)) + s.depth_begin);
           }
-          tile_row<E, sizeof(S) * kDepths<E>>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale,
-                                              &ahead, fetch, next);
+          tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch, next);
         }
       }
       if (finished)
@@ -153,10 +156,10 @@ class RowWorker {
   void run_masks(const Step& s) {
     const Pass& first = p_.passes[s.pass];
     const bool accumulate = !(first.first && s.depth_begin == 0), finished = s.depth_begin + s.depth >= p_.depth;
-    const int64_t part = even_part(s.row_end - s.row_begin, kDotTile);
+    const int64_t part = even_part(s.row_end - s.row_begin, kDotTile<E>);
     for (int64_t r = s.row_begin, i = s.pass; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
-      const Term* masks[kDotTile];
+      const Term* masks[kDotTile<E>];
       for (int64_t m = 0; m < n; m++) {
         while (p_.passes[i].row_end <= r + m) i++;
         masks[m] = p_.terms + p_.passes[i].term_begin;
@@ -262,7 +265,7 @@ class RowWorker {
       return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
                           accumulate);
     }
-    const int64_t part = even_part(num_rows, kDotTile);
+    const int64_t part = even_part(num_rows, kDotTile<E>);
     const int64_t size = part * round_up(ceil_div(s.depth, kDepths<E>), kLanes<C>);
     for (int64_t i = 0; i < num_rows; i++) {
       const int64_t group = i / part;

@@ -68,10 +68,16 @@ struct Ahead {
 template <class E>
 constexpr int64_t kFetchDepth = 1;
 
-/// kNextBytes: of an element where the next tile's rows lie, of which each then brings a line at a time; 0: no such.
-template <class E, int kRows, int kVectors, int kFetch, int kNextBytes>
+/// Rows of the tile after, of which a tile fetches a line each whenever it has come that far itself.
+struct NextRows {
+  const char* data[kTileRows];
+  int64_t element_size = 0;      // of `data`, in bytes
+  int64_t elements_of_line = 0;  // 0: no row is fetched
+};
+
+template <class E, int kRows, int kVectors, int kFetch>
 void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, int64_t out_stride, int64_t depth,
-          bool accumulate, Compute<E> scale, Ahead* ahead, const char* const* next) {
+          bool accumulate, Compute<E> scale, Ahead* ahead, const NextRows& next) {
   using C = Compute<E>;
   constexpr int lanes = kLanes<C>;
   Vec<C> sum[kRows][kVectors];
@@ -83,10 +89,6 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
     for (int j = 0; j < kVectors; j++) sum[i][j] = Vec<C>{};
   }
   const auto multiply = [&](int64_t p) __attribute__((always_inline)) {
-    if constexpr (kNextBytes > 0)
-      if (p % (Ahead::kLine / kNextBytes) == 0)
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; i++) __builtin_prefetch(next[i] + p * kNextBytes, 0, 2);
     Vec<C> b[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) b[j] = load(strip + (p * kVectors + j) * lanes);
@@ -97,18 +99,31 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
       for (int j = 0; j < kVectors; j++) sum[i][j] = multiply_add<E>(sum[i][j], x, b[j]);
     }
   };
-  if constexpr (kFetch == 0) {
-    for (int64_t p = 0; p < depth; p++) multiply(p);
-  } else {
-    for (int64_t p = 0; p < depth;) {
-      const char* segment[kFetch];
+  const auto run = [&](int64_t p, int64_t end, const auto& fetch) __attribute__((always_inline)) {
+    while (p < end) {
+      int64_t line_end = end;
+      if (next.elements_of_line) {
+        line_end = min(p + next.elements_of_line, end);
 #pragma GCC unroll 8
-      for (int s = 0; s < kFetch; s++) segment[s] = ahead->take() - p * Ahead::kLine;
-      for (const int64_t end = min(p + ahead->lines, depth); p < end; p++) {
-#pragma GCC unroll 8
-        for (int s = 0; s < kFetch; s++) __builtin_prefetch(segment[s] + p * Ahead::kLine, 0, 2);
+        for (int i = 0; i < kRows; i++) __builtin_prefetch(next.data[i] + p * next.element_size, 0, 2);
+      }
+      for (; p < line_end; p++) {
+        fetch(p);
         multiply(p);
       }
+    }
+  };
+  if constexpr (kFetch == 0) {
+    run(0, depth, [](int64_t) {});
+  } else {
+    for (int64_t begin = 0; begin < depth; begin += ahead->lines) {
+      const char* segment[kFetch];
+#pragma GCC unroll 8
+      for (int s = 0; s < kFetch; s++) segment[s] = ahead->take() - begin * Ahead::kLine;
+      run(begin, min(begin + ahead->lines, depth), [&](int64_t p) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kFetch; s++) __builtin_prefetch(segment[s] + p * Ahead::kLine, 0, 2);
+      });
     }
   }
 #pragma GCC unroll 8
@@ -121,19 +136,18 @@ void tile(const E* const* rows, int64_t step, const E* strip, Compute<E>* out, i
     }
 }
 
-/// num_rows <= kTileRows rows times a whole panel of num_columns columns. `fetch` segments are fetched at a time, and
-/// with kNextBytes as many rows from `next` on.
-template <class E, int kNextBytes = 0>
+/// num_rows <= kTileRows rows times a whole panel of num_columns columns; `fetch` segments are fetched at a time.
+template <class E>
 void tile_row(const E* const* rows, int64_t num_rows, int64_t step, const E* panel, int64_t num_columns,
-              Compute<E>* out, int64_t out_stride, int64_t depth, bool accumulate, Compute<E> scale = 1,
-              Ahead* ahead = nullptr, int64_t fetch = 0, const char* const* next = nullptr) {
+              Compute<E>* out, int64_t out_stride, int64_t depth, bool accumulate, Compute<E> scale, Ahead* ahead,
+              int64_t fetch, const NextRows& next) {
   constexpr int64_t lanes = kLanes<Compute<E>>, width = lanes * kStripVectors;
   with_constant<kTileRows>(num_rows, [&](auto r) {
     for (int64_t j = 0; j < num_columns; j += width) {
       const E* strip = panel + j * depth;
       const auto run = [&](auto vectors, auto fetched) {
-        tile<E, r.value, vectors.value, fetched.value, kNextBytes>(rows, step, strip, out + j, out_stride, depth,
-                                                                   accumulate, scale, ahead, next);
+        tile<E, r.value, vectors.value, fetched.value>(rows, step, strip, out + j, out_stride, depth, accumulate, scale,
+                                                       ahead, next);
       };
       if (num_columns - j < width) {
         with_constant<kStripVectors>(ceil_div(num_columns - j, lanes), [&](auto v) { run(v, Int<0>{}); });
@@ -144,7 +158,7 @@ void tile_row(const E* const* rows, int64_t num_rows, int64_t step, const E* pan
       } else if (fetch == 2) {
         run(Int<kStripVectors>{}, Int<2>{});
       } else {
-        run(Int<kStripVectors>{}, Int<4>{});
+        run(Int<kStripVectors>{}, Int<kMostFetched>{});
       }
     }
   });

@@ -75,7 +75,7 @@ class GradientItem {
       } else {
         const E* a[kTileRows];
         for (int64_t i = 0; i < n; i++) a[i] = left_ + r + i;
-        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate, 1, &ahead, fetch);
+        tile_row<E>(a, n, width, right_, cols_, out, tile_stride_, length, accumulate, 1, &ahead, fetch, {});
       }
       if (last) use_rows(r, n, out);
     }
