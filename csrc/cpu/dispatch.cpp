@@ -66,12 +66,12 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool gains_from_fetching_rows() {
+bool rows_come_by_themselves() {
 #if defined(__x86_64__)
-  static const bool gains = (__builtin_cpu_init(), !__builtin_cpu_is("intel"));
-  return gains;
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
 #else
-  return true;
+  return false;
 #endif
 }
 

@@ -24,6 +24,7 @@ constexpr int64_t kDotRows = kRegisters != 32  ? 8
 /// Most rows that keep their sums in registers; float64, which need not be fast, gets by with fewer kernels.
 template <class E>
 constexpr int kDotTile = kRegisters == 32 && sizeof(E) == 4 ? 12 : 4;
+constexpr int kRowsOneByOne = 4;  // most inputs of a group that gain by it
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>
 constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
@@ -40,14 +41,14 @@ TAPS_INLINE void over_depth(int64_t depth, const F& step) {
   if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
 }
 
-/// kRows interleaved rows times dot_columns(kRows) weight rows, of which the first num_columns are stored. kMasked: the
-/// last term is a masked tile.
-template <class S, int kRows, int kTerms, bool kMasked>
+/// kRows interleaved rows times kColumns weight rows, of which the first num_columns are stored. kMasked: the last term
+/// is a masked tile.
+template <class S, int kRows, int kTerms, bool kMasked, int kColumns>
 TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, int64_t num_columns, int64_t column,
                           int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   using E = Element<S>;
-  constexpr int lanes = kLanes<C>, columns = dot_columns(kRows);
+  constexpr int lanes = kLanes<C>, columns = kColumns;
   const S* w[kTerms][columns];
   const uint8_t* codes[columns];
   C coeff[kTerms][columns];
@@ -174,11 +175,12 @@ void interleave(Element<S>* group, int64_t num_rows, int64_t m, const S* in, int
 }
 
 /// num_rows inputs, interleaved in groups of `part` <= kDotTile rows, times weight rows [row, row + num_columns), depth
-/// columns from `column` on. Groups beyond the first find the weights in L1.
+/// columns from `column` on. Groups beyond the first find the weights in L1. one_by_one: very few inputs take a weight
+/// row after the other, which memory that fetches rows by itself brings in less time than several side by side.
 template <class S>
 void dot_rows(const Element<S>* a, int64_t num_rows, int64_t part, const Term* terms, int64_t num_terms, int64_t row,
-              int64_t num_columns, int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride,
-              bool accumulate) {
+              int64_t num_columns, int64_t column, int64_t depth, Compute<S>* out, int64_t out_stride, bool accumulate,
+              bool one_by_one) {
   const int64_t length = ceil_div(depth, kDepths<Element<S>>), columns = dot_columns(part);
   const int64_t group_size = part * round_up(length, kLanes<Compute<S>>);
   const auto masked = [&](int64_t t) { return terms[t].coding == Coding::kMask; };
@@ -188,11 +190,16 @@ void dot_rows(const Element<S>* a, int64_t num_rows, int64_t part, const Term* t
       for (int64_t m = 0; m < num_rows; m += part) {
         with_constant<kDotTile<Element<S>>>(min(part, num_rows - m), [&](auto rows) {
           const auto run = [&](auto count, auto masked) {
-            constexpr int64_t step = dot_columns(rows.value);  // a smaller last group could take more columns
-            for (int64_t k = 0; k < min(columns, num_columns - n); k += step)
-              dot_tile<S, rows.value, count.value, masked.value>(
-                  a + m / part * group_size, terms + t, row + n + k, min(columns, num_columns - n) - k, column, depth,
-                  out + m * out_stride + n + k, out_stride, accumulate || t > 0);
+            const auto tiles = [&](auto step) {
+              for (int64_t k = 0; k < min(columns, num_columns - n); k += step.value)
+                dot_tile<S, rows.value, count.value, masked.value, step.value>(
+                    a + m / part * group_size, terms + t, row + n + k, min(columns, num_columns - n) - k, column, depth,
+                    out + m * out_stride + n + k, out_stride, accumulate || t > 0);
+            };
+            if constexpr (rows.value <= kRowsOneByOne) {
+              if (one_by_one) return tiles(Int<1>{});
+            }
+            tiles(Int<dot_columns(rows.value)>{});  // a smaller last group could take more columns
           };
           with_constant<kDotTerms<S>>(count, [&](auto count) {
             if (masked(t + count.value - 1)) run(count, Int<1>{});

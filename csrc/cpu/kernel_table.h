@@ -54,9 +54,18 @@ void weight_gradient(const WeightGradient& problem, int64_t* next_item, void* wo
 #endif
 
 constexpr Kernels make_table(const char* name) {
-  return {name,        kVectorBytes,   kStripVectors,      kTileRows,
-          kRowBuffers, kChoicePanels,  kChoiceRows<float>, kChoiceRows<Element<BFloat16>>,
-          row_product, weight_gradient};
+  return {name,
+          kVectorBytes,
+          kStripVectors,
+          kTileRows,
+          kRowBuffers,
+          kChoicePanels,
+          kChoiceRows<float>,
+          kChoiceRows<Element<BFloat16>>,
+          kAxpyRows<float>,
+          kAxpyRows<Element<BFloat16>>,
+          row_product,
+          weight_gradient};
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ struct Kernels {
   int64_t choice_panels;  // depth of the panels that passes of a choice (problem.h) need
   int64_t choice_rows;    // most rows of a task that gain from one, in float32 and float16
   int64_t bfloat16_choice_rows;
+  int64_t axpy_rows;  // most rows of a pass of dx that go without a panel
+  int64_t bfloat16_axpy_rows;
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);
@@ -31,9 +33,9 @@ const Kernels& kernels_avx512amx();
 /// permission and tries a product, because no test of ours has run on such a CPU.
 const char* amx_refusal();
 
-/// Whether products gain from fetching rows that will be read in order. Intel's cores do so by themselves and lose by
-/// it (Cascade Lake: 5 % forward, 14 % in dx); AMD's (Zen 5) gain.
-bool gains_from_fetching_rows();
+/// Whether this CPU fetches rows that are read in order by itself. Intel's cores do, and asking them to costs time
+/// (Cascade Lake, float32: 5 % forward, 14 % in dx); AMD's gain by it (Zen 5).
+bool rows_come_by_themselves();
 
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
 const Kernels& kernels();

@@ -61,6 +61,7 @@ struct Blocking {
   int64_t row_block;    // rows of one item
   int64_t col_block;    // output columns of one item
   int64_t depth_block;  // length of the product summed between two touches of the accumulator tile
+  int64_t panel_depth;  // of the panel that weights are packed into; 0: no pass packs any
 };
 
 struct RowProduct {
@@ -76,7 +77,7 @@ struct RowProduct {
   const Pass* passes;
   int64_t num_passes;
   Blocking blocking;
-  bool fetch_rows, fetch_weights;  // whether tiles fetch the next tile's rows, and what the next panel is packed from
+  bool rows_come;  // of themselves, when they are read in order: fetching them costs time (dispatch.cpp)
 };
 
 /// partials[slot] = <P tile, matrix tile>, summed over tiles by the plan.

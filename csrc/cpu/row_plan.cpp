@@ -23,6 +23,9 @@ constexpr int64_t kManyItems = 8;  // a thread
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
 constexpr int64_t kSignRows = 12, kByteRows = 6;  // most_rows_apart
 constexpr int64_t kMaskRows = 1;  // find_choices
+// Few rows of dx pass over weights once, and memory brings one long piece of a row in less time than many short ones.
+// The sums of an item, which are read and written with every few rows of weights, may take this much of L2.
+constexpr int64_t kUnpackedBytes = 64 << 10;
 
 /// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
 /// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time. Masks of few
@@ -32,6 +35,11 @@ int64_t most_rows_apart(Coding coding, Algorithm algorithm) {
   if (algorithm == Algorithm::kSplit) return INT64_MAX;
   if (coding == Coding::kMask) return -1;
   return coding == Coding::kSign ? kSignRows : kByteRows;
+}
+
+/// Most rows of a pass of dx, whose terms are all dense, for which the kernels pack no weights (axpy.h).
+int64_t most_rows_unpacked(DType dtype, const Kernels& table) {
+  return dtype == DType::kBFloat16 ? table.bfloat16_axpy_rows : table.axpy_rows;
 }
 
 /// One group of the batch: its rows and the terms of its weight.
@@ -176,9 +184,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   problem.passes = passes_.data();
   problem.num_passes = passes_.size();
 
-  // A straight panel is packed from rows as well.
-  problem.fetch_rows = gains_from_fetching_rows();
-  problem.fetch_weights = problem.transposed || problem.fetch_rows;
+  problem.rows_come = rows_come_by_themselves();
   choose_blocks(threads, table);
 }
 
@@ -202,15 +208,26 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     return threads == 1 || items >= kManyItems * threads || (rounds > 1 && items * 20 >= rounds * threads * 19);
   };
   b.row_block = even_part(problem.rows, kMostRows);
-  b.col_block = part_of_cols(fewest_parts);
-  for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
-  if (!busy() && problem.rows >= 2 * kFewestRows) {
+  const bool packs = problem.transposed || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
+                       return p.row_end - p.row_begin > most_rows_unpacked(problem.dtype, table);
+                     });
+  if (packs) {
+    b.col_block = part_of_cols(fewest_parts);
+    for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
+  } else {
+    const int64_t numbers = kUnpackedBytes / compute_size(problem.dtype);
+    const int64_t most = std::max(numbers / std::max<int64_t>(problem.rows, 1), most_cols);
+    const int64_t parts = std::max<int64_t>(ceil_div(problem.cols, most), threads > 1 ? 2 * threads : 1);
+    b.col_block = std::max(round_up(ceil_div(problem.cols, parts), lanes), lanes);
+  }
+  if (packs && !busy() && problem.rows >= 2 * kFewestRows) {
     b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
   keeps_sums_ = problem.depth > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) {
                   return !p.first || !p.last || p.choice_end;
                 });
+  b.panel_depth = packs ? std::max(b.depth_block, table.choice_panels) : 0;
   if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
 }
 
@@ -218,7 +235,7 @@ int64_t RowPlan::workspace_bytes(const Kernels& table) const {
   const int64_t size = compute_size(problem.dtype), lanes = table.vector_bytes / size;
   const Blocking& b = problem.blocking;
   const int64_t buffer_rows = table.row_buffers, stride = round_up(b.col_block, lanes);
-  return size * (stride * std::max(b.depth_block, table.choice_panels) + buffer_rows * round_up(b.depth_block, lanes) +
+  return size * (stride * b.panel_depth + buffer_rows * round_up(b.depth_block, lanes) +
                  (buffer_rows + (keeps_sums_ ? b.row_block : 0)) * stride);
 }
 

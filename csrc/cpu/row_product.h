@@ -42,7 +42,7 @@ class RowWorker {
         panels_(ceil_div(p_.cols, p_.blocking.col_block)),
         tile_stride_(round_up(p_.blocking.col_block, kLanes<C>)),
         panel_(static_cast<E*>(workspace)),
-        inputs_(panel_ + tile_stride_ * max(p_.blocking.depth_block, kChoicePanels)),
+        inputs_(panel_ + tile_stride_ * p_.blocking.panel_depth),
         tile_(reinterpret_cast<C*>(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>))) {}
 
   void run() {
@@ -110,7 +110,8 @@ class RowWorker {
       const Term* packed = exact ? &alone : terms;
       if (p_.transposed) pack_transposed<S>(panel_, packed, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth);
       else pack_straight<S>(panel_, kWidth, packed, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols);
-      if (p_.fetch_weights && next.item < items_) look_ahead(ahead, s, next, ceil_div(num_rows, part));
+      const bool come = p_.rows_come && !p_.transposed;  // a straight panel is packed from rows
+      if (!come && next.item < items_) look_ahead(ahead, s, next, ceil_div(num_rows, part));
     }
     for (int64_t r = s.row_begin; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
@@ -131,7 +132,7 @@ class RowWorker {
         } else {
           const E* a[kTileRows];
           NextRows next;
-          if (p_.fetch_rows) {
+          if (!p_.rows_come) {
             next.element_size = sizeof(S) * kDepths<E>;
             next.elements_of_line = Ahead::kLine / next.element_size;
           }
@@ -273,7 +274,7 @@ class RowWorker {
                     input(s.row_begin + i) + s.depth_begin, s.depth);
     }
     dot_rows<S>(inputs_, num_rows, part, terms, num_terms, s.col_begin, s.cols, s.depth_begin, s.depth, out,
-                tile_stride_, accumulate);
+                tile_stride_, accumulate, p_.rows_come);
   }
 
   /// Rows of one register tile: as even as they come, but tiles of AMX take the same time for one row as for 16.

@@ -64,7 +64,7 @@ class GradientItem {
     const bool accumulate = begin > job_.row_begin, last = begin + depth == job_.row_end;
     for (int64_t r = 0; r < rows_; r += kTileRows) {
       const int64_t n = min(kTileRows, rows_ - r);
-      C* out = tile_ + r * tile_stride_;
+      C* out = last && !accumulate ? tile_ : tile_ + r * tile_stride_;  // used at once, it need not leave L1
       const int64_t length = ceil_div(depth, kDepths<E>);
       Ahead ahead;
       if (last) look_ahead(ahead, r, n, length);
