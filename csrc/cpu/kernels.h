@@ -33,8 +33,8 @@ const Kernels& kernels_avx512amx();
 /// permission and tries a product, because no test of ours has run on such a CPU.
 const char* amx_refusal();
 
-/// Whether this CPU fetches rows that are read in order by itself. Intel's cores do, and asking them to costs time (seen
-/// on Cascade Lake); AMD's gain by it (Zen 5).
+/// Whether this CPU fetches rows that are read in order by itself. Intel's cores do, and asking them to costs time
+/// (seen on Cascade Lake); AMD's gain by it (Zen 5).
 bool rows_come_by_themselves();
 
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
