@@ -46,6 +46,7 @@ def kernel_cases() -> Iterator[Case]:
         for rows in (5, 29):  # several depth blocks, of forward and of dx
             yield Case(dtype, rows=rows, shape=(37, 2311), num_deltas=1, bias=None)
             yield Case(dtype, rows=rows, shape=(1301, 41), num_deltas=3, bias=None)
+        yield Case(dtype, rows=12, shape=(37, 1303), num_deltas=3, tasks=(0, 1, 2, -1) * 3, num_tasks=3)  # dx: no panel
         yield Case(dtype, rows=531, shape=(67, 35), num_deltas=1)  # several row blocks of dw
         # Many one-row groups share the base's product; large ones have panels of their own; others are closed.
         ids = tuple((7 * i) % 13 - 1 for i in range(26)) + (3,) * 20 + (5,) * 15
