@@ -49,9 +49,11 @@ class CodedItem {
   }
 
  private:
+  static constexpr bool kHasSignRows = kSignTables > 0 && sizeof(C) == 4;
+
   template <int kRows>
   void forward(const Term& term) {
-    if constexpr (kSignTables > 0 && sizeof(C) == 4) {
+    if constexpr (kHasSignRows) {
       if (term.coding == Coding::kSign) {
         const S* in[kRows];
         for (int m = 0; m < kRows; m++) in[m] = input(m);
@@ -59,7 +61,9 @@ class CodedItem {
       }
     }
     for (int m = 0; m < kRows; m++) interleave<S>(inputs_, kRows, m, input(m), p_.in_features);
-    with_code(term.coding, [&](auto coding) { along<kRows, coding.value>(term); });
+    with_code(term.coding, [&](auto coding) {
+      if constexpr (!kHasSignRows || coding.value != Coding::kSign) along<kRows, coding.value>(term);
+    });
   }
 
   template <int kRows, Coding kCoding>
@@ -83,8 +87,13 @@ class CodedItem {
       int64_t p = 0;
       for (; p + lanes <= depth; p += lanes) step(p, Int<1>{});
       if (p < depth) step(p, Int<0>{});
+      C sums[kRows * kColumns * lanes], ones[kColumns];
+      for (int j = 0; j < kColumns; j++) ones[j] = 1;
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; m++)
-        for (int j = 0; j < kColumns && n + j < size_; j++) sums_[m * stride_ + n + j] = sum_lanes(sum[m][j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; j++) store(sums + (m * kColumns + j) * lanes, sum[m][j]);
+      put_sums(sums, ones, 0, kRows, kColumns, min(kColumns, size_ - n), sums_ + n, stride_, false);
     }
   }
 

@@ -32,13 +32,49 @@ constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
 /// Weight rows that a tile of m input rows can afford.
 constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
 
-/// step(p, read) for every vector of elements along the depth; `read` loads one of S, zeros behind the depth's end.
-template <class S, class F>
-TAPS_INLINE void over_depth(int64_t depth, const F& step) {
-  constexpr int64_t span = kLanes<Compute<S>> * kDepths<Element<S>>;
-  int64_t p = 0;
-  for (; p + span <= depth; p += span) step(p, [](const S* q) __attribute__((always_inline)) { return elements(q); });
-  if (p < depth) step(p, [&](const S* q) __attribute__((always_inline)) { return elements(q, depth - p); });
+/// Depths that one vector of elements covers; a register tile sums whole vectors.
+template <class S>
+constexpr int64_t kSpan = kLanes<Compute<S>> * kDepths<Element<S>>;
+
+// What follows a register tile is not in it: unrolled for every size of tile it would be most of the code.
+
+/// Adds what the last `depth` < kSpan elements make to a tile's sums, one vector an output: from column `column` of the
+/// weights on, and the inputs' last vectors `a`.
+template <class S>
+__attribute__((noinline)) void add_end(Compute<S>* sums, const Element<S>* a, int64_t rows, int64_t columns,
+                                       const Term* terms, int64_t num_terms, int64_t row, int64_t num_columns,
+                                       int64_t column, int64_t depth) {
+  using C = Compute<S>;
+  constexpr int64_t lanes = kLanes<C>;
+  for (int64_t n = 0; n < num_columns; n++) {
+    Vec<C> weight{};
+    for (int64_t t = 0; t < num_terms; t++) {
+      const Term& term = terms[t];
+      const S* numbers = static_cast<const S*>(term.matrix.data) + (row + n) * term.matrix.stride + column;
+      const bool masked = term.coding == Coding::kMask;
+      Vec<C> w = elements(numbers, depth);
+      if (masked) w = masked_elements<S>(term.codes + (row + n) * term.code_stride, column, w);
+      if (num_terms == 1) weight = w;  // pairs are not summed
+      else weight += (masked ? row_factor<C>(term, row + n) : static_cast<C>(term.coeff)) * w;
+    }
+    for (int64_t m = 0; m < rows; m++) {
+      C* sum = sums + (m * columns + n) * lanes;
+      store(sum, multiply_add<Element<S>>(load(sum), load(a + m * lanes), weight));
+    }
+  }
+}
+
+/// Adds up the lanes of a tile's sums; factors[m * factor_step + n] multiplies each.
+template <class C>
+__attribute__((noinline)) void put_sums(const C* sums, const C* factors, int64_t factor_step, int64_t rows,
+                                        int64_t columns, int64_t num_columns, C* out, int64_t out_stride,
+                                        bool accumulate) {
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t n = 0; n < num_columns; n++) {
+      C* y = out + m * out_stride + n;
+      const C total = sum_lanes(load(sums + (m * columns + n) * kLanes<C>));
+      *y = factors[m * factor_step + n] * total + (accumulate ? *y : C(0));
+    }
 }
 
 /// kRows interleaved rows times kColumns weight rows, of which the first num_columns are stored. kMasked: the last term
@@ -70,17 +106,18 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) sum[m][n] = Vec<C>{};
 
-  const auto step = [&](int64_t p, auto read) __attribute__((always_inline)) {
+  const int64_t whole = depth - depth % kSpan<S>;
+  for (int64_t p = 0; p < whole; p += kSpan<S>) {
     Vec<C> weight[columns];
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) {
 #pragma GCC unroll 8
       for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
         __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 3);
-      Vec<C> last = read(w[kTerms - 1][n] + p);
+      Vec<C> last = elements(w[kTerms - 1][n] + p);
       if constexpr (kMasked) last = masked_elements<S>(codes[n], column + p, last);
       if constexpr (kTerms == 1) weight[n] = last;
-      else weight[n] = coeff[0][n] * read(w[0][n] + p) + coeff[1][n] * last;
+      else weight[n] = coeff[0][n] * elements(w[0][n] + p) + coeff[1][n] * last;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
@@ -88,16 +125,20 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 16
       for (int n = 0; n < columns; n++) sum[m][n] = multiply_add<E>(sum[m][n], x, weight[n]);
     }
-  };
-  over_depth<S>(depth, step);
+  }
 
-  for (int m = 0; m < kRows; m++)
-    for (int n = 0; n < columns; n++)
-      if (n < num_columns) {
-        C* y = out + m * out_stride + n;
-        const C total = sum_lanes(sum[m][n]);
-        *y = (kTerms == 1 ? coeff[0][n] * total : total) + (accumulate ? *y : C(0));
-      }
+  C sums[kRows * columns * lanes], factors[columns];
+#pragma GCC unroll 16
+  for (int n = 0; n < columns; n++) {
+    factors[n] = kTerms == 1 ? coeff[0][n] : C(1);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; m++) store(sums + (m * columns + n) * lanes, sum[m][n]);
+  }
+  const auto count = min(columns, num_columns);
+  if (whole < depth)
+    add_end<S>(sums, a + whole / kDepths<E> * kRows, kRows, columns, terms, kTerms, row, count, column + whole,
+               depth - whole);
+  put_sums(sums, factors, 0, kRows, columns, count, out, out_stride, accumulate);
 }
 
 /// The same of one masked tile, with a mask for each input row.
@@ -128,12 +169,13 @@ TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, 
       prefetch(codes[m] + code_row[n] + columns * code_stride + column / 8, depth / 8);
     }
   }
-  const auto step = [&](int64_t p, auto read) __attribute__((always_inline)) {
+  const int64_t whole = depth - depth % kSpan<S>;
+  for (int64_t p = 0; p < whole; p += kSpan<S>) {
     Vec<C> weight[columns];
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) {
       __builtin_prefetch(w[n] + p + columns * tile.stride, 0, 3);
-      weight[n] = read(w[n] + p);
+      weight[n] = elements(w[n] + p);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
@@ -142,14 +184,21 @@ TAPS_INLINE void masked_dot_tile(const Element<S>* a, const Term* const* masks, 
       for (int n = 0; n < columns; n++)
         sum[m][n] = masked_multiply_add<S>(sum[m][n], x, codes[m] + code_row[n], column + p, weight[n]);
     }
-  };
-  over_depth<S>(depth, step);
+  }
+
+  C sums[kRows * columns * lanes], factors[kRows * columns];
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; m++)
-    for (int n = 0; n < columns; n++)
-      if (n < num_columns) {
-        C* y = out + m * out_stride + n;
-        *y = row_factor<C>(*masks[m], row + n) * sum_lanes(sum[m][n]) + (accumulate ? *y : C(0));
-      }
+#pragma GCC unroll 16
+    for (int n = 0; n < columns; n++) store(sums + (m * columns + n) * lanes, sum[m][n]);
+  const auto count = min(columns, num_columns);
+  for (int64_t m = 0; m < kRows; m++) {
+    if (whole < depth)
+      add_end<S>(sums + m * columns * lanes, a + whole / kDepths<E> * kRows + m * lanes, 1, columns, masks[m], 1, row,
+                 count, column + whole, depth - whole);
+    for (int64_t n = 0; n < count; n++) factors[m * columns + n] = row_factor<C>(*masks[m], row + n);
+  }
+  put_sums(sums, factors, columns, kRows, columns, count, out, out_stride, accumulate);
 }
 
 /// num_rows <= kDotTile interleaved inputs, each with its own mask of one tile, times weight rows
@@ -168,10 +217,12 @@ void masked_dot_rows(const Element<S>* a, int64_t num_rows, const Term* const* m
 /// Interleaves row m < num_rows of a group as dot_rows reads it; `in` holds depth elements.
 template <class S>
 void interleave(Element<S>* group, int64_t num_rows, int64_t m, const S* in, int64_t depth) {
-  constexpr int64_t lanes = kLanes<Compute<S>>, depths = kDepths<Element<S>>;
-  over_depth<S>(depth, [&](int64_t p, auto read) __attribute__((always_inline)) {
-    store(group + p / depths * num_rows + m * lanes, read(in + p));
-  });
+  const auto put = [&](int64_t p, Vec<Compute<S>> v) __attribute__((always_inline)) {
+    store(group + p / kDepths<Element<S>> * num_rows + m * kLanes<Compute<S>>, v);
+  };
+  const int64_t whole = depth - depth % kSpan<S>;
+  for (int64_t p = 0; p < whole; p += kSpan<S>) put(p, elements(in + p));
+  if (whole < depth) put(whole, elements(in + whole, depth - whole));
 }
 
 /// num_rows inputs, interleaved in groups of `part` <= kDotTile rows, times weight rows [row, row + num_columns), depth

@@ -198,18 +198,45 @@ TAPS_INLINE void store(Float16* p, FloatVec v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-/// The first n < lanes elements, zeros after them.
+/// The first n of a vector's numbers, and zeros after them; other memory than theirs is not touched.
+template <class S, int kCount>
+TAPS_INLINE void read_partial(S (&vector)[kCount], const S* p, int64_t n) {
+#if defined(__AVX512F__)
+  const auto lanes = (uint64_t(1) << n) - 1;
+  const auto take = [&](auto v) __attribute__((always_inline)) { __builtin_memcpy(vector, &v, sizeof vector); };
+  if constexpr (sizeof(S) == 8) take(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(lanes), p));
+  else if constexpr (sizeof(S) == 4) take(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), p));
+  else if constexpr (kCount == 16) take(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+  else take(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(lanes), p));
+#else
+  __builtin_memset(vector, 0, sizeof vector);
+  __builtin_memcpy(vector, p, n * sizeof(S));
+#endif
+}
+template <class S, int kCount>
+TAPS_INLINE void write_partial(S* p, const S (&vector)[kCount], int64_t n) {
+#if defined(__AVX512F__)
+  const auto lanes = (uint64_t(1) << n) - 1;
+  if constexpr (sizeof(S) == 8) _mm512_mask_storeu_epi64(p, static_cast<__mmask8>(lanes), read<__m512i>(vector));
+  else if constexpr (sizeof(S) == 4) _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(lanes), read<__m512i>(vector));
+  else _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lanes), read<__m256i>(vector));
+#else
+  __builtin_memcpy(p, vector, n * sizeof(S));
+#endif
+}
+
+/// The first n <= lanes elements, zeros after them.
 template <class S>
 TAPS_INLINE Vec<Compute<S>> load_partial(const S* p, int64_t n) {
-  S buffer[kLanes<Compute<S>>] = {};
-  __builtin_memcpy(buffer, p, n * sizeof(S));
-  return load(buffer);
+  S vector[kLanes<Compute<S>>];
+  read_partial(vector, p, n);
+  return load(vector);
 }
 template <class S>
 TAPS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int64_t n) {
-  S buffer[kLanes<Compute<S>>];
-  store(buffer, v);
-  __builtin_memcpy(p, buffer, n * sizeof(S));
+  S vector[kLanes<Compute<S>>];
+  store(vector, v);
+  write_partial(p, vector, n);
 }
 
 TAPS_INLINE FloatVec load(const Pair* p) { return read<FloatVec>(p); }
@@ -231,9 +258,9 @@ TAPS_INLINE Vec<Compute<S>> elements(const S* p) {
 }
 template <class S>
 TAPS_INLINE Vec<Compute<S>> elements(const S* p, int64_t n) {
-  S buffer[kLanes<Compute<S>> * kDepths<Element<S>>] = {};
-  __builtin_memcpy(buffer, p, n * sizeof(S));
-  return elements(buffer);
+  S vector[kLanes<Compute<S>> * kDepths<Element<S>>];
+  read_partial(vector, p, n);
+  return elements(vector);
 }
 
 /// x in every lane. Not 0 + x, which compilers must compute: of -0 it makes 0.
