@@ -12,6 +12,7 @@
 #include "checks.h"
 #include "cpu/fold_problem.h"
 #include "cpu/kernels.h"
+#include "fold.h"
 
 namespace taps_fast {
 namespace {
@@ -22,6 +23,11 @@ using Tensors = std::vector<Tensor>;
 using namespace cpu;
 
 constexpr int64_t kItem = 16384;  // elements: eight deltas of an item fit a core's L2
+
+/// Cuts tensor `tensor` of `size` elements into items.
+void add_items(std::vector<FoldItem>& items, int64_t tensor, int64_t size, int64_t piece) {
+  for (int64_t begin = 0; begin < size; begin += piece) items.push_back({tensor, begin, std::min(piece, size - begin)});
+}
 
 const FoldKernels& fold_kernels() {
   static const FoldKernels& chosen = []() -> const FoldKernels& {
@@ -70,7 +76,7 @@ class Plan {
       if (!parts.empty())
         t.part = static_cast<const uint8_t*>(run_of("parts", parts[l], size, ScalarType::Byte).const_data_ptr());
       tensors_.push_back(t);
-      for (int64_t begin = 0; begin < size; begin += piece) items_.push_back({l, begin, std::min(piece, size - begin)});
+      add_items(items_, l, size, piece);
     }
     problem_.tensors = tensors_.data();
     problem_.items = items_.data();
@@ -139,6 +145,19 @@ std::tuple<Tensor, Tensors> fold_grad(const Tensors& dweights, const Tensors& de
 }
 
 }  // namespace
+
+void fold_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas,
+              const std::vector<double>& coeffs, void* out) {
+  const std::vector<float> narrow(coeffs.begin(), coeffs.end());
+  const FoldTensor tensor{deltas.data(), in, out, nullptr, nullptr};
+  std::vector<FoldItem> items;
+  add_items(items, 0, size, kItem);
+  const void* numbers = dtype == DType::kFloat64 ? static_cast<const void*>(coeffs.data()) : narrow.data();
+  const Fold problem{dtype,   MaskType::kNone, int64_t(deltas.size()), 1, &tensor, items.data(), int64_t(items.size()),
+                     numbers, nullptr};
+  run_items(problem, fold_kernels().fold);
+}
+
 }  // namespace taps_fast
 
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {

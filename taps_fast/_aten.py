@@ -16,6 +16,7 @@ Both forward and dx are linear in the images and in the weight, so one function 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,10 @@ def conv2d_fwd(
     tables = index if bias.dim() == 2 else (None, None, None)
     torch.ops.taps_fast.scale_shift_(y, None, bias.to(coeffs.dtype), *tables, inner, "none")
     return y.to(x.dtype)
+
+
+def conv2d_merge(*arguments: Any) -> Tensor:
+    return conv2d_fwd(*arguments, "merge")
 
 
 def conv2d_dx(

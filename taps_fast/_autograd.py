@@ -49,6 +49,9 @@ def forward(
         *how, _ = conv  # which has no groups
         y: Tensor = ops.conv2d_implicit(x, base, deltas, coeffs, base_coeffs, bias, *how, batch[0], inner)
         return y
+    if algorithm == "merge" and conv:
+        merged: Tensor = ops.conv2d_merge.default(x, base, deltas, coeffs, base_coeffs, bias, *conv, *batch, inner)
+        return merged
     op = ops.conv2d_fwd if conv else ops.linear_fwd
     y = op(x, base, deltas, coeffs, base_coeffs, bias, *conv, *batch, inner, algorithm)
     return y

@@ -8,7 +8,8 @@ A schema is the contract that each backend implements:
 * ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, and ``linear_low_rank_`` adds deltas of low
   rank to a result, on CPU from the C++ extension.
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
-  groups, on CUDA from Triton.
+  groups, on CUDA from Triton; and ``conv2d_merge``: conv2d_fwd by that algorithm, on CPU from the C++ extension, which
+  hands layouts that it does not know to the overload ``uncompiled``.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
   installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered. Of each
   the overload ``uncompiled`` is what runs without an extension, to which that of CUDA hands chips it was not built for.
@@ -125,6 +126,7 @@ SCHEMAS = {
     "layer_plan": "(Tensor ids, Tensor coeffs, Tensor? base_coeffs, int rows, int inner)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
+    "conv2d_merge": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}) -> Tensor",
     "conv2d_dx": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
     "conv2d_implicit": f"(Tensor x, {_WEIGHT}, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
@@ -181,6 +183,9 @@ def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs:
 def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
     _, _, stride, padding, dilation, groups, *_ = rest
     return torch.nn.functional.conv2d(x, base, None, stride, padding, dilation, groups)
+
+
+conv2d_merge = conv2d_fwd
 
 
 def conv2d_dx(dy: Tensor, x: Tensor, base: Tensor, *rest: Any) -> Tensor:
@@ -360,6 +365,9 @@ for _name, _schema in SCHEMAS.items():
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.conv2d", _name))
     elif _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
+        if _name == "conv2d_merge":  # what of it the CPU's kernel leaves to PyTorch
+            torch.library.define(f"{_op}.uncompiled", _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.impl(f"{_op}.uncompiled", "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
     elif _name.startswith("linear"):
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.linear", _name))
     else:

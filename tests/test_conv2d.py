@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taps_fast import BackendError, TaskBatch, _aten, _pointwise, _scratch, delta_conv2d, testing
+from taps_fast import BackendError, TaskBatch, _aten, _autograd, _pointwise, _scratch, delta_conv2d, testing
 from taps_fast._dispatch import PATCH_ROWS, ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
 from taps_fast.functional import is_plain_conv2d
@@ -37,6 +37,30 @@ VENDOR = [
 
 def channels_last(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+class Plain:
+    """The operators, the forward convolution as it runs without the compiled one."""
+
+    class conv2d_merge:
+        default = torch.ops.taps_fast.conv2d_merge.uncompiled
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.taps_fast, name)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "plain":
+        monkeypatch.setattr(_autograd, "ops", Plain())
+    return str(request.param)
+
+
+def convolved(call: Callable[[], object]) -> list[int]:
+    """Images of each of PyTorch's convolutions in a call, whoever asks for them."""
+    with torch.profiler.profile(record_shapes=True) as found:
+        call()
+    return [event.input_shapes[0][0] for event in found.events() if event.name == "aten::conv2d"]
 
 
 # --- pixels and patches as rows of delta_linear ----------------------------------------------------------------------
@@ -139,14 +163,12 @@ BY_CHANNEL = [
 def test_depthwise_by_channel(case: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixed batch is one convolution of as many groups, forwards and backwards."""
     calls = collections.Counter[str]()
-    for name in ("conv2d", "_gradient"):
-        owner = _aten.F if name == "conv2d" else _aten
-        monkeypatch.setattr(owner, name, _counted(getattr(owner, name), calls, name))
+    monkeypatch.setattr(_aten, "_gradient", _counted(_aten._gradient, calls, "_gradient"))
     testing.assert_close_to_oracle(case, "aten", "merge")
     inputs = testing.make_inputs(case)
     calls.clear()
-    testing.run(inputs, testing.ours("aten", "merge"))
-    assert calls == {"conv2d": 1, "_gradient": 2}
+    images = convolved(lambda: testing.run(inputs, testing.ours("aten", "merge")))
+    assert images == [1 if case.tasks else case.rows] and calls == {"_gradient": 2}
 
 
 def _counted(function: Callable[..., Any], calls: collections.Counter[str], name: str) -> Callable[..., Any]:
@@ -198,11 +220,50 @@ def test_depthwise_operator_checks_its_sizes(sizes: tuple[list[int], ...], text:
 
 @pytest.mark.parametrize("algorithm", ["merge", "split"])
 @pytest.mark.parametrize("case", VENDOR, ids=str)
-def test_channels_last(case: testing.Case, algorithm: str) -> None:
+def test_channels_last(case: testing.Case, algorithm: str, way: str) -> None:
     testing.assert_close_to_oracle(case, "aten", algorithm)
 
 
-def test_closed_gates_share_one_convolution_and_adjacent_images_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", list(testing.conv2d_cases(FLOATS)), ids=str)
+def test_without_the_compiled_operator(case: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_autograd, "ops", Plain())
+    testing.assert_close_to_oracle(case, "aten", "merge")
+
+
+@pytest.mark.parametrize("x_last", [False, True])
+@pytest.mark.parametrize("weights_last", [False, True, None])
+@pytest.mark.parametrize("size", [1, 6])
+def test_layouts_are_those_of_one_convolution(x_last: bool, weights_last: bool | None, size: int) -> None:
+    """Whatever lies as channels last: images, weights (None: the base alone), pixels of which there is one."""
+
+    def laid(last: bool | None, *shape: int) -> torch.Tensor:
+        return channels_last(*shape) if last else torch.randn(shape)
+
+    x = laid(x_last, 7, 4, size, size)
+    base, *deltas = laid(weights_last is not False, 3, 4, 3, 3), *(laid(weights_last, 3, 4, 3, 3) for _ in range(2))
+    coeffs, ids = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, -2.0]]), torch.tensor([2, -1, 0, 1, 0, 2, 2])
+    y = delta_conv2d(x, base, deltas, coeffs, padding=1, tasks=ids, backend="aten")
+    whole = F.conv2d(x, base, padding=1)
+    assert [s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] == [
+        s for s, n in zip(whole.stride(), whole.shape, strict=True) if n > 1
+    ]
+    for i, task in enumerate(ids.tolist()):
+        weight = base if task < 0 else base + coeffs[task, 0] * deltas[0] + coeffs[task, 1] * deltas[1]
+        torch.testing.assert_close(y[i], F.conv2d(x[i : i + 1], weight, padding=1)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_nan_stay_with_their_tasks() -> None:
+    """NaN is unlike itself, but not another weight; and no image of another task sees it."""
+    x, base, delta = torch.randn(5, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.randn(3, 2, 3, 3)
+    coeffs = torch.tensor([[float("nan")], [1.0], [float("nan")], [0.0]])
+    y = delta_conv2d(x, base, [delta], coeffs, tasks=[0, 1, 2, 3, -1], backend="aten")
+    assert y.isnan().flatten(1).all(1).tolist() == [True, False, True, False, False]
+    torch.testing.assert_close(y[1], F.conv2d(x[1], base + delta))
+
+
+def test_closed_gates_share_one_convolution_and_adjacent_images_are_not_copied(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups of one weight are joined; adjacent ones are views of x; a baked weight is read where it lies."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     convolve = F.conv2d
@@ -214,14 +275,19 @@ def test_closed_gates_share_one_convolution_and_adjacent_images_are_not_copied(m
     monkeypatch.setattr(_aten.F, "conv2d", spy)
     x, base, deltas = channels_last(6, 4, 5, 5), torch.randn(3, 4, 3, 3), [torch.randn(3, 4, 3, 3) for _ in range(3)]
     coeffs, base_coeffs = torch.diag(torch.tensor([0.0, 1.0, 1.0])), torch.tensor([1.0, 1.0, 0.0])
-    delta_conv2d(x, base, deltas, coeffs, tasks=[0, -1, 1, 1, 2, 2], base_coeffs=base_coeffs)
-    assert [len(images) for images, _ in calls] == [2, 2, 2]
+    images = convolved(
+        lambda: delta_conv2d(x, base, deltas, coeffs, tasks=[0, -1, 1, 1, 2, 2], base_coeffs=base_coeffs)
+    )
+    assert images == [2, 2, 2]
+    if way == "compiled":  # out of the spy's sight
+        return
     assert [images.data_ptr() for images, _ in calls] == [x[i].data_ptr() for i in (0, 2, 4)]
     assert calls[0][1] is base and calls[2][1] is deltas[2]
 
 
-def test_a_merged_weight_goes_into_one_buffer() -> None:
+def test_a_merged_weight_goes_into_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is as large as the largest layer yet, and no call after that makes another."""
+    monkeypatch.setattr(_autograd, "ops", Plain())
     weights = [torch.randn(8, 4, k, k) for k in (3, 5, 1)]
     kept = None
     for _ in range(2):
@@ -244,7 +310,7 @@ def test_gradients_have_the_layout_of_the_weight(mixed: bool) -> None:
     assert len({g.data_ptr() for g in found}) == len(found)
 
 
-def test_training_follows_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_follows_inference(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffer that inference mode made serves training, and the other way round."""
     x, base = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
     delta = torch.randn_like(base).requires_grad_()

@@ -33,7 +33,7 @@ class FoldItemRun {
       each(n, [&](int64_t j, int64_t m) {
         const Vec<C> scaled =
             m < lanes ? mask_at<true>(begin + j, m) * load(sum_ + j) : mask_at<false>(begin + j, m) * load(sum_ + j);
-        put(out + j, get(in() + begin + j, m) + scaled, m);
+        put(out + j, t_.in ? get(in() + begin + j, m) + scaled : scaled, m);
       });
     });
   }

@@ -17,7 +17,7 @@ enum class MaskType { kNone, kByte, kElement };  // element: of the tensors' own
 
 struct FoldTensor {
   const void* const* deltas;  // K pointers
-  const void* in;             // base, or dweight
+  const void* in;             // base (null: zeros), or dweight
   void* out;                  // the weight, or dmask (null: not wanted)
   const void* mask;
   const uint8_t* part;  // null: all elements are of part 0

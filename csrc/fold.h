@@ -1,0 +1,16 @@
+// The sum of `fold` (fold_ops.cpp) for one weight, by its pointers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/problem.h"
+
+namespace taps_fast {
+
+/// out = in + Σ coeffs[k] · deltas[k], all of `size` elements in one order; in may be null: zeros. The sum is of the
+/// compute type and rounded once.
+void fold_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas,
+              const std::vector<double>& coeffs, void* out);
+
+}  // namespace taps_fast
