@@ -35,7 +35,9 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"taps_fast.{name}")
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"taps_fast.{_PUBLIC[name]}"), name)
+        found = getattr(importlib.import_module(f"taps_fast.{_PUBLIC[name]}"), name)
+        globals()[name] = found  # looking for it costs as much as checking a layer's arguments
+        return found
     raise AttributeError(f"module 'taps_fast' has no attribute {name!r}")
 
 

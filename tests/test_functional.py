@@ -71,6 +71,7 @@ def test_opcheck_conv2d(mixed: bool) -> None:
     for algorithm in ("merge", "split"):
         torch.library.opcheck(ops.conv2d_fwd, (n.x, *weight, n.bias, *conv, *index, 1, algorithm))
         torch.library.opcheck(ops.conv2d_dx, (n.dy, n.x, *weight, *conv, *index, 1, algorithm))
+    torch.library.opcheck(ops.conv2d_merge.default, (n.x, *weight, n.bias, *conv, *index, 1))
     torch.library.opcheck(ops.conv2d_dw, (n.dy, n.x, *weight, *conv, *index, 1, [], [0, 1], True, True))
 
 
