@@ -1,7 +1,7 @@
 // taps_fast::conv2d_merge on CPU: each distinct weight of a batch is summed into memory that the next one writes over,
 // and PyTorch's convolution runs its images. It does in one call what taps_fast/_aten.py does in many, which is a good
 // part of a small layer's time; that file runs what is left here, as conv2d_merge.uncompiled. (No operator with a str
-// is called: in PyTorch 2.10 to 2.14 each such call loses 48 bytes.)
+// is called: in PyTorch 2.10 to 2.13 each such call loses 48 bytes.)
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,6 +17,9 @@
 #include "common/layout.h"
 #include "fold.h"
 #include "norm_run.h"
+
+// What PyTorch's last error says; PyTorch 2.13 and newer have it.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
 
 namespace taps_fast {
 namespace {
@@ -41,11 +44,18 @@ struct Conv2d {
   int64_t inner;
 };
 
+Tensor call(const char* op, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(op, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    const auto what = torch_exception_get_what_without_backtrace;
+    check(false, what ? what() : "conv2d_merge: PyTorch's convolution failed, and has printed why");
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor convolve(const Conv2d& c, const Tensor& images, const Tensor& weight, const OptionalTensor& bias) {
   std::array<StableIValue, 7> stack{from(images),    from(weight),     from(bias),    from(c.stride),
                                     from(c.padding), from(c.dilation), from(c.groups)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call("aten::conv2d", "", stack.data());
 }
 
 Tensor uncompiled(const Conv2d& c) {
@@ -53,9 +63,7 @@ Tensor uncompiled(const Conv2d& c) {
                                      from(c.base_coeffs), from(c.bias),   from(c.stride), from(c.padding),
                                      from(c.dilation),    from(c.groups), from(c.ids),    from(c.order),
                                      from(c.offsets),     from(c.inner)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("taps_fast::conv2d_merge", "uncompiled", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call("taps_fast::conv2d_merge", "uncompiled", stack.data());
 }
 
 /// y += the bias of each image's task.
@@ -105,15 +113,44 @@ Group weight_of(const Conv2d& c, int64_t task) {
   return group;
 }
 
+/// What upstream promises of numbers that are read here by their pointers.
+void check_call(const Conv2d& c) {
+  const char* op = "conv2d_merge";
+  const ScalarType type = c.x.scalar_type();
+  const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(c.x.dim() == 4 && c.base.dim() == 4, op, ": x and base must have 4 dimensions, got ", c.x.dim(), " and ",
+        c.base.dim());
+  check(c.ids.has_value() == c.order.has_value() && c.ids.has_value() == c.offsets.has_value(), op,
+        ": ids, order and offsets must come together");
+  const int64_t tasks = c.ids ? c.offsets->numel() - 2 : 1, num_deltas = c.deltas.size();
+  const auto numbers = [&](const char* name, const Tensor& t, int64_t size, ScalarType wanted) {
+    check(t.numel() == size && t.scalar_type() == wanted, op, ": ", name, " must have ", size,
+          " elements of scalar type ", int(wanted), ", got ", t.numel(), " of ", int(t.scalar_type()));
+  };
+  numbers("base", c.base, c.base.numel(), type);
+  for (const Tensor& delta : c.deltas) numbers("deltas", delta, c.base.numel(), type);
+  numbers("coeffs", c.coeffs, tasks * num_deltas, wide);
+  if (c.base_coeffs) numbers("base_coeffs", *c.base_coeffs, tasks, wide);
+  check(c.coeffs.is_contiguous() && (!c.base_coeffs || c.base_coeffs->is_contiguous()), op,
+        ": coeffs and base_coeffs must be contiguous");
+  if (!c.ids) return;
+  const int64_t batch = c.order->numel();
+  numbers("order", *c.order, batch, ScalarType::Long);
+  numbers("offsets", *c.offsets, tasks + 2, ScalarType::Long);
+  check(tasks >= 0 && c.order->is_contiguous() && c.offsets->is_contiguous(), op,
+        ": order and offsets must be contiguous");
+  check(c.x.size(0) == batch * c.inner, op, ": x must have batch times inner images, got ", c.x.size(0), " (batch ",
+        batch, ", inner ", c.inner, ")");
+  check_groups(op, c.x.size(0), c.inner, batch, tasks, static_cast<const int64_t*>(c.order->const_data_ptr()),
+               static_cast<const int64_t*>(c.offsets->const_data_ptr()));
+}
+
 /// A group for each distinct weight, and never none at all.
 std::vector<Group> groups_of(const Conv2d& c) {
   if (!c.ids) return {weight_of(c, 0)};
   const auto *order = static_cast<const int64_t*>(c.order->const_data_ptr()),
              *offsets = static_cast<const int64_t*>(c.offsets->const_data_ptr());
-  const int64_t tasks = c.offsets->size(0) - 2, batch = c.order->size(0);
-  check(c.x.size(0) == batch * c.inner, "conv2d_merge: x must have batch times inner images, got ", c.x.size(0),
-        " (batch ", batch, ", inner ", c.inner, ")");
-  check_groups("conv2d_merge", c.x.size(0), c.inner, batch, tasks, order, offsets);
+  const int64_t tasks = c.offsets->numel() - 2;
   std::vector<Group> found;
   std::map<std::vector<int64_t>, size_t> places;  // by bits, so that a NaN is like itself
   for (int64_t task = -1; task < tasks; task++) {
@@ -255,8 +292,7 @@ Tensor conv2d_merge(const Tensor& x, const Tensor& base, const Tensors& deltas, 
                     const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner) {
   const Conv2d c{x,       base,     deltas,     coeffs, base_coeffs, bias,    stride,
                  padding, dilation, num_groups, ids,    order,       offsets, inner};
-  check(x.dim() == 4 && base.dim() == 4 && coeffs.is_contiguous(),
-        "conv2d_merge: x and base must have 4 dimensions and coeffs be contiguous, got ", x.dim(), " and ", base.dim());
+  check_call(c);
   const std::vector<Group> groups = groups_of(c);
   const bool mixed = groups.size() > 1, depthwise = base.size(1) == 1 && num_groups > 1;
   if (mixed && (depthwise || !(x.is_contiguous() || channels_last(x)))) return uncompiled(c);

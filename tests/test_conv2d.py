@@ -252,6 +252,29 @@ def test_layouts_are_those_of_one_convolution(x_last: bool, weights_last: bool |
         torch.testing.assert_close(y[i], F.conv2d(x[i : i + 1], weight, padding=1)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(coeffs=torch.ones(2, 2)), "coeffs must have 2 elements of scalar type 6, got 4"),
+        (dict(coeffs=torch.ones(2, 1).double()), "coeffs must have 2 elements of scalar type 6, got 2 of 7"),
+        (dict(deltas=[torch.randn(4, 2, 3)]), "deltas must have 72 elements"),
+        (dict(base_coeffs=torch.ones(3)), "base_coeffs must have 2 elements"),
+        (dict(order=torch.tensor([0, 1, 3])), r"order must be in \[0, 3\), got 3"),
+        (dict(order=torch.tensor([0, 1])), "batch times inner images, got 3"),
+        (dict(ids=None), "must come together"),
+        (dict(x=torch.randn(3, 2, 2, 2)), "Kernel size can't be greater|has printed why"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_the_compiled_operator_checks_what_it_reads(changes: dict[str, Any], text: str) -> None:
+    ids, order, offsets = TaskBatch.from_ids([0, 1, -1], 2).tensors
+    base = torch.randn(4, 2, 3, 3)
+    call = dict(x=torch.randn(3, 2, 5, 5), base=base, deltas=[base], coeffs=torch.ones(2, 1), base_coeffs=None, bias=None)
+    call |= dict(stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1, ids=ids, order=order, offsets=offsets, inner=1)
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.taps_fast.conv2d_merge.default(*(call | changes).values())
+
+
 def test_weights_of_nan_stay_with_their_tasks() -> None:
     """NaN is unlike itself, but not another weight; and no image of another task sees it."""
     x, base, delta = torch.randn(5, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.randn(3, 2, 3, 3)
