@@ -269,8 +269,12 @@ def test_layouts_are_those_of_one_convolution(x_last: bool, weights_last: bool |
 def test_the_compiled_operator_checks_what_it_reads(changes: dict[str, Any], text: str) -> None:
     ids, order, offsets = TaskBatch.from_ids([0, 1, -1], 2).tensors
     base = torch.randn(4, 2, 3, 3)
-    call = dict(x=torch.randn(3, 2, 5, 5), base=base, deltas=[base], coeffs=torch.ones(2, 1), base_coeffs=None, bias=None)
-    call |= dict(stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1, ids=ids, order=order, offsets=offsets, inner=1)
+    call = dict(
+        x=torch.randn(3, 2, 5, 5), base=base, deltas=[base], coeffs=torch.ones(2, 1), base_coeffs=None, bias=None
+    )
+    call |= dict(
+        stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1, ids=ids, order=order, offsets=offsets, inner=1
+    )
     with pytest.raises(RuntimeError, match=text):
         torch.ops.taps_fast.conv2d_merge.default(*(call | changes).values())
 
