@@ -75,7 +75,7 @@ def conv2d_fwd(
 
 
 def conv2d_merge(*arguments: Any) -> Tensor:
-    return conv2d_fwd(*arguments, "merge")
+    return conv2d_fwd(*arguments, algorithm="merge")
 
 
 def conv2d_dx(
