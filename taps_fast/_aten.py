@@ -16,7 +16,6 @@ Both forward and dx are linear in the images and in the weight, so one function 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ def conv2d_fwd(
     order: Tensor | None,
     offsets: Tensor | None,
     inner: int,
-    algorithm: str,
+    algorithm: str = "merge",
 ) -> Tensor:
     shared = bias if bias is not None and bias.dim() == 1 else None
 
@@ -74,8 +73,7 @@ def conv2d_fwd(
     return y.to(x.dtype)
 
 
-def conv2d_merge(*arguments: Any) -> Tensor:
-    return conv2d_fwd(*arguments, algorithm="merge")
+conv2d_merge = conv2d_fwd
 
 
 def conv2d_dx(
