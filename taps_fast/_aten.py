@@ -4,6 +4,7 @@
   without an open delta share the base, so their images run as one convolution. A baked task's delta is its weight
   and is summed with nothing. On a CPU sums go into one buffer a thread, as large as the largest layer.
   Depthwise weights are small: each image takes its own, and the batch is the groups of one convolution.
+  With the C++ extension `csrc/conv2d_ops.cpp` does this forward, and hands other layouts and depthwise mixes to here.
 * ``split``: the base for all images, then each delta for the images that use it, summed in float32.
 
 Which images share a weight is read on the host. On a CPU that is free; on another device it would stall the
