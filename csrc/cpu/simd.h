@@ -201,6 +201,7 @@ TAPS_INLINE void store(Float16* p, FloatVec v) {
 /// The first n of a vector's numbers, and zeros after them; other memory than theirs is not touched.
 template <class S, int kCount>
 TAPS_INLINE void read_partial(S (&vector)[kCount], const S* p, int64_t n) {
+  static_assert(sizeof(S) > 1);
 #if defined(__AVX512F__)
   const auto lanes = (uint64_t(1) << n) - 1;
   const auto take = [&](auto v) __attribute__((always_inline)) { __builtin_memcpy(vector, &v, sizeof vector); };
