@@ -6,7 +6,9 @@
 Each cell prints ours in ms and, for every baseline, baseline / ours (above 1: ours is faster); each table ends with
 geometric means. `best` is the fastest baseline that computes the same thing in the same memory; `linear` (one
 F.linear on a weight merged beforehand) and `merged` (one for each task) need that weight stored and are limits.
-A cell whose result is wrong stops the run. Medians of rounds in which every contender runs once, in random order.
+`read` is how long PyTorch takes to read base and delta once (F.linear of one row over both), and `limit` the larger of
+it and `linear`: less than that is out of reach of what multiplies at PyTorch's speed. A cell whose result is wrong
+stops the run. Medians of rounds in which every contender runs once, in random order.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ ROWS = (1, 4, 8, 16, 32, 64, 197, 1024, 4096)
 SECONDS = 0.25  # aim of one cell and contender
 COLD_BYTES = 320 << 20  # weights cycled through when cold: more than the caches that a layer can count on
 
+READ_COLUMNS = 768  # divides all sizes
+
 Contender = Callable[[int], object]
 
 
@@ -74,8 +78,18 @@ def weight_sets(out_features: int, in_features: int, deltas: int, dtype: torch.d
     """Lists of base and deltas: one list, or as many as a network that does not fit the caches would have."""
     one = (deltas + 1) * out_features * in_features * dtype.itemsize
     count = max(2, min(COLD_BYTES // one, 200)) if cold else 1
-    first = [torch.randn(out_features, in_features).mul_(0.02).to(dtype) for _ in range(deltas + 1)]
-    return [first] + [[w.clone() for w in first] for _ in range(count - 1)]
+    first = torch.randn(deltas + 1, out_features, in_features).mul_(0.02).to(dtype)
+    return [list(first)] + [list(first.clone()) for _ in range(count - 1)]
+
+
+def reader(weights: list[list[Tensor]]) -> Contender:
+    """Reads each list's weights once: they lie one after another, and are one weight of float32 for a single row."""
+    wholes = []
+    for one in weights:
+        numbers = sum(w.numel() for w in one) * one[0].itemsize // 4
+        wholes.append(one[0].view(torch.float32).as_strided((numbers // READ_COLUMNS, READ_COLUMNS), (READ_COLUMNS, 1)))
+    row = torch.randn(1, READ_COLUMNS)
+    return lambda r: F.linear(row, wholes[r % len(wholes)])
 
 
 def check(name: str, got: Tensor, want: Tensor) -> None:
@@ -115,7 +129,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
 
 
 def forward(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    table = Table(f"forward, one open delta, {dtype}{', cold' if args.cold else ''}", ("linear",))
+    table = Table(f"forward, one open delta, {dtype}{', cold' if args.cold else ''}", ("linear", "read", "limit"))
     for cell, m, i, o in cells(args):
         x, c = torch.randn(m, i).to(dtype), torch.tensor([0.7])
         sets = weight_sets(o, i, 1, dtype, args.cold)
@@ -138,7 +152,8 @@ def forward(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
         check(cell, ours(0), materialise(0))
         contenders: dict[str, Contender] = dict(ours=ours, materialise=materialise, two=two, linear=linear)
-        table.add(cell, measure(contenders, args.seconds))
+        ms = measure(contenders | {"read": reader(sets)}, args.seconds)
+        table.add(cell, ms | {"limit": max(ms["linear"], ms["read"])})
     table.close()
 
 

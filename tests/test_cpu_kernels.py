@@ -43,9 +43,10 @@ def kernel_cases() -> Iterator[Case]:
         for shape in ((1, 1), (3, 2), (1, 97), (97, 1), (16, 16), (64, 128), (65, 127), (193, 15)):
             yield Case(dtype, rows=3, shape=shape, num_deltas=2)
             yield Case(dtype, rows=19, shape=shape, num_deltas=2)
-        for rows in (5, 29):  # several depth blocks, of forward and of dx
+        for rows in (5, 14, 29):  # long rows of weights, then several depth blocks, of forward and of dx
             yield Case(dtype, rows=rows, shape=(37, 2311), num_deltas=1, bias=None)
             yield Case(dtype, rows=rows, shape=(1301, 41), num_deltas=3, bias=None)
+        yield Case(dtype, rows=3, shape=(5, 16421), num_deltas=1)  # rows too long to be read whole
         yield Case(dtype, rows=12, shape=(37, 1303), num_deltas=3, tasks=(0, 1, 2, -1) * 3, num_tasks=3)  # dx: no panel
         yield Case(dtype, rows=531, shape=(67, 35), num_deltas=1)  # several row blocks of dw
         # Many one-row groups share the base's product; large ones have panels of their own; others are closed.

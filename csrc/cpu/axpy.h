@@ -16,10 +16,11 @@ constexpr int64_t kAxpyRows = kDepths<E> == 2    ? 8
                               : kRegisters == 32 ? 16
                                                  : 8;
 
-/// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs.
+/// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs; x[m] is
+/// what multiplies them in output m.
 template <class S, int kDepth, int kTerms>
-void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t row, int64_t column, int64_t num_columns,
-               Compute<S>* out, int64_t out_stride, bool accumulate) {
+void axpy_step(const Compute<S> (*x)[kAxpyDepth], int64_t num_rows, const Term* terms, int64_t row, int64_t column,
+               int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
   const S* w[kTerms][kDepth];
@@ -44,9 +45,9 @@ void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t r
     }
     for (int64_t m = 0; m < num_rows; m++) {
       C* y = out + m * out_stride + j;
-      Vec<C> sum = to_compute(a[m][0]) * weight[0];
+      Vec<C> sum = x[m][0] * weight[0];
 #pragma GCC unroll 8
-      for (int p = 1; p < kDepth; p++) sum += to_compute(a[m][p]) * weight[p];
+      for (int p = 1; p < kDepth; p++) sum += x[m][p] * weight[p];
       store(y, accumulate ? load(y) + sum : sum);
     }
   };
@@ -57,22 +58,24 @@ void axpy_step(const S* const* a, int64_t num_rows, const Term* terms, int64_t r
     columns(j, [&](const S* q) __attribute__((always_inline)) { return load_partial(q, num_columns - j); });
 }
 
-/// num_rows rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth). a[m] is advanced.
+/// num_rows <= kAxpyRows rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth).
 template <class S>
-void axpy_rows(const S** a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
+void axpy_rows(const S* const* a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
                int64_t column, int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
+  Compute<S> x[kAxpyRows<Element<S>>][kAxpyDepth];
   for (int64_t p = 0; p < depth;) {
     const int64_t step = depth - p < kAxpyDepth ? 1 : kAxpyDepth;
+    for (int64_t m = 0; m < num_rows; m++)
+      for (int64_t i = 0; i < step; i++) x[m][i] = to_compute(a[m][p + i]);
     for (int64_t t = 0; t < num_terms; t += 2) {
       with_constant<2>(num_terms - t, [&](auto count) {
         const bool add = accumulate || p > 0 || t > 0;
         if (step == kAxpyDepth)
-          axpy_step<S, kAxpyDepth, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride,
+          axpy_step<S, kAxpyDepth, count.value>(x, num_rows, terms + t, row + p, column, num_columns, out, out_stride,
                                                 add);
-        else axpy_step<S, 1, count.value>(a, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
+        else axpy_step<S, 1, count.value>(x, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
       });
     }
-    for (int64_t m = 0; m < num_rows; m++) a[m] += step;
     p += step;
   }
 }

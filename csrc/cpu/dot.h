@@ -7,7 +7,8 @@
 //
 // Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
 // used at once: each is read once from memory for all rows, which is the byte limit of the problem. The inputs are
-// interleaved, [depth in vectors, rows], so that one pointer serves all rows.
+// interleaved, [depth in vectors, rows], so that one pointer serves all rows. The hardware's own fetching stops at each
+// page, so the tile fetches as well, from long rows kReach further on, else from the rows that follow.
 #pragma once
 
 #include "decode.h"
@@ -24,6 +25,8 @@ constexpr int64_t kDotRows = kRegisters != 32  ? 8
 /// Most rows that keep their sums in registers; float64, which need not be fast, gets by with fewer kernels.
 template <class E>
 constexpr int kDotTile = kRegisters == 32 && sizeof(E) == 4 ? 12 : 4;
+/// Most rows of float32 where rows come by themselves (kernels.h): packing takes less time than a second register tile.
+constexpr int64_t kDotRowsComing = kRegisters == 32 ? kDotTile<float> : kDotRows<float>;
 constexpr int kRowsOneByOne = 4;  // most inputs of a group that gain by it
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>
@@ -35,6 +38,9 @@ constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m
 /// Depths that one vector of elements covers; a register tile sums whole vectors.
 template <class S>
 constexpr int64_t kSpan = kLanes<Compute<S>> * kDepths<Element<S>>;
+/// Numbers of a row from one that is read to one that is fetched.
+template <class S>
+constexpr int64_t kReach = 4096 / int64_t(sizeof(S));
 
 // What follows a register tile is not in it: unrolled for every size of tile it would be most of the code.
 
@@ -106,14 +112,18 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) sum[m][n] = Vec<C>{};
 
+  // What is fetched: this row's numbers further on, or those of the rows that follow, one of which it runs on into.
+  const bool along = depth > (columns == 1 ? 1 : 2) * kReach<S>;
+  int64_t ahead[kTerms];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTerms; t++) ahead[t] = along ? kReach<S> : columns * terms[t].matrix.stride;
   const int64_t whole = depth - depth % kSpan<S>;
   for (int64_t p = 0; p < whole; p += kSpan<S>) {
     Vec<C> weight[columns];
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) {
 #pragma GCC unroll 8
-      for (int t = 0; t < kTerms; t++)  // the hardware stops at each page; this reaches the next rows in time
-        __builtin_prefetch(w[t][n] + p + columns * terms[t].matrix.stride, 0, 3);
+      for (int t = 0; t < kTerms; t++) __builtin_prefetch(w[t][n] + p + ahead[t], 0, 3);
       Vec<C> last = elements(w[kTerms - 1][n] + p);
       if constexpr (kMasked) last = masked_elements<S>(codes[n], column + p, last);
       if constexpr (kTerms == 1) weight[n] = last;

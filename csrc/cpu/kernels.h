@@ -16,7 +16,10 @@ struct Kernels {
   int64_t choice_panels;  // depth of the panels that passes of a choice (problem.h) need
   int64_t choice_rows;    // most rows of a task that gain from one, in float32 and float16
   int64_t bfloat16_choice_rows;
-  int64_t axpy_rows;  // most rows of a pass of dx that go without a panel
+  int64_t dot_rows;  // most rows of a pass of forward that go without a panel
+  int64_t dot_rows_coming;  // the same of float32 where rows come by themselves
+  int64_t bfloat16_dot_rows;
+  int64_t axpy_rows;  // the same of dx
   int64_t bfloat16_axpy_rows;
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);

@@ -65,6 +65,8 @@ class RowPlan {
  private:
   void add_group(int64_t row_begin, int64_t row_end, const std::vector<Term>& terms, bool first, bool last);
   void choose_blocks(int threads, const Kernels& table);
+  bool has_codes(const Pass& pass) const;
+  bool reads_weights_once() const;
 
   std::vector<int64_t> rows_, bias_rows_;
   std::vector<Term> terms_;

@@ -77,6 +77,7 @@ struct RowProduct {
   const Pass* passes;
   int64_t num_passes;
   Blocking blocking;
+  int64_t few_rows;  // most rows of a pass that pack no weights
   bool rows_come;  // of themselves, when they are read in order: fetching them costs time (dispatch.cpp)
 };
 

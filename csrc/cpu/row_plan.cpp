@@ -16,6 +16,9 @@ namespace {
 // reads weights along its depth, dx along its columns.
 constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
 constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
+// Without a panel, and each weight read by one pass only, forward reads rows of weights whole: memory brings one long
+// piece in less time than several short ones. This bounds the buffer of converted inputs.
+constexpr int64_t kUnpackedDepth = 16384, kDepthStep = 64;
 constexpr int64_t kSumsBytes = 1 << 20;  // float32 sums that one item keeps between depth blocks and passes
 constexpr int64_t kMostRows = 2048;  // rows of one item
 constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
@@ -37,9 +40,12 @@ int64_t most_rows_apart(Coding coding, Algorithm algorithm) {
   return coding == Coding::kSign ? kSignRows : kByteRows;
 }
 
-/// Most rows of a pass of dx, whose terms are all dense, for which the kernels pack no weights (axpy.h).
-int64_t most_rows_unpacked(DType dtype, const Kernels& table) {
-  return dtype == DType::kBFloat16 ? table.bfloat16_axpy_rows : table.axpy_rows;
+/// Most rows of a pass for which the kernels pack no weights (dot.h, axpy.h).
+int64_t most_rows_unpacked(const RowProduct& problem, const Kernels& table) {
+  const bool pairs = problem.dtype == DType::kBFloat16;
+  if (!problem.transposed) return pairs ? table.bfloat16_axpy_rows : table.axpy_rows;
+  if (problem.rows_come && problem.dtype == DType::kFloat32) return table.dot_rows_coming;
+  return pairs ? table.bfloat16_dot_rows : table.dot_rows;
 }
 
 /// One group of the batch: its rows and the terms of its weight.
@@ -185,7 +191,20 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   problem.num_passes = passes_.size();
 
   problem.rows_come = rows_come_by_themselves();
+  problem.few_rows = most_rows_unpacked(problem, table);
   choose_blocks(threads, table);
+}
+
+bool RowPlan::has_codes(const Pass& pass) const {
+  return std::any_of(terms_.begin() + pass.term_begin, terms_.begin() + pass.term_end,
+                     [](const Term& t) { return t.coding != Coding::kDense && t.coding != Coding::kMask; });
+}
+
+bool RowPlan::reads_weights_once() const {
+  std::vector<const void*> read;
+  for (const Term& term : terms_) read.push_back(term.matrix.data);
+  std::sort(read.begin(), read.end());
+  return std::adjacent_find(read.begin(), read.end()) == read.end();
 }
 
 void RowPlan::choose_blocks(int threads, const Kernels& table) {
@@ -194,7 +213,12 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
   const bool choice = std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return p.choice_end > 0; });
   const int64_t bytes = problem.transposed ? kForwardColBytes : kBackwardColBytes;
   const int64_t most_cols = choice ? lanes * table.strip_vectors : bytes / element_size(problem.dtype);
+  const bool packs = choice || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
+                       return p.row_end - p.row_begin > problem.few_rows || has_codes(p);
+                     });
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
+  if (problem.transposed && !packs && reads_weights_once())
+    b.depth_block = round_up(even_part(std::max<int64_t>(problem.depth, 1), kUnpackedDepth), kDepthStep);
   // Equal parts of whole strips, then of vectors: an item of half the size would leave its thread waiting.
   const int64_t fewest_parts = ceil_div(problem.cols, most_cols), strip = lanes * table.strip_vectors;
   const auto part_of_cols = [&](int64_t parts) {
@@ -208,10 +232,8 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     return threads == 1 || items >= kManyItems * threads || (rounds > 1 && items * 20 >= rounds * threads * 19);
   };
   b.row_block = even_part(problem.rows, kMostRows);
-  const bool packs = problem.transposed || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
-                       return p.row_end - p.row_begin > most_rows_unpacked(problem.dtype, table);
-                     });
-  if (packs) {
+  const bool panels = packs || problem.transposed;
+  if (panels) {
     b.col_block = part_of_cols(fewest_parts);
     for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
   } else {
@@ -220,7 +242,7 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     const int64_t parts = std::max<int64_t>(ceil_div(problem.cols, most), threads > 1 ? 2 * threads : 1);
     b.col_block = std::max(round_up(ceil_div(problem.cols, parts), lanes), lanes);
   }
-  if (packs && !busy() && problem.rows >= 2 * kFewestRows) {
+  if (panels && !busy() && problem.rows >= 2 * kFewestRows) {
     b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }

@@ -95,8 +95,7 @@ class RowWorker {
     const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
     const bool codes = has_codes(terms, num_terms);
-    const int64_t most_few = p_.transposed ? kDotRows<E> : kAxpyRows<E>;
-    const bool few = num_rows <= most_few && s.depth > 0 && all_dense_or_masked(terms, num_terms);
+    const bool few = num_rows <= p_.few_rows && s.depth > 0 && all_dense_or_masked(terms, num_terms);
     const int64_t part = few ? num_rows : tile_part(num_rows);
     Ahead ahead;
     C scale = 1;
