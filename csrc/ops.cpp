@@ -18,6 +18,8 @@ namespace {
 
 using namespace cpu;
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 Algorithm read_algorithm(const char* op, StringHandle handle, bool coded) {
   const std::string name = take(handle);
   if (name == "blend") return Algorithm::kBlend;
@@ -48,7 +50,10 @@ void run_rows(RowPlan& plan, const Weight& weight, const Groups& groups, Algorit
     p.bias = {p.out.data, p.out.stride};
     p.bias_index = p.row_index ? p.row_index : places.data();
   }
-  run(p, kernels().row_product, plan.workspace_bytes(kernels()), threads);
+  // What all threads share lies behind this thread's own workspace, which is then large enough, and stays where it is.
+  const int64_t own = round_up(plan.workspace_bytes(kernels()), kLine), shared = plan.partials_bytes();
+  if (shared) p.partials = static_cast<char*>(workspace(own + shared)) + own;
+  run(p, kernels().row_product, own, threads);
 }
 
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,

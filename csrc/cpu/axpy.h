@@ -1,7 +1,8 @@
 // Few rows of dx: out[m, :] += Σ_p a_m[p] · (Σ_t coeff_t · W_t[p, :]), along the weights' rows and without a panel.
 //
-// kAxpyDepth weight rows at a time are summed in registers and spread over all outputs, which stay in L1; the weights
-// stream past once.
+// kAxpyDepth weight rows at a time are summed in registers and spread over all outputs, which stay near; the weights
+// stream past once, fetched before unless they come by themselves: whole rows one after another, on some CPUs
+// (kernels.h).
 #pragma once
 
 #include "simd.h"
@@ -18,7 +19,7 @@ constexpr int64_t kAxpyRows = kDepths<E> == 2    ? 8
 
 /// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs; x[m] is
 /// what multiplies them in output m.
-template <class S, int kDepth, int kTerms>
+template <class S, int kDepth, int kTerms, bool kFetch>
 void axpy_step(const Compute<S> (*x)[kAxpyDepth], int64_t num_rows, const Term* terms, int64_t row, int64_t column,
                int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
   using C = Compute<S>;
@@ -39,7 +40,7 @@ void axpy_step(const Compute<S> (*x)[kAxpyDepth], int64_t num_rows, const Term* 
       weight[p] = Vec<C>{};
 #pragma GCC unroll 8
       for (int t = 0; t < kTerms; t++) {
-        __builtin_prefetch(w[t][p] + ahead[t] + j, 0, 2);
+        if constexpr (kFetch) __builtin_prefetch(w[t][p] + ahead[t] + j, 0, 2);
         weight[p] += static_cast<C>(terms[t].coeff) * read(w[t][p] + j);
       }
     }
@@ -61,7 +62,7 @@ void axpy_step(const Compute<S> (*x)[kAxpyDepth], int64_t num_rows, const Term* 
 /// num_rows <= kAxpyRows rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth).
 template <class S>
 void axpy_rows(const S* const* a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
-               int64_t column, int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate) {
+               int64_t column, int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate, bool come) {
   Compute<S> x[kAxpyRows<Element<S>>][kAxpyDepth];
   for (int64_t p = 0; p < depth;) {
     const int64_t step = depth - p < kAxpyDepth ? 1 : kAxpyDepth;
@@ -69,11 +70,13 @@ void axpy_rows(const S* const* a, int64_t num_rows, const Term* terms, int64_t n
       for (int64_t i = 0; i < step; i++) x[m][i] = to_compute(a[m][p + i]);
     for (int64_t t = 0; t < num_terms; t += 2) {
       with_constant<2>(num_terms - t, [&](auto count) {
-        const bool add = accumulate || p > 0 || t > 0;
-        if (step == kAxpyDepth)
-          axpy_step<S, kAxpyDepth, count.value>(x, num_rows, terms + t, row + p, column, num_columns, out, out_stride,
-                                                add);
-        else axpy_step<S, 1, count.value>(x, num_rows, terms + t, row + p, column, num_columns, out, out_stride, add);
+        const auto run = [&](auto depth, auto fetch) {
+          axpy_step<S, depth.value, count.value, fetch.value>(x, num_rows, terms + t, row + p, column, num_columns, out,
+                                                              out_stride, accumulate || p > 0 || t > 0);
+        };
+        if (step == 1) run(Int<1>{}, Int<0>{});
+        else if (come) run(Int<kAxpyDepth>{}, Int<0>{});
+        else run(Int<kAxpyDepth>{}, Int<1>{});
       });
     }
     p += step;

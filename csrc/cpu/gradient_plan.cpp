@@ -13,6 +13,8 @@ namespace taps_fast::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 192, kTileCols = 512, kStep = 64, kRowsAtOnce = 256;
+// Of few rows the gradients themselves are what takes time, and long pieces of their rows take less.
+constexpr int64_t kFewRows = 8, kWideTileRows = 48, kWideTileCols = 2048;
 
 /// A wanted gradient: Σ over `parts` of factor · P_task.
 struct Sum {
@@ -108,13 +110,15 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   Blocking& b = problem.blocking;
   int64_t most = 1;
   for (const Job& job : jobs_) most = std::max(most, job.row_end - job.row_begin);
-  b.row_block = std::min(problem.rows, kTileRows);
-  b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, kTileCols), kStep));
+  const bool few = most <= kFewRows;
+  b.row_block = std::min(problem.rows, few ? kWideTileRows : kTileRows);
+  b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, few ? kWideTileCols : kTileCols), kStep));
+  while (threads > 1 && b.row_block > kWideTileRows &&
+         num_items(problem) < 2 * threads)  // no thread is to wait for another
+    b.row_block = std::max(round_up(ceil_div(b.row_block, 2), table.tile_rows), kWideTileRows);
   b.depth_block = std::min(most, kRowsAtOnce * compute_size(DType::kFloat32) / compute_size(problem.dtype));
   partials_.assign(positions_.size() * num_tiles(problem), 0.0);
   problem.partials = partials_.data();
-  (void)threads;
-  (void)table;
 }
 
 int64_t GradientPlan::workspace_bytes(const Kernels& table) const {

@@ -59,6 +59,7 @@ class RowPlan {
   void finish(const Weight& weight, const Groups& groups, Algorithm algorithm, bool bias_by_task, int threads,
               const Kernels& table);
   int64_t workspace_bytes(const Kernels& table) const;
+  int64_t partials_bytes() const;  // of what all threads share: problem.partials
   /// Passes with coded terms that are left to the kernels of coded_problem.h, and are added to the product.
   const std::vector<Pass>& apart() const { return apart_; }
 
@@ -68,7 +69,7 @@ class RowPlan {
   bool has_codes(const Pass& pass) const;
   bool reads_weights_once() const;
 
-  std::vector<int64_t> rows_, bias_rows_;
+  std::vector<int64_t> rows_, bias_rows_, parts_done_;
   std::vector<Term> terms_;
   std::vector<Pass> passes_, apart_;
   bool keeps_sums_ = false;  // a row's sums outlive a register tile

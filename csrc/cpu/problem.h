@@ -56,7 +56,7 @@ struct Pass {
   int64_t choice_end = 0;  // passes [this one, choice_end) mask one tile, and are run together (choose.h)
 };
 
-/// Grid of independent items and the block sizes inside one item.
+/// Grid of items and the block sizes inside one item.
 struct Blocking {
   int64_t row_block;    // rows of one item
   int64_t col_block;    // output columns of one item
@@ -77,6 +77,9 @@ struct RowProduct {
   const Pass* passes;
   int64_t num_passes;
   Blocking blocking;
+  int64_t depth_part;  // depth of one item; parts of it only where no pass has a panel
+  void* partials;  // [parts, rows, cols] of the compute type: sums of the parts, added up by who finishes the last
+  int64_t* parts_done;  // [blocks of rows · blocks of cols], zeros at first
   int64_t few_rows;  // most rows of a pass that pack no weights
   bool rows_come;  // of themselves, when they are read in order: fetching them costs time (dispatch.cpp)
 };
@@ -130,9 +133,11 @@ static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) 
 /// Splits n > 0 into the fewest parts of at most `most`, as even as they come: n = 8, most = 6 gives 4 + 4.
 static constexpr int64_t even_part(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
 
-static inline int64_t num_items(const RowProduct& p) {
+static inline int64_t num_blocks(const RowProduct& p) {
   return ceil_div(p.rows, p.blocking.row_block) * ceil_div(p.cols, p.blocking.col_block);
 }
+static inline int64_t num_parts(const RowProduct& p) { return p.depth > 0 ? ceil_div(p.depth, p.depth_part) : 1; }
+static inline int64_t num_items(const RowProduct& p) { return num_blocks(p) * num_parts(p); }
 static inline int64_t num_tiles(const WeightGradient& p) {
   return ceil_div(p.rows, p.blocking.row_block) * ceil_div(p.cols, p.blocking.col_block);
 }

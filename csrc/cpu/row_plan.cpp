@@ -26,9 +26,11 @@ constexpr int64_t kManyItems = 8;  // a thread
 constexpr int64_t kSmallGroup = 4;  // rows; up to here the base's product is shared with other groups
 constexpr int64_t kSignRows = 12, kByteRows = 6;  // most_rows_apart
 constexpr int64_t kMaskRows = 1;  // find_choices
-// Few rows of dx pass over weights once, and memory brings one long piece of a row in less time than many short ones.
-// The sums of an item, which are read and written with every few rows of weights, may take this much of L2.
-constexpr int64_t kUnpackedBytes = 64 << 10;
+// Few rows of dx pass over weights once, and memory brings one long piece in less time than many short ones: items are
+// wide, and threads share the depth. The sums of an item, which are read and written with every few rows of weights,
+// may take this much of L2; those of all items, a part of the depth each, this much a thread.
+constexpr int64_t kUnpackedBytes = 128 << 10, kPartialsBytes = 1 << 20;
+constexpr int64_t kFewestDepth = 16;  // of a part
 
 /// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
 /// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time. Masks of few
@@ -232,25 +234,35 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     return threads == 1 || items >= kManyItems * threads || (rounds > 1 && items * 20 >= rounds * threads * 19);
   };
   b.row_block = even_part(problem.rows, kMostRows);
+  problem.depth_part = std::max<int64_t>(problem.depth, 1);
   const bool panels = packs || problem.transposed;
   if (panels) {
     b.col_block = part_of_cols(fewest_parts);
     for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
   } else {
-    const int64_t numbers = kUnpackedBytes / compute_size(problem.dtype);
-    const int64_t most = std::max(numbers / std::max<int64_t>(problem.rows, 1), most_cols);
-    const int64_t parts = std::max<int64_t>(ceil_div(problem.cols, most), threads > 1 ? 2 * threads : 1);
-    b.col_block = std::max(round_up(ceil_div(problem.cols, parts), lanes), lanes);
+    const int64_t size = compute_size(problem.dtype), sums = size * std::max<int64_t>(problem.rows, 1);
+    const int64_t most = std::max(kUnpackedBytes / sums, most_cols);
+    b.col_block = std::max(round_up(even_part(problem.cols, most), lanes), lanes);
+    const int64_t wanted = threads > 1 ? ceil_div(2 * threads, num_blocks(problem)) : 1;
+    const int64_t parts = std::clamp<int64_t>(threads * kPartialsBytes / (sums * problem.cols), 1, wanted);
+    problem.depth_part = std::max(round_up(ceil_div(problem.depth, parts), kFewestDepth), kFewestDepth);
   }
   if (panels && !busy() && problem.rows >= 2 * kFewestRows) {
     b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
-  keeps_sums_ = problem.depth > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) {
+  keeps_sums_ = problem.depth_part > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) {
                   return !p.first || !p.last || p.choice_end;
                 });
   b.panel_depth = packs ? std::max(b.depth_block, table.choice_panels) : 0;
   if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));
+  parts_done_.assign(num_blocks(problem), 0);
+  problem.parts_done = parts_done_.data();
+}
+
+int64_t RowPlan::partials_bytes() const {
+  const int64_t parts = num_parts(problem);
+  return parts > 1 ? parts * problem.rows * problem.cols * compute_size(problem.dtype) : 0;
 }
 
 int64_t RowPlan::workspace_bytes(const Kernels& table) const {

@@ -5,7 +5,7 @@
 // its delta onto it. Per pass: pack the panel once, then register tiles, which meanwhile fetch the weights of the step
 // after; few rows skip the panel (dot.h forward, axpy.h for dx), and tasks that mask one tile share it (choose.h). Sums
 // stay in a float32 tile until the last pass and depth block, when bias is added, the result rounded once and
-// scattered.
+// scattered. Few rows of dx are items of a part of the depth each, so that every thread reads one piece of memory.
 #pragma once
 
 #include "axpy.h"
@@ -32,6 +32,7 @@ class RowWorker {
   struct Step {
     int64_t item, depth_begin, pass, pass_end;
     int64_t row_begin, row_end, col_begin, cols, depth;  // what it covers
+    bool begins, ends;  // at the item's first depth, at its last
   };
 
  public:
@@ -39,6 +40,7 @@ class RowWorker {
       : p_(problem),
         next_item_(next_item),
         items_(num_items(problem)),
+        parts_(num_parts(problem)),
         panels_(ceil_div(p_.cols, p_.blocking.col_block)),
         tile_stride_(round_up(p_.blocking.col_block, kLanes<C>)),
         panel_(static_cast<E*>(workspace)),
@@ -46,38 +48,47 @@ class RowWorker {
         tile_(reinterpret_cast<C*>(inputs_ + kRowBuffers * round_up(p_.blocking.depth_block, kLanes<C>))) {}
 
   void run() {
-    Step step{claim(next_item_), 0, 0, 0, 0, 0, 0, 0, 0};
+    Step step{};
+    take_item(step);
     for (advance(step); step.item < items_;) {
       Step next = step;
       advance(next);
       run_step(step, next);
+      if (parts_ > 1 && next.item != step.item) end_part(step);
       step = next;
     }
   }
 
  private:
+  void take_item(Step& step) {
+    step.item = claim(next_item_);
+    step.depth_begin = step.item % parts_ * p_.depth_part;
+    step.pass_end = 0;
+  }
+  int64_t first_row(int64_t item) const { return item / parts_ / panels_ * p_.blocking.row_block; }
+
   /// The next pass with rows in the item, then the next depth block, then the next item.
   void advance(Step& step) {
     while (step.item < items_) {
-      const int64_t first_row = step.item / panels_ * p_.blocking.row_block;
-      const int64_t last_row = min(p_.rows, first_row + p_.blocking.row_block);
+      const int64_t begin = first_row(step.item), end = min(p_.rows, begin + p_.blocking.row_block);
+      const int64_t depth_first = step.item % parts_ * p_.depth_part;
+      const int64_t depth_end = min(p_.depth, depth_first + p_.depth_part);
       while (step.pass_end < p_.num_passes) {
         step.pass = step.pass_end;
         step.pass_end = max(p_.passes[step.pass].choice_end, step.pass + 1);
-        step.row_begin = max(p_.passes[step.pass].row_begin, first_row);
-        step.row_end = min(p_.passes[step.pass_end - 1].row_end, last_row);
+        step.row_begin = max(p_.passes[step.pass].row_begin, begin);
+        step.row_end = min(p_.passes[step.pass_end - 1].row_end, end);
         if (step.row_begin >= step.row_end) continue;
-        step.col_begin = step.item % panels_ * p_.blocking.col_block;
+        step.col_begin = step.item / parts_ % panels_ * p_.blocking.col_block;
         step.cols = min(p_.blocking.col_block, p_.cols - step.col_begin);
-        step.depth = min(p_.blocking.depth_block, p_.depth - step.depth_begin);
+        step.depth = min(p_.blocking.depth_block, depth_end - step.depth_begin);
+        step.begins = step.depth_begin == depth_first;
+        step.ends = step.depth_begin + step.depth >= depth_end;
         return;
       }
       step.pass_end = 0;
       step.depth_begin += p_.blocking.depth_block;
-      if (step.depth_begin >= p_.depth) {
-        step.depth_begin = 0;
-        step.item = claim(next_item_);
-      }
+      if (step.depth_begin >= depth_end) take_item(step);
     }
   }
 
@@ -91,8 +102,7 @@ class RowWorker {
     }
     const Term* terms = p_.terms + pass.term_begin;
     const int64_t num_terms = pass.term_end - pass.term_begin, num_rows = s.row_end - s.row_begin;
-    const bool accumulate = !(pass.first && s.depth_begin == 0);
-    const bool finished = pass.last && s.depth_begin + s.depth >= p_.depth;
+    const bool accumulate = !(pass.first && s.begins), finished = pass.last && s.ends;
     const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
     const bool codes = has_codes(terms, num_terms);
     const bool few = num_rows <= p_.few_rows && s.depth > 0 && all_dense_or_masked(terms, num_terms);
@@ -142,20 +152,45 @@ class RowWorker {
           tile_row<E>(a, n, 1, panel_, s.cols, out, tile_stride_, length, accumulate, scale, &ahead, fetch, next);
         }
       }
-      if (finished)
-        for (int64_t i = 0; i < n; i++) finish(r + i, s.col_begin, s.cols, out + i * tile_stride_);
+      for (int64_t i = 0; i < n && finished; i++) {
+        const C* sums = out + i * tile_stride_;
+        if (parts_ > 1) copy(partial(s.item % parts_, r + i) + s.col_begin, sums, s.cols);
+        else finish(r + i, s.col_begin, s.cols, sums);
+      }
     }
   }
 
   /// Where row r of a step's item is summed, if more than one register tile does it.
-  C* sums_of(const Step& s, int64_t r) const {
-    return tile_ + (kRowBuffers + r - s.item / panels_ * p_.blocking.row_block) * tile_stride_;
+  C* sums_of(const Step& s, int64_t r) const { return tile_ + (kRowBuffers + r - first_row(s.item)) * tile_stride_; }
+
+  /// Sums of a part of the depth: those of row r.
+  C* partial(int64_t part, int64_t r) const { return static_cast<C*>(p_.partials) + (part * p_.rows + r) * p_.cols; }
+
+  /// The last part of a block to be done adds up all of them, in order.
+  void end_part(const Step& s) {
+    if (__atomic_add_fetch(p_.parts_done + s.item / parts_, 1, __ATOMIC_ACQ_REL) < parts_) return;
+    const int64_t begin = first_row(s.item), end = min(p_.rows, begin + p_.blocking.row_block);
+    for (int64_t i = 0; i < p_.num_passes; i++) {
+      for (int64_t r = max(p_.passes[i].row_begin, begin); r < min(p_.passes[i].row_end, end) && p_.passes[i].last;
+           r++) {
+        copy(tile_, partial(0, r) + s.col_begin, s.cols);
+        for (int64_t part = 1; part < parts_; part++) add(tile_, partial(part, r) + s.col_begin, s.cols);
+        finish(r, s.col_begin, s.cols, tile_);
+      }
+    }
+  }
+
+  static void copy(C* out, const C* in, int64_t n) {
+    for (int64_t j = 0; j < n; j++) out[j] = in[j];
+  }
+  static void add(C* out, const C* in, int64_t n) {
+    for (int64_t j = 0; j < n; j++) out[j] += in[j];
   }
 
   /// Passes of a masked tile alone: dot products, each row with its own mask.
   void run_masks(const Step& s) {
     const Pass& first = p_.passes[s.pass];
-    const bool accumulate = !(first.first && s.depth_begin == 0), finished = s.depth_begin + s.depth >= p_.depth;
+    const bool accumulate = !(first.first && s.begins), finished = s.ends;
     const int64_t part = even_part(s.row_end - s.row_begin, kDotTile<E>);
     for (int64_t r = s.row_begin, i = s.pass; r < s.row_end; r += part) {
       const int64_t n = min(part, s.row_end - r);
@@ -197,7 +232,7 @@ class RowWorker {
       choose_piece(s, piece);
       p += kPieceDepth<E>;
     } while (p < end);
-    for (int64_t r = s.row_begin; r < s.row_end && end == p_.depth; r++) finish(r, s.col_begin, s.cols, sums_of(s, r));
+    for (int64_t r = s.row_begin; r < s.row_end && s.ends; r++) finish(r, s.col_begin, s.cols, sums_of(s, r));
   }
 
   void choose_piece(const Step& s, Piece& piece) {
@@ -263,7 +298,7 @@ class RowWorker {
       const S* a[kAxpyRows<E>];
       for (int64_t i = 0; i < num_rows; i++) a[i] = input(s.row_begin + i) + s.depth_begin;
       return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
-                          accumulate);
+                          accumulate, p_.rows_come && s.cols == p_.cols);
     }
     const int64_t part = even_part(num_rows, kDotTile<E>);
     const int64_t size = part * round_up(ceil_div(s.depth, kDepths<E>), kLanes<C>);
@@ -336,7 +371,7 @@ class RowWorker {
 
   const RowProduct& p_;
   int64_t* next_item_;
-  const int64_t items_, panels_, tile_stride_;
+  const int64_t items_, parts_, panels_, tile_stride_;
   E *panel_, *inputs_;
   C* tile_;
 };

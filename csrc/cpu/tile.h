@@ -20,13 +20,10 @@ struct Ahead {
   static constexpr int kMaxTerms = 9;
   static constexpr int64_t kLine = 64;
 
-  const char* data[kMaxTerms];  // first segment of each matrix
+  const char* data[kMaxTerms];  // next segment of each matrix
   int64_t stride[kMaxTerms];    // bytes between segments
   int64_t num_terms = 0;
   int64_t rows = 0, lines = 0;
-  int64_t taken = 0;
-  const char* segment = nullptr;  // the one that `fetch` has begun
-  int64_t line = 0;
 
   /// Adds a matrix, from a place on; not one that has codes alone, which are few bytes.
   void add(const Matrix& m, int64_t row, int64_t column, int64_t element_size) {
@@ -44,24 +41,32 @@ struct Ahead {
   }
   /// How many segments to fetch at a time, tiles_left tiles before they are needed.
   int64_t at_once(int64_t tiles_left) const { return tiles_left <= last_tiles_ ? at_once_ : 0; }
-  bool done() const { return taken >= rows * num_terms; }
-  /// The next segment; the last one again when none is left.
+  bool done() const { return row_ >= rows || num_terms == 0; }
+  /// The next segment, of each row those of all matrices; the last one again when none is left.
   const char* take() {
-    const int64_t i = done() ? taken - 1 : taken++;
-    return data[i % num_terms] + i / num_terms * stride[i % num_terms];
+    if (done()) return segment_;
+    segment_ = data[term_];
+    data[term_] += stride[term_];
+    if (++term_ == num_terms) {
+      term_ = 0;
+      row_++;
+    }
+    return segment_;
   }
   /// Fetches the next `count` lines, one segment after another.
   void fetch(int64_t count) {
     for (; count > 0; count--) {
-      if (line == 0 && done()) return;
-      if (line == 0) segment = take();
-      __builtin_prefetch(segment + line * kLine, 0, 2);
-      line = line + 1 < lines ? line + 1 : 0;
+      if (line_ == 0 && done()) return;
+      if (line_ == 0) take();
+      __builtin_prefetch(segment_ + line_ * kLine, 0, 2);
+      line_ = line_ + 1 < lines ? line_ + 1 : 0;
     }
   }
 
  private:
   int64_t at_once_ = 0, last_tiles_ = 0;
+  int64_t row_ = 0, term_ = 0, line_ = 0;
+  const char* segment_ = nullptr;  // taken last
 };
 
 /// Elements of depth that a strip's tile multiplies between two fetches.
