@@ -168,8 +168,9 @@ def every_result(x: Tensor, arguments: tuple) -> list[Tensor]:
     return [*found, dcoeffs, *ddeltas, dbase, dbias]
 
 
-def test_same_bits_again_and_right_at_any_thread_count() -> None:
-    x, arguments = mixed_arguments()
+@pytest.mark.parametrize("rows", [300, 12])  # of few rows of dx, each thread sums a part of the depth
+def test_same_bits_again_and_right_at_any_thread_count(rows: int) -> None:
+    x, arguments = mixed_arguments(rows)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

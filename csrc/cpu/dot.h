@@ -91,10 +91,11 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
   using C = Compute<S>;
   using E = Element<S>;
   constexpr int lanes = kLanes<C>, columns = kColumns;
+  constexpr int chains = max(4 / (kRows * columns), 1);  // of additions that do not wait for each other
   const S* w[kTerms][columns];
   const uint8_t* codes[columns];
   C coeff[kTerms][columns];
-  Vec<C> sum[kRows][columns];
+  Vec<C> sum[chains][kRows][columns];
 #pragma GCC unroll 16
   for (int n = 0; n < columns; n++) {
     const int64_t weight_row = row + min(n, num_columns - 1);
@@ -110,15 +111,16 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; m++)
 #pragma GCC unroll 16
-    for (int n = 0; n < columns; n++) sum[m][n] = Vec<C>{};
+    for (int n = 0; n < columns; n++)
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; c++) sum[c][m][n] = Vec<C>{};
 
   // What is fetched: this row's numbers further on, or those of the rows that follow, one of which it runs on into.
   const bool along = depth > (columns == 1 ? 1 : 2) * kReach<S>;
   int64_t ahead[kTerms];
 #pragma GCC unroll 8
   for (int t = 0; t < kTerms; t++) ahead[t] = along ? kReach<S> : columns * terms[t].matrix.stride;
-  const int64_t whole = depth - depth % kSpan<S>;
-  for (int64_t p = 0; p < whole; p += kSpan<S>) {
+  const auto add = [&](int64_t p, int c) __attribute__((always_inline)) {
     Vec<C> weight[columns];
 #pragma GCC unroll 16
     for (int n = 0; n < columns; n++) {
@@ -133,16 +135,26 @@ TAPS_INLINE void dot_tile(const Element<S>* a, const Term* terms, int64_t row, i
     for (int m = 0; m < kRows; m++) {
       const Vec<C> x = load(a + p / kDepths<E> * kRows + m * lanes);
 #pragma GCC unroll 16
-      for (int n = 0; n < columns; n++) sum[m][n] = multiply_add<E>(sum[m][n], x, weight[n]);
+      for (int n = 0; n < columns; n++) sum[c][m][n] = multiply_add<E>(sum[c][m][n], x, weight[n]);
     }
+  };
+  const int64_t whole = depth - depth % kSpan<S>, together = depth - depth % (chains * kSpan<S>);
+  for (int64_t p = 0; p < together; p += chains * kSpan<S>) {
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; c++) add(p + c * kSpan<S>, c);
   }
+  for (int64_t p = together; chains > 1 && p < whole; p += kSpan<S>) add(p, 0);
 
   C sums[kRows * columns * lanes], factors[columns];
 #pragma GCC unroll 16
   for (int n = 0; n < columns; n++) {
     factors[n] = kTerms == 1 ? coeff[0][n] : C(1);
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; m++) store(sums + (m * columns + n) * lanes, sum[m][n]);
+    for (int m = 0; m < kRows; m++) {
+#pragma GCC unroll 4
+      for (int c = 1; c < chains; c++) sum[0][m][n] += sum[c][m][n];
+      store(sums + (m * columns + n) * lanes, sum[0][m][n]);
+    }
   }
   const auto count = min(columns, num_columns);
   if (whole < depth)
