@@ -113,8 +113,8 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   const bool few = most <= kFewRows;
   b.row_block = std::min(problem.rows, few ? kWideTileRows : kTileRows);
   b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, few ? kWideTileCols : kTileCols), kStep));
-  while (threads > 1 && b.row_block > kWideTileRows &&
-         num_items(problem) < 2 * threads)  // no thread is to wait for another
+  // No thread is to wait for another.
+  while (threads > 1 && b.row_block > kWideTileRows && num_items(problem) < 2 * threads)
     b.row_block = std::max(round_up(ceil_div(b.row_block, 2), table.tile_rows), kWideTileRows);
   b.depth_block = std::min(most, kRowsAtOnce * compute_size(DType::kFloat32) / compute_size(problem.dtype));
   partials_.assign(positions_.size() * num_tiles(problem), 0.0);
