@@ -47,6 +47,7 @@ def kernel_cases() -> Iterator[Case]:
             yield Case(dtype, rows=rows, shape=(37, 2311), num_deltas=1, bias=None)
             yield Case(dtype, rows=rows, shape=(1301, 41), num_deltas=3, bias=None)
         yield Case(dtype, rows=3, shape=(5, 16421), num_deltas=1)  # rows too long to be read whole
+        yield Case(dtype, rows=3, shape=(101, 8209), num_deltas=1)  # two items of dx, each in parts of the depth
         yield Case(dtype, rows=12, shape=(37, 1303), num_deltas=3, tasks=(0, 1, 2, -1) * 3, num_tasks=3)  # dx: no panel
         yield Case(dtype, rows=531, shape=(67, 35), num_deltas=1)  # several row blocks of dw
         # Many one-row groups share the base's product; large ones have panels of their own; others are closed.

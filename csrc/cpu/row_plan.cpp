@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
 constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
 // Without a panel, and each weight read by one pass only, forward reads rows of weights whole: memory brings one long
-// piece in less time than several short ones. This bounds the buffer of converted inputs.
-constexpr int64_t kUnpackedDepth = 16384, kDepthStep = 64;
+// piece in less time than several short ones. This bounds the buffer of converted inputs, a row of it.
+constexpr int64_t kInputBytes = 64 << 10, kDepthStep = 64;
 constexpr int64_t kSumsBytes = 1 << 20;  // float32 sums that one item keeps between depth blocks and passes
 constexpr int64_t kMostRows = 2048;  // rows of one item
 constexpr int64_t kFewestRows = 192;  // splitting rows packs a panel again: worth about 25 rows
@@ -30,7 +30,8 @@ constexpr int64_t kMaskRows = 1;  // find_choices
 // wide, and threads share the depth. The sums of an item, which are read and written with every few rows of weights,
 // may take this much of L2; those of all items, a part of the depth each, this much a thread.
 constexpr int64_t kUnpackedBytes = 128 << 10, kPartialsBytes = 1 << 20;
-constexpr int64_t kFewestDepth = 16;  // of a part
+constexpr int64_t kUnpackedCols = 8192;  // of an item: its buffers are as wide
+constexpr int64_t kFewestDepth = 16, kDepthOfRow = 4;  // of a part: its sums are to be few beside the weights it reads
 
 /// Most rows for which a coded term has a product of its own, beside one product of the base for the whole batch: more
 /// make up for decoding into a panel. A task beside others finds the base in L2 and so packs in less time. Masks of few
@@ -220,7 +221,8 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
                      });
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
   if (problem.transposed && !packs && reads_weights_once())
-    b.depth_block = round_up(even_part(std::max<int64_t>(problem.depth, 1), kUnpackedDepth), kDepthStep);
+    b.depth_block =
+        round_up(even_part(std::max<int64_t>(problem.depth, 1), kInputBytes / compute_size(problem.dtype)), kDepthStep);
   // Equal parts of whole strips, then of vectors: an item of half the size would leave its thread waiting.
   const int64_t fewest_parts = ceil_div(problem.cols, most_cols), strip = lanes * table.strip_vectors;
   const auto part_of_cols = [&](int64_t parts) {
@@ -241,11 +243,12 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     for (int64_t parts = fewest_parts + 1; b.col_block > lanes && !busy(); parts++) b.col_block = part_of_cols(parts);
   } else {
     const int64_t size = compute_size(problem.dtype), sums = size * std::max<int64_t>(problem.rows, 1);
-    const int64_t most = std::max(kUnpackedBytes / sums, most_cols);
+    const int64_t most = std::clamp(kUnpackedBytes / sums, most_cols, kUnpackedCols);
     b.col_block = std::max(round_up(even_part(problem.cols, most), lanes), lanes);
     const int64_t wanted = threads > 1 ? ceil_div(2 * threads, num_blocks(problem)) : 1;
     const int64_t parts = std::clamp<int64_t>(threads * kPartialsBytes / (sums * problem.cols), 1, wanted);
-    problem.depth_part = std::max(round_up(ceil_div(problem.depth, parts), kFewestDepth), kFewestDepth);
+    problem.depth_part =
+        round_up(std::max({ceil_div(problem.depth, parts), kDepthOfRow * problem.rows, int64_t(1)}), kFewestDepth);
   }
   if (panels && !busy() && problem.rows >= 2 * kFewestRows) {
     b.col_block = part_of_cols(fewest_parts);
