@@ -6,8 +6,9 @@
 Needs PyTorch 2.10 with CUDA, Triton 3.6, numpy, pytest, and a C compiler where Triton builds its launcher with one; for
 the CUDA C++ kernels nvcc and a C++ compiler. Whatever else is not installed is named and left out. When the time is up
 the results are written all the same, with what did not run. It succeeds only if every Triton kernel was launched on the
-device, every test passed, no test marked ``gpu`` was skipped for another reason, and each benchmarked cell of ours ran
-on a kernel and was right. That a prediction of `benchmarks.targets` does not hold is written down and is no failure.
+device, every test was reached and passed, no test marked ``gpu`` was skipped for another reason, and each benchmarked
+cell of ours ran on a kernel and was right. That a prediction of `benchmarks.targets` does not hold is written down and
+is no failure.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 CHECKOUT = Path(__file__).parents[1]
 WORK = CHECKOUT / "build" / "gpu"
@@ -39,13 +40,18 @@ SECONDS = "0.05"
 NOT_STARTED, CUT_SHORT = -1, 124
 """Instead of an exit status: the time was up before it, or while it ran."""
 LEGAL = (0, NOT_STARTED, CUT_SHORT)
-MOST_SHARDS, THREADS = 15, "2"
-"""Processes that run the tests, and threads of each: most of the time they compile or wait for the device."""
+MOST_PROCESSES, THREADS = 15, "1"
+"""That run the tests, and threads of each: a core each. Tests that need several threads set their number themselves."""
 PATH = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests")])
 """Where tests find the package, which is not installed, and the plugin; also in processes that they start elsewhere."""
 GRACE = 20.0
 """Seconds that a test may go on when the time of the tests is up."""
+MINUTES, BUILD, BENCH = 9.0, 0.3, 150.0
+"""Of a whole run; the share of it that the build may take; seconds of it that the tests leave to the benchmark."""
+NAMED = 20
+"""Tests whose names are written: the slowest, and the first of those that were not reached."""
 Report = dict[str, Any]
+Done = TypeVar("Done")
 
 
 def missing(version_of: Callable[[str], str | None], has_device: Callable[[], bool]) -> list[str]:
@@ -134,16 +140,20 @@ def tests(left_out: Container[str]) -> list[str]:
     return [str(path.relative_to(CHECKOUT)) for path in device]
 
 
-def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
-    """The suite, in as many processes as the machine has room for; each ends by itself when the time is up."""
+def test(seconds: float, processes: int, files: Sequence[str]) -> list[Report]:
+    """The suite, in as many processes as the machine has room for; each ends by itself when the time is up, or when
+    they have taken all that is in the queue."""
     deadline = time.monotonic() + seconds
-    reports = [WORK / f"tests-{n}.json" for n in range(shards)]
+    queue, reports = WORK / "queue", [WORK / f"tests-{n}.json" for n in range(processes)]
+    shutil.rmtree(queue, ignore_errors=True)
+    queue.mkdir(parents=True)
+    for stale in WORK.glob("tests-*.json"):
+        stale.unlink()
     running = []
-    for n, report in enumerate(reports):
-        report.unlink(missing_ok=True)
+    for report in reports:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "launches", "--report", str(report)]
         command += ["--continue-on-collection-errors"]  # one file's failure is reported, and hides no other's
-        command += ["--seconds", str(seconds), "--shard", f"{n}/{shards}", *files]
+        command += ["--seconds", str(seconds), "--queue", str(queue), *files]
         with report.with_suffix(".log").open("w") as log:
             env = {"PYTHONPATH": PATH, "TAPS_FAST_EXT": "auto", "OMP_NUM_THREADS": THREADS}
             env["TAPS_FAST_TRITON_LAUNCH"] = "direct"  # what tests count goes Triton's way all the same
@@ -154,7 +164,14 @@ def test(seconds: float, shards: int, files: Sequence[str]) -> list[Report]:
     finally:
         for process in running:
             _end(process)
-    return [json.loads(r.read_text()) if r.is_file() else {"exit": CUT_SHORT, "log": r.stem} for r in reports]
+    return [_report(path) for path in reports]
+
+
+def _report(path: Path) -> Report:
+    """What a process wrote, which may have ended before it had collected anything."""
+    found: Report = json.loads(path.read_text()) if path.is_file() else {"exit": CUT_SHORT}
+    collected = path.with_suffix(".collected.json")
+    return found | ({"collected": json.loads(collected.read_text())} if collected.is_file() else {})
 
 
 def bench(seconds: float, out: Path) -> Report:
@@ -204,9 +221,17 @@ def _suite(name: str, out: Path) -> int:
     return code
 
 
+def unreached(report: Report) -> list[str]:
+    """Tests that no process finished, also those that one was killed in, in the order in which they are taken."""
+    finished = {name for process in report["tests"] for name in process.get("finished", ())}
+    collected = dict.fromkeys(name for process in report["tests"] for name in process.get("collected", ()))
+    return [name for name in collected if name not in finished]
+
+
 def not_run(report: Report) -> list[str]:
     """What the time did not allow."""
-    found = [f"{n['unreached']} tests of part {i}" for i, n in enumerate(report["tests"]) if n.get("unreached")]
+    lost = unreached(report)
+    found = [f"{len(lost)} tests, of which the first is {lost[0]}"] if lost else []
     words = {NOT_STARTED: "benchmark {} was not started", CUT_SHORT: "benchmark {} was cut short"}
     return found + [words[code].format(name) for name, code in report["bench"]["exits"].items() if code in words]
 
@@ -227,19 +252,23 @@ def verdict(report: Report, expected: set[str]) -> list[str]:
         reasons.append(f"the build ended with {report['build']['exit']}")
     launched: collections.Counter[str] = collections.Counter()
     gpu: dict[str, str] = {}
-    for n, shard in enumerate(report["tests"]):
-        if shard["exit"] not in (0, 5):  # 5: a shard that no test fell to
-            unreached = f", {shard['unreached']} tests were not reached" if shard.get("unreached") else ""
-            log = f"build/gpu/tests-{n}.log"
-            reasons.append(f"tests, part {n}: pytest ended with {shard['exit']}{unreached}, see {log}")
-        launched.update(shard.get("launches", {}))
-        gpu |= shard.get("gpu", {})
-        if "nvcc" in shard.get("left_out", {}).values() and "_C_cuda" not in report["build"]["left_out"]:
-            reasons.append(f"tests, part {n}: the CUDA C++ kernels were left out, though they were built")
+    collected = next((process["collected"] for process in report["tests"] if "collected" in process), [])
+    for n, process in enumerate(report["tests"]):
+        if process["exit"] != 0:
+            reasons.append(f"tests, process {n}: pytest ended with {process['exit']}, see build/gpu/tests-{n}.log")
+        if process.get("collected", collected) != collected:
+            found = f"{len(process['collected'])} tests, another {len(collected)} or in another order"
+            reasons.append(f"tests, process {n}: collected {found}, so that they cannot share them")
+        launched.update(process.get("launches", {}))
+        gpu |= process.get("gpu", {})
+        if "nvcc" in process.get("left_out", {}).values() and "_C_cuda" not in report["build"]["left_out"]:
+            reasons.append(f"tests, process {n}: the CUDA C++ kernels were left out, though they were built")
+    if lost := unreached(report):
+        reasons.append(f"{len(lost)} of {len(collected)} tests were not reached")
     if not gpu:
         reasons.append("no test marked gpu ran")
     reasons += [f"{name}: {outcome}" for name, outcome in gpu.items() if outcome != "passed"]
-    reasons += [f"{name}: failed" for shard in report["tests"] for name in shard.get("failed", {}) if name not in gpu]
+    reasons += [f"{name}: failed" for p in report["tests"] for name in p.get("failed", {}) if name not in gpu]
     reasons += [f"{name} was never launched on the device by a test" for name in sorted(expected - launched.keys())]
     ran = report["bench"]
     reasons += [f"benchmark {name} ended with {code}" for name, code in ran["exits"].items() if code not in LEGAL]
@@ -260,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--suite", choices=(TARGETS, *SUITES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
@@ -271,18 +300,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _suite(chosen.suite, chosen.out)
     WORK.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * chosen.minutes
-    report: Report = {"build": build(0.3 * 60 * chosen.minutes)}
+    report: Report = {"seconds": {}}
+    report["build"], report["seconds"]["build"] = _timed(build, BUILD * 60 * chosen.minutes)
     print("built; " + "; ".join(f"{n} left out: {why}" for n, why in report["build"]["left_out"].items()), flush=True)
-    shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 1) - 1))
+    processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1))
     files = tests(report["build"]["left_out"])
-    report["tests"] = test(0.65 * (end - time.monotonic()) - GRACE, shards, files)
-    report["bench"] = bench(end - time.monotonic() - 10, WORK / "bench.jsonl")
+    left = end - time.monotonic() - BENCH * min(1.0, chosen.minutes / MINUTES)
+    report["tests"], report["seconds"]["tests"] = _timed(test, left - GRACE, processes, files)
+    left = end - time.monotonic()
+    report["bench"], report["seconds"]["bench"] = _timed(bench, left - 10, WORK / "bench.jsonl")
+    print(*(f"{step} took {seconds} s" for step, seconds in report["seconds"].items()), sep=", ")
     for what in not_run(report):
-        print(f"the time was up: {what}")
+        print(f"not run: {what}")
     reasons = verdict(report, kernels())
     path = write(report, reasons)
-    for shard in report["tests"]:
-        for name, said in shard.get("failed", {}).items():
+    for process in report["tests"]:
+        for name, said in process.get("failed", {}).items():
             print(f"\n{name}\n{said}")
     for reason in reasons:
         print(f"gpu: {reason}", file=sys.stderr)
@@ -290,28 +323,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if reasons else 0
 
 
+def _timed(step: Callable[..., Done], *arguments: Any) -> tuple[Done, float]:
+    start = time.monotonic()
+    return step(*arguments), round(time.monotonic() - start, 1)
+
+
 def write(report: Report, reasons: list[str]) -> Path:
-    """One file: where, what ran, what was left out, how often each kernel was launched, and every measurement."""
+    """One file: where, what ran and how long, what was left out, how often each kernel was launched, and every
+    measurement."""
     import torch
 
     from . import results
 
+    lost = unreached(report)
     total: collections.Counter[str] = collections.Counter()
     outcomes: collections.Counter[str] = collections.Counter()
-    for shard in report["tests"]:
-        total.update(shard.get("launches", {}))
-        outcomes.update(shard.get("outcomes", {}))
-    left_out = {k: v for shard in report["tests"] for k, v in shard.get("left_out", {}).items()}
-    slowest = sorted((s, name) for shard in report["tests"] for name, s in shard.get("slowest", {}).items())[:-21:-1]
+    seconds: collections.Counter[str] = collections.Counter()
+    by_file: collections.Counter[str] = collections.Counter()
+    for process in report["tests"]:
+        total.update(process.get("launches", {}))
+        outcomes.update(process.get("outcomes", {}))
+        seconds.update(process.get("finished", {}))
+    for name, spent in seconds.items():
+        by_file[name.partition("::")[0]] += spent
+    left_out = {k: v for process in report["tests"] for k, v in process.get("left_out", {}).items()}
     summary = results.environment("cuda") | {
         "success": not reasons,
         "reasons": reasons,
         "left_out": report["build"]["left_out"] | left_out,
         "outcomes": dict(outcomes),
-        "slowest_tests": {name: seconds for seconds, name in slowest},
+        "seconds": report["seconds"],
+        "test_seconds_by_file": {name: round(spent, 1) for name, spent in by_file.most_common()},
+        "slowest_tests": {name: round(spent, 1) for name, spent in seconds.most_common(NAMED)},
         "launches_in_tests": dict(total),
         "launches_in_benchmark": dict(report["bench"]["launches"]),
         "not_run": not_run(report),
+        "unreached": {"count": len(lost), "first": lost[:NAMED]},
         "suites": report["bench"]["exits"],
         "targets": report["bench"]["targets"],
         "records": report["bench"]["records"],

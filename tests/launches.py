@@ -1,21 +1,27 @@
 """A pytest plugin for runs on a CUDA device (`-p launches`): counts what is launched there, and forgives nothing.
 
-    python -m pytest -p launches --report build/gpu/tests-0.json --shard 0/8
+    python -m pytest -p launches --report build/gpu/tests-0.json --queue build/gpu/queue
 
 Triton calls its launch hook for what it puts on a device's stream, and never in its interpreter. The report holds the
-number of launches of each kernel, the outcome of each test marked ``gpu``, and what was left out for want of an
-optional package or tool. Without a device nothing runs.
+number of launches of each kernel, the seconds of each test that was finished, the outcome of each that is marked
+``gpu``, and what was left out for want of an optional package or tool; beside it lies a list of the tests collected.
+Without a device nothing runs.
+
+Processes with one queue share the tests: each collects all of them and takes the next piece that nobody has taken.
+Tests take from a millisecond to a minute, so that fixed shares end minutes apart.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,8 +39,11 @@ TOOLS = {"nvcc", "compiler", "compute-sanitizer", "CUPTI", "memory"}
 CUT_SHORT = 124
 TEXT = 4000
 """Characters that are kept of what a failed test said."""
-SLOWEST = 5
-"""Tests whose seconds are kept: a device is lent by the minute."""
+PIECE = 5
+"""Tests that are taken at once, all of one file. More would let a process end the later after the others, and keep the
+piece it takes next the longer from them; fewer would set up more often what a file's tests share: the run of two
+processes behind all five of `test_distributed.py` takes longer than any test of theirs. Taking one takes microseconds.
+"""
 
 
 class Launches(collections.Counter):
@@ -61,40 +70,92 @@ class Launches(collections.Counter):
         self[metadata.get()["name"]] += 1
 
 
+def pieces(items: Sequence[pytest.Item]) -> list[list[pytest.Item]]:
+    """The tests in the order in which they are taken, should the time not suffice: first what only a device can run,
+    then what uses one where it can. What needs much of the device's memory is one piece, so that it runs one after
+    another, and what needs the same compilations is another; they come before all, being long.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        marked = (n for n, marker in enumerate(("large", "nvcc", "gpu")) if item.get_closest_marker(marker))
+        return next(marked, 3 if item.path.name.startswith("test_triton_") else 4)
+
+    def place(item: pytest.Item) -> tuple[int, Path | None]:
+        return rank(item), None if rank(item) < 2 else item.path
+
+    found = []
+    for (kind, _), group in itertools.groupby(sorted(items, key=rank), place):
+        tests = list(group)
+        size = len(tests) if kind < 2 else PIECE
+        found += [tests[i : i + size] for i in range(0, len(tests), size)]
+    return found
+
+
+def _device_works() -> bool:
+    """Not after an illegal access, say: such a process fails each test at once, and would soon have taken them all."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _write(path: Path, found: object) -> None:
+    """As a whole, or not: the process may be killed at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(found))
+    os.replace(path.with_suffix(".part"), path)
+
+
 class Plugin:
-    def __init__(self, report: Path, shard: tuple[int, int], seconds: float) -> None:
-        self.report, self.shard = report, shard
-        self.deadline, self.unreached = time.monotonic() + seconds, 0
+    def __init__(self, report: Path, queue: Path | None, seconds: float) -> None:
+        self.report, self.queue, self.deadline = report, queue, time.monotonic() + seconds
         self.launches = Launches().install()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.failed: dict[str, str] = {}
         self.seconds: collections.Counter[str] = collections.Counter()
+        self.finished: dict[str, float] = {}
         self.gpu: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.marked: set[str] = set()
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items) -> None:
-        """This part's tests. What needs much of the device's memory comes in one part, one after another, and what
-        needs the same compilations in another."""
-        which, of = self.shard
-        large = [item for item in items if item.get_closest_marker("large")]
-        compiling = [item for item in items if item.get_closest_marker("nvcc")]
-        others = [item for item in items if item not in large and item not in compiling]
-        mine = others[which::of] + (large if which == 0 else []) + (compiling if which == of - 1 else [])
-        self.marked = {item.nodeid for item in mine if item.get_closest_marker("gpu")}
-        # Whatever only a device can run comes first, should the time not suffice, then what uses one where it can.
-        order = {item: (item.nodeid not in self.marked, "test_triton_" not in item.nodeid) for item in mine}
-        items[:] = sorted(mine, key=order.__getitem__)
-        self.unreached = len(items)
+    def _is_taken(self, piece: int) -> bool:
+        """By this process, now, if no other was first."""
+        try:
+            if self.queue is not None:
+                (self.queue / str(piece)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
-    def pytest_runtest_logfinish(self) -> None:
-        self.unreached -= 1
-        self._write(CUT_SHORT)  # should the process not live to the end
+    def pytest_runtestloop(self, session) -> bool:
+        if session.config.option.collectonly:
+            return True
+        order = pieces(session.items)
+        self.marked = {item.nodeid for item in session.items if item.get_closest_marker("gpu")}
+        _write(self.report.with_suffix(".collected.json"), [item.nodeid for piece in order for item in piece])
+        self._report(CUT_SHORT)
+        mine = (item for n, piece in enumerate(order) if self._is_taken(n) for item in piece)
+        item = next(mine, None)
+        while item is not None:
+            # Which comes next must be known while this one runs: it decides what fixtures live on.
+            following, failed = next(mine, None), session.testsfailed
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.testsfailed > failed and not _device_works():
+                session.shouldstop = f"the device does not answer this process since {item.nodeid}"
+            elif following is not None and time.monotonic() > self.deadline:
+                session.shouldstop = "the time is up"
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+            item = following
+        return True
 
-    def pytest_runtest_teardown(self, item) -> None:
-        if time.monotonic() > self.deadline:
-            item.session.shouldstop = "the time is up"
+    def pytest_runtest_logfinish(self, nodeid) -> None:
+        self.finished[nodeid] = round(self.seconds[nodeid], 3)
+        self._report(CUT_SHORT)  # should the process not live to the end
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
@@ -129,32 +190,29 @@ class Plugin:
                 self.gpu[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self, exitstatus) -> None:
-        self._write(int(exitstatus))
+        self._report(int(exitstatus))
 
-    def _write(self, exitstatus: int) -> None:
+    def _report(self, exitstatus: int) -> None:
         found = {
             "exit": exitstatus,
-            "unreached": self.unreached,
+            "finished": self.finished,
             "outcomes": self.outcomes,
             "failed": self.failed,
-            "slowest": {name: round(seconds, 1) for name, seconds in self.seconds.most_common(SLOWEST)},
             "gpu": self.gpu,
             "left_out": self.left_out,
             "launches": self.launches,
         }
-        self.report.parent.mkdir(parents=True, exist_ok=True)
-        self.report.write_text(json.dumps(found, indent=1))
+        _write(self.report, found)
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--report", type=Path, required=True)
-    parser.addoption("--shard", default="0/1", help="which part of the tests, of how many")
-    parser.addoption("--seconds", type=float, default=math.inf, help="when to stop, and count what was not reached")
+    parser.addoption("--queue", type=Path, help="a folder, empty at first, of the processes that share the tests")
+    parser.addoption("--seconds", type=float, default=math.inf, help="when to stop")
 
 
 def pytest_configure(config) -> None:
     if not torch.cuda.is_available():
         pytest.exit("launches: there is no CUDA device", returncode=3)
-    which, of = map(int, config.getoption("--shard").split("/"))
-    plugin = Plugin(config.getoption("--report"), (which, of), config.getoption("--seconds"))
+    plugin = Plugin(*map(config.getoption, ("--report", "--queue", "--seconds")))
     config.pluginmanager.register(plugin, "launch-counter")

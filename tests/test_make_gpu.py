@@ -15,7 +15,8 @@ import launches
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, results
+from benchmarks.report import load_gpus
 
 ROOT = Path(gpu.__file__).parents[1]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -26,8 +27,14 @@ RECORD = {
 GOOD = {
     "build": {"exit": 0, "failed": {}, "left_out": {}},
     "tests": [
-        {"exit": 0, "gpu": {"a": "passed"}, "launches": {"split_kernel": 3}, "outcomes": {"passed": 9}},
-        {"exit": 5, "gpu": {}, "launches": {"merge_kernel": 1}, "left_out": {"test_x.py": "pybind11"}},
+        {
+            "exit": 0, "gpu": {"t.py::a": "passed"}, "launches": {"split_kernel": 3}, "outcomes": {"passed": 2},
+            "collected": ["t.py::a", "t.py::b", "u.py::c"], "finished": {"t.py::a": 0.31, "t.py::b": 0.5},
+        },
+        {
+            "exit": 0, "gpu": {}, "launches": {"merge_kernel": 1}, "left_out": {"test_x.py": "pybind11"},
+            "collected": ["t.py::a", "t.py::b", "u.py::c"], "finished": {"u.py::c": 2.0}, "outcomes": {"passed": 1},
+        },
     ],
     "bench": {
         "exits": {"targets": 0, "rows": 0, "train": 124},
@@ -35,7 +42,8 @@ GOOD = {
         "records": [RECORD],
         "targets": [{"what": "a", "holds": False}],
     },
-}
+    "seconds": {"build": 1.0, "tests": 2.0, "bench": 3.0},
+}  # fmt: skip
 KERNELS = {"split_kernel", "merge_kernel"}
 
 
@@ -43,16 +51,6 @@ KERNELS = {"split_kernel", "merge_kernel"}
 def test_without_a_device_it_says_so_and_fails(capsys):
     assert gpu.main([]) == 2
     assert "nothing was run: PyTorch sees no CUDA device" in capsys.readouterr().err
-
-
-@without_gpu
-def test_its_tests_do_not_run_without_a_device(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-p", "launches", "--report", str(tmp_path / "r.json")]
-    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
-    done = subprocess.run([*command, "tests/test_docs.py"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 3, done.stdout
-    assert "there is no CUDA device" in done.stdout + done.stderr
-    assert not (tmp_path / "r.json").exists()
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -110,44 +108,79 @@ def test_the_benchmark_stops_at_its_deadline(clock, monkeypatch, tmp_path):
     assert list(exits.values()) == [0, 0, gpu.CUT_SHORT, gpu.NOT_STARTED]
 
 
-def test_a_run_out_of_time_is_written_with_what_did_not_run(clock, monkeypatch, tmp_path, capsys):
-    """Each step gets its share of nine minutes and takes all of it."""
-    given, written = [], {}
+@pytest.fixture
+def steps(clock, monkeypatch, tmp_path):
+    """The seconds that each step of `main` was given and, unless told how many, takes; and the report."""
+    found = SimpleNamespace(given={}, takes={}, exits=GOOD["bench"]["exits"], tests=GOOD["tests"], report=None)
 
-    def takes_all(seconds):
-        given.append(seconds)
-        clock[0] += seconds
-
-    def build(seconds):
-        takes_all(seconds)
-        return GOOD["build"]
-
-    def test(seconds, shards, files):
-        takes_all(seconds + gpu.GRACE)
-        return [GOOD["tests"][0] | {"exit": 2, "unreached": 7}]
-
-    def bench(seconds, out):
-        takes_all(seconds)
-        return GOOD["bench"] | {"exits": {"targets": gpu.CUT_SHORT, "rows": gpu.NOT_STARTED}}
+    def step(name, seconds, result, grace=0.0):
+        found.given[name] = seconds
+        clock[0] += found.takes.get(name, seconds + grace)
+        return result
 
     def write(report, reasons):
-        written.update(not_run=gpu.not_run(report), reasons=reasons)
+        found.report = report | {"reasons": reasons}
         return tmp_path / "results.json"
 
-    for name, step in {"build": build, "test": test, "bench": bench, "write": write}.items():
-        monkeypatch.setattr(gpu, name, step)
+    monkeypatch.setattr(gpu, "build", lambda seconds: step("build", seconds, GOOD["build"]))
+    monkeypatch.setattr(gpu, "test", lambda seconds, *_: step("tests", seconds, found.tests, gpu.GRACE))
+    monkeypatch.setattr(gpu, "bench", lambda seconds, _: step("bench", seconds, GOOD["bench"] | {"exits": found.exits}))
+    monkeypatch.setattr(gpu, "write", write)
     monkeypatch.setattr(gpu, "missing", lambda *_: [])
+    monkeypatch.setattr(gpu, "kernels", lambda: KERNELS)
     monkeypatch.setattr(gpu, "WORK", tmp_path)
+    return found
+
+
+def test_a_run_out_of_time_is_written_with_what_did_not_run(steps, capsys):
+    steps.tests = [GOOD["tests"][0] | {"exit": 2, "finished": {"t.py::a": 0.3}}]
+    steps.exits = {"targets": gpu.CUT_SHORT, "rows": gpu.NOT_STARTED}
     assert gpu.main([]) == 1
-    assert clock[0] <= 9 * 60
-    assert all(seconds > 60 for seconds in given)
-    assert written["not_run"] == [
-        "7 tests of part 0",
+    assert gpu.not_run(steps.report) == [
+        "2 tests, of which the first is t.py::b",
         "benchmark targets was cut short",
         "benchmark rows was not started",
     ]
-    assert "tests, part 0: pytest ended with 2, 7 tests were not reached" in written["reasons"][0]
-    assert "the time was up: benchmark rows was not started" in capsys.readouterr().out
+    process, reached, *_ = steps.report["reasons"]
+    assert process == "tests, process 0: pytest ended with 2, see build/gpu/tests-0.log"
+    assert reached == "2 of 3 tests were not reached"
+    out = capsys.readouterr().out
+    assert "not run: benchmark rows was not started" in out
+    assert "build took 162.0 s, tests took 228.0 s, bench took 140.0 s" in out
+
+
+@pytest.mark.parametrize("minutes", (9.0, 4.5, 12.0))
+def test_each_step_has_its_share_of_the_time(steps, clock, minutes):
+    """The benchmark has its own kept for it, and what the others do not use."""
+    kept = 150 * min(1, minutes / 9)
+    assert gpu.main(["--minutes", str(minutes)]) == 0
+    assert clock[0] <= 60 * minutes
+    assert steps.given["build"] == pytest.approx(0.3 * 60 * minutes)
+    assert steps.given["bench"] == pytest.approx(kept - 10)
+    assert sum(steps.given.values()) == pytest.approx(60 * minutes - gpu.GRACE - 10)
+    clock[0], steps.takes = 0.0, {"build": 5.0, "tests": 15.0}
+    assert gpu.main(["--minutes", str(minutes)]) == 0
+    assert steps.given["tests"] == pytest.approx(60 * minutes - 5 - kept - gpu.GRACE)
+    assert steps.given["bench"] == pytest.approx(60 * minutes - 20 - 10)
+    assert steps.report["seconds"] == {"build": 5.0, "tests": 15.0, "bench": steps.given["bench"]}
+
+
+def test_the_results_say_what_was_slow_and_what_was_not_reached(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H0")
+    monkeypatch.setattr(results, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    lost = [f"v.py::d[{n}]" for n in range(30)]
+    report = copy.deepcopy(GOOD)
+    report["tests"][1]["collected"] += lost
+    path = gpu.write(report, ["a reason"])
+    found = json.loads(path.read_text())
+    assert path.name == "gpu-nvidia-h0.json"
+    assert found["seconds"] == GOOD["seconds"]
+    assert found["test_seconds_by_file"] == {"u.py": 2.0, "t.py": 0.8}
+    assert list(found["slowest_tests"].items()) == [("u.py::c", 2.0), ("t.py::b", 0.5), ("t.py::a", 0.3)]
+    assert found["unreached"] == {"count": 30, "first": lost[:20]}
+    assert found["outcomes"] == {"passed": 3} and found["reasons"] == ["a reason"]
+    assert load_gpus([path]) == {"cuda": [RECORD]}
 
 
 def test_a_whole_run_is_a_success():
@@ -159,10 +192,13 @@ def test_a_whole_run_is_a_success():
     (
         (("build", "exit"), 1, "the build ended with 1"),
         (("build", "failed"), {"_C_cuda": "nvcc failed"}, "_C_cuda was not built: nvcc failed"),
-        (("tests", 0, "exit"), 1, "tests, part 0: pytest ended with 1"),
+        (("tests", 0, "exit"), 1, "tests, process 0: pytest ended with 1"),
         (("tests", 0, "exit"), 124, "pytest ended with 124"),
+        (("tests", 1, "finished"), {}, "1 of 3 tests were not reached"),
+        (("tests", 1, "collected"), ["t.py::a"], "tests, process 1: collected 1 tests, another 3"),
+        (("tests", 1, "collected"), ["u.py::c", "t.py::b", "t.py::a"], "or in another order"),
         (("tests", 0, "gpu"), {}, "no test marked gpu ran"),
-        (("tests", 0, "gpu"), {"a": "skipped"}, "a: skipped"),
+        (("tests", 0, "gpu"), {"t.py::a": "skipped"}, "t.py::a: skipped"),
         (("tests", 1, "launches"), {}, "merge_kernel was never launched on the device"),
         (("tests", 1, "left_out"), {"test_cuda_gpu.py::a": "nvcc"}, "were left out, though they were built"),
         (("bench", "exits"), {"rows": 1}, "benchmark rows ended with 1"),
@@ -228,72 +264,3 @@ def test_what_tests_need_is_known():
                 names = [node.module]
             unknown |= {(path.name, name) for name in names if name.partition(".")[0] not in known}
     assert unknown == set()
-
-
-def counted_run(folder, *options):
-    """pytest with the plugin, with a device made up: its report, and what it printed."""
-    command = [sys.executable, "-c", "import torch; torch.cuda.is_available = lambda: True; import pytest, sys; "]
-    command[-1] += "sys.exit(pytest.main(sys.argv[1:]))"
-    env = {"PYTHONPATH": str(ROOT / "tests"), "PATH": ""}
-    arguments = ["-q", "-p", "launches", "--report", "r.json", *options]
-    done = subprocess.run([*command, *arguments], cwd=folder, env=env, capture_output=True, text=True)
-    return json.loads((folder / "r.json").read_text()), done.stdout
-
-
-def test_when_the_time_is_up_the_report_says_how_many_were_not_reached(tmp_path):
-    """What only a device can run comes first; what is large is all in the first part."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: on a device\n    large: in memory\n")
-    (tmp_path / "test_a.py").write_text(
-        "import pytest\ndef test_a(): pass\n@pytest.mark.large\ndef test_b(): pass\ndef test_c(): pass\n"
-        "@pytest.mark.gpu\ndef test_d(): pass\n"
-    )
-    report, log = counted_run(tmp_path, "--shard", "0/2", "--seconds", "0")
-    assert (report["exit"], report["unreached"], report["gpu"]) == (2, 2, {"test_a.py::test_d": "passed"}), log
-    report, log = counted_run(tmp_path, "--shard", "1/2")
-    assert (report["exit"], report["unreached"], report["outcomes"]) == (0, 0, {"passed": 1}), log
-
-
-def test_nothing_is_counted_while_the_clock_runs():
-    triton = pytest.importorskip("triton")
-    counted, hook = launches.Launches().install(), triton.knobs.runtime.launch_enter_hook
-    launch = SimpleNamespace(get=lambda: {"name": "split_kernel"})
-    try:
-        hook(launch)
-        with counted.paused():
-            hook(launch)
-        assert counted == {"split_kernel": 1}
-        hook(launch)
-        assert counted == {"split_kernel": 2}
-    finally:
-        hook.remove(counted._count)
-
-
-def test_launches_are_counted_and_files_without_their_package_left_out(tmp_path):
-    """The plugin on a run of its own, with a device made up: a launch, a gpu test, two absent packages."""
-    (tmp_path / "conftest.py").write_text(
-        "import sys, torch, triton\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "torch.cuda.is_available = lambda: True\n"
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: on a device\n")
-    (tmp_path / "test_a.py").write_text(
-        "import pytest, triton\n@pytest.mark.gpu\ndef test_a():\n"
-        "    class Meta:\n        def get(self): return {'name': 'split_kernel'}\n"
-        "    triton.knobs.runtime.launch_enter_hook(Meta())\n"
-    )
-    (tmp_path / "test_b.py").write_text("import peft_is_not_here\n")
-    (tmp_path / "test_c.py").write_text("import pybind11.nothing_like_it\n")
-    (tmp_path / "test_d.py").write_text(
-        "import pytest\n@pytest.mark.gpu\ndef test_a(): import peft.nothing_like_it\n"
-        "@pytest.mark.gpu\ndef test_b(): pytest.skip('needs CUPTI')\n"
-        "@pytest.mark.gpu\ndef test_c(): pytest.skip('not today')\n"
-        "@pytest.mark.gpu\ndef test_d(): import peft_is_not_here\n"
-    )
-    report, log = counted_run(tmp_path, "--continue-on-collection-errors")
-    assert report["launches"] == {"split_kernel": 1}, log
-    assert report["gpu"] == {
-        "test_a.py::test_a": "passed", "test_d.py::test_c": "skipped", "test_d.py::test_d": "failed",
-    }  # fmt: skip
-    assert report["left_out"] == {"test_c.py": "pybind11", "test_d.py::test_a": "peft", "test_d.py::test_b": "CUPTI"}
-    assert report["exit"] == 1  # a module that is not optional is an error
-    assert len(report["slowest"]) == 5 and report["failed"].keys() == {"test_d.py::test_d"}
