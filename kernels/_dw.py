@@ -1,4 +1,5 @@
-"""The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of one task, never stored: each tile is dotted, scaled and dropped.
+"""The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of one task. Each tile is dotted, scaled and dropped: P_t is stored
+only in parts that are added, or where the vendor's product makes it (`dw_splits_kernel`).
 
 Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a slot of its own, and
 `sum_slots_kernel` adds the slots in their order.
@@ -240,7 +241,10 @@ def dw_splits_kernel(
     TABLE: tl.constexpr,
     OUT_TABLE: tl.constexpr,
 ):
-    """P = Σ_s partial[s] in the order of s, then what `dw_task_kernel` does with it."""
+    """P = Σ_s partial[s] in the order of s, then what `dw_task_kernel` does with it.
+
+    P may lie in one of the outputs.
+    """
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tiles_i * tl.cdiv(O, BLOCK_O)
     tile = tl.program_id(0)

@@ -144,7 +144,17 @@ def test_rows_of_several_samples(settings):
 def test_one_launch_without_memory_of_its_own(settings):
     check(Case(torch.bfloat16, rows=11, shape=(40, 64), num_deltas=4, tasks=IDS, num_tasks=4, bias="task"))
     (launch,) = settings.launches
-    assert launch.blocks == 3 and launch.shared_bytes <= 96 * 1024
+    assert launch.blocks == 3 and launch.shared_bytes <= settings.shared_limit
+
+
+def test_many_deltas_on_a_small_gpu(settings):
+    """Sixteen rows beside a long list of coefficients do not fit in its shared memory: eight do."""
+    case = Case(torch.bfloat16, rows=16, shape=(18, 72), num_deltas=60)
+    small = check(case)
+    settings.shared_limit = 227 * 1024
+    large = check(case)
+    assert [launch.blocks for launch in settings.launches] == [4, 2]
+    assert torch.equal(small, large)
 
 
 def test_a_failed_launch_says_what_was_started(settings):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from taps_fast.kernels import _arguments, _configs, linear, merge
+from taps_fast.kernels import _arguments, _configs, _gradients, linear, merge
 from triton_shim import DEVICE, INTERPRETED
 
 from taps_fast import _autograd, _dispatch
@@ -19,6 +19,7 @@ from taps_fast.testing import (
     linear_cases,
     make_inputs,
     oracle,
+    ours,
     plain_torch,
     run,
 )
@@ -70,6 +71,55 @@ def test_reductions_in_parts(monkeypatch, dtype):
     assert_close_to_oracle(Case(dtype, rows=37, shape=(20, 140), num_deltas=2), "triton", "split", DEVICE)
     mixed = Case(dtype, rows=12, shape=(70, 140), num_deltas=2, tasks=(1, -1, 0), num_tasks=2, bias="base")
     assert_close_to_oracle(mixed, "triton", "split", DEVICE)
+
+
+@pytest.fixture
+def by_vendor(monkeypatch):
+    """Weight gradients by the vendor's product, however few rows there are."""
+    monkeypatch.setattr(_gradients, "vendor_rows", lambda x: 0)
+
+
+@pytest.mark.parametrize("case", [c for c in linear_cases((torch.float32,)) if c.tasks is None], ids=str)
+def test_every_axis_by_the_vendors_product(by_vendor, case):
+    assert_close_to_oracle(case, "triton", "split", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", (HALF, torch.float16))
+def test_the_vendors_product_is_rounded_as_pytorchs_is(by_vendor, dtype):
+    """To 16 bits before a coefficient's gradient is summed: by chance one may be less exact than PyTorch's, which is
+    rounded oftener, many are not."""
+    errors = []
+    for seed in range(20):
+        n = make_inputs(Case(dtype, rows=37, shape=(20, 24), num_deltas=3, seed=seed), DEVICE)
+        exact, plain, found = (
+            run(n.to(d), call)["dcoeffs"].double().cpu()
+            for d, call in ((torch.float64, oracle), (dtype, plain_torch), (dtype, ours("triton", "split")))
+        )
+        errors.append([(dcoeffs - exact).square().sum() for dcoeffs in (found, plain)])
+    own, theirs = torch.tensor(errors).sum(0)
+    assert 0 < own <= theirs
+
+
+@pytest.mark.parametrize("baked", (False, True))
+@pytest.mark.parametrize("need_dcoeffs", (False, True))
+@pytest.mark.parametrize("need_dbase", (False, True))
+@pytest.mark.parametrize("ddeltas_for", ([], [1], [1, 0]))
+def test_both_products_make_the_same_gradients(monkeypatch, baked, need_dcoeffs, need_dbase, ddeltas_for):
+    """Also where no result has a place for the product; of rows, weights and results that are wider than a tile."""
+    g = torch.Generator().manual_seed(0)
+    dy, x, base, *deltas = (torch.randn(n, generator=g).to(DEVICE) for n in ((37, 40), (37, 140), *[(40, 140)] * 3))
+    coeffs, base_coeffs = torch.tensor([0.5, 0.0], device=DEVICE), torch.tensor([0.25], device=DEVICE)
+    given = (dy, x, base, deltas, coeffs, base_coeffs if baked else None, None, None, None, 1)
+    found = []
+    for least in (38, 37):
+        monkeypatch.setattr(_gradients, "vendor_rows", lambda x, least=least: least)
+        found.append(linear.linear_dw(*given, [], ddeltas_for, need_dcoeffs, need_dbase, True))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    product = dy.T @ x
+    if need_dbase:
+        torch.testing.assert_close(found[1][2], product * (0.25 if baked else 1.0), rtol=1e-4, atol=1e-4)
+    for k, d in zip(ddeltas_for, found[1][1], strict=True):
+        torch.testing.assert_close(d, product * coeffs[k], rtol=1e-4, atol=1e-4)
 
 
 def with_owners(case: Case, pairs: list[tuple[int, int]], algorithm: str) -> None:

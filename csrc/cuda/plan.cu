@@ -1,6 +1,7 @@
 // See plan.h for what is computed. One block: the batch is small, and a second launch costs more than the sort. Each
 // warp counts the samples of its own stretch of the batch by group, the counts become places, and the warps walk
-// their stretches again to fill them. Lanes of one group are found by votes, which keep their order.
+// their stretches again to fill them, in shared memory where the batch fits there. Lanes of one group are found by
+// votes, which keep their order.
 #include <algorithm>
 
 #include "../common/check.h"
@@ -14,17 +15,22 @@ namespace {
 constexpr int kMaxWarps = 32;
 constexpr int kAhead = 4;  // loads on their way together: the kernel waits for little else
 constexpr int kMaxSharedBytes = 96 * 1024;
+constexpr int kFewestStaged = 512;  // samples: fewer are stored sooner than put together
 
-/// counts[warp][group], with one more group for lanes beyond the batch; a word for each warp; of a layer, a byte for
-/// each task.
-constexpr int shared_bytes(int warps, int tasks, bool layer) {
-  return (warps * (tasks + 2) + kMaxWarps) * 4 + (layer ? tasks : 0);
+/// counts[warp][group], with one more group for lanes beyond the batch; a word for each warp; the order, where it is
+/// made here first; of a layer, a byte for each task.
+constexpr int shared_bytes(int warps, int tasks, int staged, bool layer) {
+  return (warps * (tasks + 2) + kMaxWarps + staged) * 4 + (layer ? tasks : 0);
 }
-static_assert(shared_bytes(1, kMaxTasks, false) <= kMaxSharedBytes);
-static_assert(shared_bytes(1, kMaxLayerTasks, true) <= kMaxSharedBytes);
+static_assert(shared_bytes(1, kMaxTasks, 0, false) <= kMaxSharedBytes);
+static_assert(shared_bytes(1, kMaxLayerTasks, 0, true) <= kMaxSharedBytes);
+
+__device__ int* staged_order(const PlanProblem& p) {
+  return reinterpret_cast<int*>(dynamic_shared() + shared_bytes(p.warps, p.tasks, 0, false));
+}
 
 __device__ uint8_t* own_weight(const PlanProblem& p) {
-  return dynamic_shared() + shared_bytes(p.warps, p.tasks, false);
+  return dynamic_shared() + shared_bytes(p.warps, p.tasks, p.staged, false);
 }
 
 /// Whether each task's weight differs from the base's; a warp looks at a task.
@@ -59,20 +65,34 @@ __device__ __forceinline__ unsigned lanes_of(int group, int last_group) {
   return same;
 }
 
-/// use(sample, group) for the samples in [begin, end), 32 of them at a time; lanes beyond have the last group.
+/// What a lane knows of the samples that are looked at together.
+struct Seen {
+  int group[kAhead];
+  unsigned same[kAhead];  // lanes of the same group
+};
+
+/// use(sample, group, lanes of the same group) for the samples in [begin, end), 32 of them at a time; lanes beyond have
+/// the last group. A second walk, `again`, finds what was seen in the first, if that took one step.
 template <class Use>
-__device__ __forceinline__ void walk(const PlanProblem& p, int begin, int end, bool* bad, const Use& use) {
+__device__ __forceinline__ void walk(const PlanProblem& p, int begin, int end, bool again, Seen& seen, bool* bad,
+                                     const Use& use) {
+  const bool known = again && end - begin <= 32 * kAhead;
   for (int first = begin; first < end; first += 32 * kAhead) {
     const int sample = first + threadIdx.x % 32;
-    int groups[kAhead];
+    if (!known) {
 #pragma unroll
-    for (int n = 0; n < kAhead; n++) groups[n] = group_of(p, sample + 32 * n, end, bad);
+      for (int n = 0; n < kAhead; n++) seen.group[n] = group_of(p, sample + 32 * n, end, bad);
+    }
 #pragma unroll
-    for (int n = 0; n < kAhead; n++) use(sample + 32 * n, groups[n]);
+    for (int n = 0; n < kAhead; n++) {
+      if (first + 32 * n >= end) break;
+      if (!known) seen.same[n] = lanes_of(seen.group[n], p.tasks + 1);
+      use(sample + 32 * n, seen.group[n], seen.same[n]);
+    }
   }
 }
 
-/// Σ of the values of lower threads of the block.
+/// Σ of the values of lower threads of the block, which has no more warps than a warp has lanes.
 __device__ int sum_before(int value, int* warp_sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = value;
@@ -82,8 +102,9 @@ __device__ int sum_before(int value, int* warp_sums) {
   }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  for (int w = 0; w < warp; w++) sum += warp_sums[w];
-  return sum - value;
+  int lower = lane < warp ? warp_sums[lane] : 0;
+  for (int distance = 16; distance > 0; distance /= 2) lower += __shfl_xor_sync(~0u, lower, distance);
+  return sum + lower - value;
 }
 
 /// Of order and offsets, which this block has just written, the rows' own.
@@ -99,7 +120,7 @@ __device__ void place_rows(const PlanProblem& p, int threads, int groups) {
     store(p.ends + g, static_cast<int32_t>(load_own(p.offsets + g + 1) * each));
 }
 
-__global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_constant__ PlanProblem p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) plan_kernel(const __grid_constant__ PlanProblem p) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * p.warps;
   const unsigned below = (1u << lane) - 1;
   const int groups = p.tasks + 1, columns = groups + 1;
@@ -112,8 +133,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   if (p.layer) find_own_weights(p);
   __syncthreads();
   bool bad = false;
-  walk(p, begin, end, &bad, [&](int, int group) {
-    const unsigned same = lanes_of(group, groups);
+  Seen seen;
+  walk(p, begin, end, false, seen, &bad, [&](int, int group, unsigned same) {
     if ((same & below) == 0) mine[group] += __popc(same);
     __syncwarp();
   });
@@ -145,18 +166,23 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
   }
   __syncthreads();
 
-  walk(p, begin, end, &bad, [&](int sample, int group) {
-    const unsigned same = lanes_of(group, groups);
+  walk(p, begin, end, true, seen, &bad, [&](int sample, int group, unsigned same) {
     const int at = mine[group] + __popc(same & below);
     __syncwarp();
     if ((same & below) == 0) mine[group] += __popc(same);
     __syncwarp();
     if (sample < end) {
-      store(p.order + at, int64_t{sample});
+      // Neighbouring lanes' samples are far apart in the order: many are put together first.
+      if (p.staged) staged_order(p)[at] = sample;
+      else store(p.order + at, int64_t{sample});
       if (p.inverse) store(p.inverse + sample, int64_t{at});
       if (p.slots) store(p.slots + sample, int64_t{group});
     }
   });
+  if (p.staged) {
+    __syncthreads();
+    for (int at = thread; at < p.samples; at += threads) store(p.order + at, int64_t{staged_order(p)[at]});
+  }
   if (p.layer) place_rows(p, threads, groups);
 }
 
@@ -165,8 +191,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) plan_kernel(const __grid_const
 void plan(PlanProblem p, void* cuda_stream) {
   const int64_t items = p.layer ? std::max<int64_t>({p.samples, p.rows, 32 * int64_t{p.tasks}}) : p.samples;
   p.warps = static_cast<int>(std::clamp<int64_t>((items + 31) / 32, 1, kMaxWarps));
-  while (p.warps > 1 && shared_bytes(p.warps, p.tasks, p.layer) > kMaxSharedBytes) p.warps--;
-  const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks, p.layer)};
+  while (p.warps > 1 && shared_bytes(p.warps, p.tasks, 0, p.layer) > kMaxSharedBytes) p.warps--;
+  const bool fits = shared_bytes(p.warps, p.tasks, p.samples, p.layer) <= kMaxSharedBytes;
+  p.staged = p.samples >= kFewestStaged && fits ? p.samples : 0;
+  const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks, p.staged, p.layer)};
   const char* error = launch<plan_kernel>(grid, p, cuda_stream);
   check(!error, p.layer ? "layer" : "task", "_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples,
         " samples, ", p.tasks, " tasks; ", p.warps, " warps, ", grid.shared_bytes, " bytes of shared memory)");

@@ -25,7 +25,7 @@ struct PlanProblem {
   int64_t* place;            // [rows]: the row at each position of the grouped order
   int32_t* ends;             // [tasks + 1]: positions before each group's end
   int deltas, rows, inner;   // sample b's rows are those r with (r / inner) % samples = b
-  int warps;  // set by plan()
+  int warps, staged;  // set by plan(); staged: samples whose order is made in shared memory
 };
 
 /// Starts the kernel on the current device; raises if it cannot start.

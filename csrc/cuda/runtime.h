@@ -12,7 +12,7 @@ struct Grid {
 };
 
 struct Device {
-  int processors;
+  int processors, shared_bytes;  // shared_bytes: of a block at most
   bool has_clusters;
 };
 
@@ -36,16 +36,17 @@ inline int current_device_index() {
 
 inline Device current_device() {
   const int index = current_device_index();
-  static std::atomic<int> known[64];  // 0: not asked yet
-  int found = known[index & 63].load(std::memory_order_relaxed);
+  static std::atomic<int64_t> known[64];  // 0: not asked yet
+  int64_t found = known[index & 63].load(std::memory_order_relaxed);
   if (found == 0) {
-    int processors = 1, capability = 8;
+    int processors = 1, capability = 8, shared_bytes = 48 * 1024;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
     cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index);
-    found = processors << 8 | capability;
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    found = int64_t{shared_bytes} << 32 | processors << 8 | capability;
     known[index & 63].store(found, std::memory_order_relaxed);
   }
-  return {found >> 8, (found & 255) >= 9};
+  return {static_cast<int>(found >> 8 & 0xffffff), static_cast<int>(found >> 32), (found & 255) >= 9};
 }
 
 template <auto kernel, class Problem>
@@ -55,9 +56,8 @@ const char* launch_grid(const Grid& grid, const Problem& problem, void* stream) 
   static std::atomic<uint64_t> allowed{0};
   const uint64_t bit = uint64_t{1} << (index & 63);
   if (!(allowed.load(std::memory_order_relaxed) & bit)) {
-    int most = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    const int most = current_device().shared_bytes;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }

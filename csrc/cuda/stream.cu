@@ -1,7 +1,7 @@
 // See stream.h for what is computed. A block owns 16 out features and 8·kTiles rows. Its warps, and those of the
-// other blocks of its cluster, share out the in features. Each warp walks the sources that its rows use in one
-// sequence of steps, fed by a ring of asynchronous copies that never drains between sources. Sums over warps, then
-// over blocks, are in a fixed order: no atomics, no workspace, one launch.
+// other blocks of its cluster, share out the in features. Each warp walks the sources that its rows use, two at a time,
+// in one sequence of steps, fed by a ring of asynchronous copies that never drains between sources. Sums over warps,
+// then over blocks, are in a fixed order: no atomics, no workspace, one launch.
 #include <algorithm>
 
 #include "../common/check.h"
@@ -18,16 +18,15 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kStepBytes = 64;  // of each row
 constexpr int kMaxCluster = 8;  // what every GPU with clusters can hold
 
-// At least 64 KB of copies under way in a processor that holds two blocks or more; a smaller GPU's 99 KB hold one.
-template <int kTiles>
-constexpr int kStages = kTiles == 1 ? 6 : 4;
+constexpr int kStages = 4;  // of the ring: 48 KB of weights under way in each block of two sources a step
 
 /// Shared memory: the ring, c[source][row], the list of used sources, its length.
-template <int kTiles>
+template <class T, int kTiles>
 struct Layout {
   static constexpr int kRows = 8 * kTiles;
-  static constexpr int kStepVectors = 32 * (2 + kTiles);
-  static constexpr int kRingBytes = kWarps * kStages<kTiles> * kStepVectors * 16;
+  static constexpr int kSources = StreamTile<T, kTiles>::kSources;
+  static constexpr int kStepVectors = StreamTile<T, kTiles>::kStepVectors;
+  static constexpr int kRingBytes = kWarps * kStages * kStepVectors * 16;
 
   uint4* ring;
   float* coeffs;
@@ -38,9 +37,9 @@ struct Layout {
       : ring(reinterpret_cast<uint4*>(dynamic_shared())),
         coeffs(reinterpret_cast<float*>(dynamic_shared() + kRingBytes)),
         used(reinterpret_cast<int*>(coeffs + num_sources * kRows)),
-        num_used(used + num_sources) {}
+        num_used(used + num_sources + kSources - 1) {}
 
-  static int bytes(int num_sources) { return kRingBytes + num_sources * (kRows + 1) * 4 + 4; }
+  static int bytes(int num_sources) { return kRingBytes + (num_sources * (kRows + 1) + kSources) * 4; }
 };
 
 __device__ int task_of(const StreamProblem& p, int row) {
@@ -53,10 +52,10 @@ __device__ float coefficient(const StreamProblem& p, int source, int task) {
   return load(p.coeffs + int64_t{task} * (p.num_sources - 1) + source - 1);
 }
 
-/// Fills c[source][row], 0 for rows that do not exist, and lists the sources that any row uses.
-template <int kTiles>
-__device__ void list_sources(const StreamProblem& p, const Layout<kTiles>& shared, int row0) {
-  constexpr int kRows = Layout<kTiles>::kRows;
+/// Fills c[source][row], 0 for rows that do not exist, and lists the sources that any row uses; -1 fills the last step.
+template <class T, int kTiles>
+__device__ void list_sources(const StreamProblem& p, const Layout<T, kTiles>& shared, int row0) {
+  constexpr int kRows = 8 * kTiles, kSources = Layout<T, kTiles>::kSources;
   const int r = threadIdx.x % kRows, lane = threadIdx.x % 32;
   const bool exists = row0 + r < p.rows;
   const int task = exists ? task_of(p, row0 + r) : 0;
@@ -74,6 +73,8 @@ __device__ void list_sources(const StreamProblem& p, const Layout<kTiles>& share
       if (used) shared.used[count + __popc(mask & ((1u << lane) - 1))] = s;
       count += __popc(mask);
     }
+    for (; count % kSources; count++)
+      if (lane == 0) shared.used[count] = -1;
     if (lane == 0) *shared.num_used = count;
   }
   __syncthreads();
@@ -95,9 +96,10 @@ __device__ __forceinline__ void fetch(uint4* to, const T* row, int i, int size, 
 
 template <class T, int kTiles, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_constant__ StreamProblem p) {
-  constexpr int kRows = 8 * kTiles, kElements = kStepBytes / sizeof(T), kRing = kStages<kTiles>;
-  constexpr int kStepVectors = Layout<kTiles>::kStepVectors;
-  const Layout<kTiles> shared(p.num_sources);
+  using Tile = StreamTile<T, kTiles>;
+  constexpr int kRows = 8 * kTiles, kElements = kStepBytes / sizeof(T);
+  constexpr int kSources = Tile::kSources, kStepVectors = Tile::kStepVectors;
+  const Layout<T, kTiles> shared(p.num_sources);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4;
   const int rank = blockIdx.x % p.cluster, block = blockIdx.x / p.cluster;
   // Row blocks of the same weights run side by side, so that the weights come from memory once.
@@ -109,51 +111,60 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
   const int pieces = (p.in_features + kElements - 1) / kElements;
   const int mine = split < pieces ? (pieces - split + splits - 1) / splits : 0;
 
-  uint4* const ring = shared.ring + warp * kRing * kStepVectors;
+  uint4* const ring = shared.ring + warp * kStages * kStepVectors;
   const int64_t weight_row = (out0 + group) * p.weight_stride;
-  int fetched = 0, fetched_sources = 0, slot_in = 0;  // pieces of the present source; whole sources; place in the ring
-  const auto fetch_step = [&](int source) {
-    const int i = (split + fetched * splits) * kElements + lane % 4 * (16 / sizeof(T));
-    const T* weight = static_cast<const T*>(p.sources[source]) + weight_row;
-    uint4* to = ring + slot_in * kStepVectors + lane;
+  // The n-th source of a step, and with the first the step's x.
+  const auto fetch_source = [&](int n, int source, int piece, int slot) {
+    const int i = (split + piece * splits) * kElements + lane % 4 * (16 / sizeof(T));
+    const T* weight = static_cast<const T*>(p.sources[std::max(source, 0)]) + weight_row;
+    uint4* to = ring + slot * kStepVectors + lane;
 #pragma unroll
     for (int h = 0; h < 2; h++)
-      fetch<Use::kOnce, kAligned>(to + 32 * h, weight + 8 * h * p.weight_stride, i, p.in_features,
-                                  out0 + group + 8 * h < p.out_features);
+      fetch<Use::kOnce, kAligned>(to + 32 * (2 * n + h), weight + 8 * h * p.weight_stride, i, p.in_features,
+                                  source >= 0 && out0 + group + 8 * h < p.out_features);
+    if (n > 0) return;
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
       const int row = row0 + 8 * t + group;
-      fetch<Use::kAgain, kAligned>(to + 32 * (2 + t), x + row * p.x_stride, i, p.in_features, row < p.rows);
+      fetch<Use::kAgain, kAligned>(to + 32 * (2 * kSources + t), x + row * p.x_stride, i, p.in_features, row < p.rows);
     }
-    if (++fetched == mine) fetched = 0, fetched_sources++;
-    if (++slot_in == kRing) slot_in = 0;
   };
 
   // A base that is not scaled is every row's first source: it is on its way while the list is made.
-  const int early = p.base_coeffs ? 0 : std::min(kRing - 1, mine);
-  for (int step = 0; step < early; step++) {
-    fetch_step(0);
-    cp_async_commit();
-  }
+  const int early = p.base_coeffs ? 0 : std::min(kStages - 1, mine);
+  for (int step = 0; step < early; step++) fetch_source(0, 0, step, step);
   list_sources(p, shared, row0);
-  const int steps = *shared.num_used * mine;
-  for (int step = early; step < kRing - 1; step++) {
-    if (step < steps) fetch_step(shared.used[fetched_sources]);
+  const int steps = *shared.num_used / kSources * mine;
+
+  const int* next = shared.used;  // the sources of the step that is fetched next, its piece, its place in the ring
+  int piece = 0, slot_in = 0;
+  const auto fetch_step = [&](int first) {
+#pragma unroll
+    for (int n = 0; n < kSources; n++)
+      if (n >= first) fetch_source(n, next[n], piece, slot_in);
+    if (++piece == mine) piece = 0, next += kSources;
+    if (++slot_in == kStages) slot_in = 0;
+  };
+  for (int step = 0; step < kStages - 1; step++) {
+    if (step < steps) fetch_step(step < early);
     cp_async_commit();
   }
 
-  StreamTile<T, kTiles> tile;
+  Tile tile;
   const int* source = shared.used;
   int left = mine, slot = 0;
   for (int step = 0; step < steps; step++) {
-    cp_async_wait<kRing - 2>();
+    cp_async_wait<kStages - 2>();
     __syncwarp();  // the copies of all lanes are there, and the slot that is filled next has been read
-    if (step + kRing - 1 < steps) fetch_step(shared.used[fetched_sources]);
+    if (step + kStages - 1 < steps) fetch_step(0);
     cp_async_commit();
     tile.multiply(ring + slot * kStepVectors, lane);
-    if (++slot == kRing) slot = 0;
+    if (++slot == kStages) slot = 0;
     if (--left == 0) {
-      tile.fold(shared.coeffs + *source++ * kRows, lane);
+#pragma unroll
+      for (int n = 0; n < kSources; n++)
+        if (source[n] >= 0) tile.fold(n, shared.coeffs + source[n] * kRows, lane);
+      source += kSources;
       left = mine;
     }
   }
@@ -161,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
   // Each warp leaves its sums where its ring was.
   cp_async_wait<0>();
   __syncwarp();
-  constexpr int kSums = kRows * kOutputs, kWarpFloats = kRing * kStepVectors * 4;
+  constexpr int kSums = kRows * kOutputs, kWarpFloats = kStages * kStepVectors * 4;
   static_assert(kSums <= kThreads && kSums <= kWarpFloats);
   float* sums = reinterpret_cast<float*>(shared.ring);
   tile.write(sums + warp * kWarpFloats, lane);
@@ -211,11 +222,11 @@ bool is_aligned(const StreamProblem& p) {
 }
 
 template <class T, int kTiles>
-void start(StreamProblem& p, void* cuda_stream) {
+void start(StreamProblem& p, const Device& device, void* cuda_stream) {
   const int64_t tiles = (p.out_features + kOutputs - 1) / kOutputs;
   p.row_blocks = (p.rows + 8 * kTiles - 1) / (8 * kTiles);
-  p.cluster = choose_cluster(current_device(), tiles * p.row_blocks, p.in_features * sizeof(T) / kStepBytes);
-  const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<kTiles>::bytes(p.num_sources)};
+  p.cluster = choose_cluster(device, tiles * p.row_blocks, p.in_features * sizeof(T) / kStepBytes);
+  const Grid grid{tiles * p.row_blocks * p.cluster, kThreads, p.cluster, Layout<T, kTiles>::bytes(p.num_sources)};
   const char* error = is_aligned(p) ? launch<stream_kernel<T, kTiles, true>>(grid, p, cuda_stream)
                                     : launch<stream_kernel<T, kTiles, false>>(grid, p, cuda_stream);
   check(!error, "linear_stream: stream_kernel did not start: ", error ? error : "", " (", name(p.dtype), ", rows ",
@@ -225,7 +236,9 @@ void start(StreamProblem& p, void* cuda_stream) {
 
 template <class T>
 void start(StreamProblem& p, void* cuda_stream) {
-  p.rows <= 8 ? start<T, 1>(p, cuda_stream) : start<T, 2>(p, cuda_stream);
+  const Device device = current_device();
+  const bool fits = Layout<T, 2>::bytes(p.num_sources) <= device.shared_bytes;
+  p.rows <= 8 || !fits ? start<T, 1>(p, device, cuda_stream) : start<T, 2>(p, device, cuda_stream);
 }
 
 }  // namespace

@@ -6,7 +6,10 @@
 
 namespace taps_fast::cuda {
 
-inline Device current_device() { return {emulator::settings.processors, emulator::settings.has_clusters}; }
+inline Device current_device() {
+  const emulator::Settings& now = emulator::settings;
+  return {now.processors, static_cast<int>(now.shared_limit), now.has_clusters};
+}
 
 template <auto kernel, class Problem>
 const char* launch_grid(const Grid& grid, const Problem& problem, void*) {
