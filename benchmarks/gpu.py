@@ -333,7 +333,7 @@ def write(report: Report, reasons: list[str]) -> Path:
     measurement."""
     import torch
 
-    from . import results
+    from . import results, timing
 
     lost = unreached(report)
     total: collections.Counter[str] = collections.Counter()
@@ -348,6 +348,7 @@ def write(report: Report, reasons: list[str]) -> Path:
         by_file[name.partition("::")[0]] += spent
     left_out = {k: v for process in report["tests"] for k, v in process.get("left_out", {}).items()}
     summary = results.environment("cuda") | {
+        "cpu": timing.device_name("cpu"),
         "success": not reasons,
         "reasons": reasons,
         "left_out": report["build"]["left_out"] | left_out,
