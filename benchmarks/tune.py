@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune                          everything
     python -m benchmarks.tune --kernels split          tile sizes of one kernel
-    python -m benchmarks.tune --kernels --dtypes bfloat16 --ops linear_dw      no tile sizes, one op's crossover
+    python -m benchmarks.tune --kernels --dtypes bfloat16      no tile sizes, crossovers of one dtype
 
 Run `make test-triton` on the result: it compiles every entry and reads its machine code.
 Without a GPU it says so and exits with 1.
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from taps_fast import _tuned
 from taps_fast.functional import delta_linear
+from taps_fast.tasks import TaskBatch
 from taps_fast.testing import assert_no_worse_than_torch
 
 from . import timing
@@ -43,8 +44,6 @@ COLD_BYTES = 1 << 27
 IMAGES = 8
 """Of a batch on which a convolution is judged."""
 TASKS = 4
-OPS = ("linear", "linear_dw")
-"""Whose crossovers are searched."""
 GAIN = 1.02
 """How many times faster than the entry there is a config must be to replace it."""
 MOST_ROWS = 8192
@@ -93,20 +92,20 @@ def best(options: Iterable[Any], present: Any, timer: Timer) -> Any:
     return fastest if times.get(fastest, math.inf) * GAIN < held else present
 
 
-def crossover(own: Callable[[int], float], other: Callable[[int], float], most: int = MOST_ROWS) -> int:
-    """The first number of rows, to an eighth, at which the other is faster; ``most`` if there is none.
+def crossover(split: Callable[[int], float], merge: Callable[[int], float], most: int = MOST_ROWS) -> int:
+    """The first number of rows, to an eighth, at which merge is faster than split; ``most`` if there is none.
 
-    Doubles until it wins, then halves what is left. Between, one of them may win by turns: what counts is that the
-    other wins from there on by doubling.
+    Doubles until merge wins, then halves what is left. Between, one of them may win by turns: what counts is that
+    merge wins from there on by doubling.
     """
     low, high = 0, 16
-    while high < most and own(high) <= other(high):
+    while high < most and split(high) <= merge(high):
         low, high = high, 2 * high
-    if high >= most and own(most) <= other(most):
+    if high >= most and split(most) <= merge(most):
         return most
     while high - low > max(high // 8, 1):
         middle = (low + high) // 2
-        low, high = (middle, high) if own(middle) <= other(middle) else (low, middle)
+        low, high = (middle, high) if split(middle) <= merge(middle) else (low, middle)
     return high
 
 
@@ -186,19 +185,21 @@ class Measured:
         return timer
 
     def _cell(self, kernel: str, dtype: torch.dtype, rows: int, size: int) -> Cell:
-        """A layer of one delta, in as many sets of weights as leave nothing of the first in a cache."""
+        """A layer of one delta, in as many sets of weights as leave nothing of the first in a cache. The rows of dw are
+        a mixed batch's of one task: without tasks the product is the vendor's."""
         x, dy = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(2))
         sets = max(COLD_BYTES // (2 * size * size * dtype.itemsize), 2)
         weights = torch.randn(sets, 2, size, size, device="cuda", dtype=dtype) * size**-0.5
         none, coeffs = (None, None, None), torch.ones(1, device="cuda")
+        index = TaskBatch.from_ids(torch.zeros(rows, dtype=torch.int64, device="cuda"), 1).tensors
 
         def call(n: int) -> Tensor:
-            one = (weights[n, 0], [weights[n, 1]], coeffs, None)
+            one = (weights[n, 0], [weights[n, 1]], coeffs.expand(1, 1) if kernel == "dw" else coeffs, None)
             if kernel == "split":
                 return self.linear.linear_fwd(x, *one, None, *none, 1, "split")
             if kernel == "dx":
                 return self.linear.linear_dx(dy, *one, *none, 1, "split")
-            return self.linear.linear_dw(dy, x, *one, *none, 1, [], [0], True, False, False)[1][0]
+            return self.linear.linear_dw(dy, x, *one, *index, 1, [], [0], True, False, False)[1][0]
 
         def product(wide: torch.dtype, weight: Tensor) -> Tensor:
             if kernel == "split":
@@ -236,22 +237,15 @@ class Measured:
 
         return timing.measure({"it": [timing.graph(together)]}, self.seconds, "cuda")["it"].median / 1e3 / len(calls)
 
-    def crossover_timers(
-        self, op: str, dtype: torch.dtype, size: int
-    ) -> tuple[Callable[[int], float], Callable[[int], float]]:
-        """Seconds by rows a task of both ways: "split" and "merge" of a mixed batch, `TASKS` tasks to it; the weight
-        gradient by a product of ours and of the vendor's."""
-        timers = self._by_algorithm if op == "linear" else self._by_product
-        return timers(torch.randn(1 + TASKS, size, size, device="cuda", dtype=dtype) * size**-0.5)
-
-    def _by_algorithm(self, weights: Tensor) -> tuple[Callable[[int], float], Callable[[int], float]]:
-        base, *deltas = weights.unbind()
+    def crossover_timers(self, dtype: torch.dtype, size: int) -> tuple[Callable[[int], float], Callable[[int], float]]:
+        """Seconds of each algorithm by rows a task, `TASKS` tasks to a batch."""
+        base, *deltas = (torch.randn(1 + TASKS, size, size, device="cuda", dtype=dtype) * size**-0.5).unbind()
         coeffs = torch.eye(TASKS, device="cuda")
 
         def of(algorithm: str) -> Callable[[int], float]:
             @functools.cache
             def timed(rows: int) -> float:
-                x = torch.randn(rows * TASKS, base.shape[1], device="cuda", dtype=base.dtype)
+                x = torch.randn(rows * TASKS, size, device="cuda", dtype=dtype)
                 ids = torch.arange(TASKS, device="cuda")
                 how: Any = {"tasks": ids, "backend": "triton", "algorithm": algorithm}
                 return self._time(lambda: delta_linear(x, base, deltas, coeffs, **how))
@@ -259,27 +253,6 @@ class Measured:
             return timed
 
         return of("split"), of("merge")
-
-    def _by_product(self, weights: Tensor) -> tuple[Callable[[int], float], Callable[[int], float]]:
-        from taps_fast.kernels import _gradients
-
-        base, delta, *_ = weights.unbind()
-        one = (base, [delta], torch.ones(1, device="cuda"), *(None,) * 4, 1, [], [0], True, False, False)
-
-        def of(least: float) -> Callable[[int], float]:
-            @functools.cache
-            def timed(rows: int) -> float:
-                dy, x = (torch.randn(rows, base.shape[1], device="cuda", dtype=base.dtype) for _ in range(2))
-                chosen = _gradients.vendor_rows
-                _gradients.vendor_rows = lambda x: least
-                try:
-                    return self._time(lambda: self.linear.linear_dw(dy, x, *one))
-                finally:
-                    _gradients.vendor_rows = chosen
-
-            return timed
-
-        return of(math.inf), of(0)
 
 
 @functools.cache
@@ -311,16 +284,14 @@ def search_configs(gpu: Measured, arch: str, kernels: Sequence[str], dtypes: Seq
             yield entry_of(config, entry, arch, itemsize, rows)
 
 
-def search_crossovers(
-    gpu: Measured, arch: str, device: str, ops: Sequence[str], dtypes: Sequence[str]
-) -> Iterator[Entry]:
-    """Up to how many rows a task each dtype is faster one way, with the configs in use."""
+def search_crossovers(gpu: Measured, arch: str, device: str, dtypes: Sequence[str]) -> Iterator[Entry]:
+    """Up to how many rows a task each dtype is faster by "split", with the configs in use."""
     date = datetime.date.today().isoformat()
-    for op, name in itertools.product(ops, dtypes):
-        found = [crossover(*gpu.crossover_timers(op, getattr(torch, name), size)) for size in SIZES]
+    for name in dtypes:
+        found = [crossover(*gpu.crossover_timers(getattr(torch, name), size)) for size in SIZES]
         rows = round(statistics.geometric_mean(found))
-        print(f"{op}, {name}: up to {rows} rows a task (by size: {dict(zip(SIZES, found, strict=True))})", flush=True)
-        yield {"op": op, "arch": arch, "dtype": name, "measured": rows, "device": device, "date": date}
+        print(f"{name}: split up to {rows} rows a task (by size: {dict(zip(SIZES, found, strict=True))})", flush=True)
+        yield {"op": "linear", "arch": arch, "dtype": name, "measured": rows, "device": device, "date": date}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -329,7 +300,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernels", nargs="*", choices=BUCKETS, default=list(BUCKETS))
     parser.add_argument("--dtypes", nargs="*", choices=_tuned.ITEMSIZE, default=list(_tuned.ITEMSIZE))
-    parser.add_argument("--ops", nargs="*", choices=OPS, default=list(OPS), help="whose crossovers")
     parser.add_argument("--seconds", type=float, default=0.02, help="how long to time one candidate on one size")
     chosen = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -339,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = Measured(chosen.seconds, min((os.cpu_count() or 2) - 1, MOST_COMPILERS))
     for entry in search_configs(gpu, arch, chosen.kernels, chosen.dtypes):
         _keep([entry], [])
-    for entry in search_crossovers(gpu, arch, device, chosen.ops, chosen.dtypes):
+    for entry in search_crossovers(gpu, arch, device, chosen.dtypes):
         _keep([], [entry])
     print(f"written to {_tuned.PATH}")
     return 0

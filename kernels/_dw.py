@@ -1,5 +1,5 @@
-"""The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of one task. Each tile is dotted, scaled and dropped: P_t is stored
-only in parts that are added, or where the vendor's product makes it (`dw_splits_kernel`).
+"""The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of a task. Of a mixed batch it is never stored: each tile is dotted,
+scaled and dropped. Of one weight it is the vendor's product, which a pass goes over.
 
 Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a slot of its own, and
 `sum_slots_kernel` adds the slots in their order.
@@ -10,9 +10,6 @@ import triton.language as tl
 
 from ._launch import direct
 from ._tiles import coefficient, group_range, inside, locate, pick, weighted
-
-# What no address' alignment depends on, and no loop divides by: batches of other sizes share one compiled kernel.
-_BATCH = ("M", "K", "P", "B")
 
 
 @triton.jit
@@ -35,7 +32,6 @@ def outer_products(
     stride_xm,
     stride_xi,
     BLOCK_M: tl.constexpr,
-    MIXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Σ over positions [start, stop) of dy[row, ro] ⊗ x[row, ri], float32 [BLOCK_O, BLOCK_I]."""
@@ -46,7 +42,7 @@ def outer_products(
     for step in tl.range(0, tl.maximum(tl.cdiv(stop - start, BLOCK_M), 1)):
         position = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         real = position < stop
-        row, _ = locate(tl.where(real, position, 0), ids_ptr, order_ptr, B, inner, rows_per_sample, MIXED)
+        row, _ = locate(tl.where(real, position, 0), ids_ptr, order_ptr, B, inner, rows_per_sample, True)
         dy = tl.load(dy_ptr + row[:, None] * stride_dym + in_dy, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_O]
         x = tl.load(x_ptr + row[:, None] * stride_xm + in_x, mask=real[:, None], other=0.0)  # [BLOCK_M, BLOCK_I]
         product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)
@@ -138,9 +134,8 @@ def store_part(into, values, ro, ri, O, I):
 
 
 @direct
-@triton.jit(do_not_specialize=_BATCH)
+@triton.jit(do_not_specialize=["K", "P", "B"])
 def dw_task_kernel(
-    partial_ptr,
     slots_ptr,
     outputs,
     dy_ptr,
@@ -152,7 +147,6 @@ def dw_task_kernel(
     ids_ptr,
     order_ptr,
     offsets_ptr,
-    M,
     I,
     O,
     K,
@@ -170,55 +164,42 @@ def dw_task_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr,
     DOTS: tl.constexpr,
     WRITES: tl.constexpr,
     WRITE_BASE: tl.constexpr,
-    MIXED: tl.constexpr,
     BAKED: tl.constexpr,
     TABLE: tl.constexpr,
     OUT_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one task's P, used at once; with SPLITS > 1 (one weight only) a range of its rows, into partial[s].
+    """One tile of one task's P, used at once.
 
-    Programs of one task, or of one range, are neighbours in time, so that its rows come from memory once.
+    Programs of one task are neighbours in time, so that its rows come from memory once.
     """
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tiles_i * tl.cdiv(O, BLOCK_O)
     tile = tl.program_id(0) % tiles
-    which = tl.program_id(0) // tiles
+    task = tl.program_id(0) // tiles
     ro = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
     ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    if MIXED:
-        task = which
-        start, stop = group_range(task + 1, offsets_ptr, rows_per_sample)
-    else:
-        task = which * 0
-        chunk = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
-        start = which * chunk
-        stop = tl.minimum(start + chunk, M)
+    start, stop = group_range(task + 1, offsets_ptr, rows_per_sample)
     product = outer_products(
         dy_ptr, x_ptr, ids_ptr, order_ptr, start, stop, ro, ri, O, I, B, inner, rows_per_sample,
-        stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, MIXED, PRECISION,
+        stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, PRECISION,
     )  # fmt: skip
-    if SPLITS > 1:
-        offset = tl.cast(which, tl.int64) * O * I + ro.to(tl.int64)[:, None] * I + ri[None, :]
-        tl.store(partial_ptr + offset, product, mask=(ro < O)[:, None] & (ri < I)[None, :])
-    else:
-        use_product(
-            product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, task, start >= stop,
-            tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
-            PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
-        )  # fmt: skip
+    use_product(
+        product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, task, start >= stop,
+        tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, x_ptr.dtype.element_ty,
+        PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
+    )  # fmt: skip
 
 
 @direct
 @triton.jit(do_not_specialize=["K", "P"])
-def dw_splits_kernel(
+def dw_product_kernel(
     slots_ptr,
     outputs,
-    partial_ptr,
+    product_ptr,
     sources,
     coeffs_ptr,
     base_coeffs_ptr,
@@ -229,11 +210,9 @@ def dw_splits_kernel(
     P,
     stride_wo,
     stride_wi,
-    dtype: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr,
     DOTS: tl.constexpr,
     WRITES: tl.constexpr,
     WRITE_BASE: tl.constexpr,
@@ -241,10 +220,7 @@ def dw_splits_kernel(
     TABLE: tl.constexpr,
     OUT_TABLE: tl.constexpr,
 ):
-    """P = Σ_s partial[s] in the order of s, then what `dw_task_kernel` does with it.
-
-    P may lie in one of the outputs.
-    """
+    """What `dw_task_kernel` does with its P, done with a P that is there, of one weight. It may lie in an output."""
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tiles_i * tl.cdiv(O, BLOCK_O)
     tile = tl.program_id(0)
@@ -252,12 +228,10 @@ def dw_splits_kernel(
     ri = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
     real = (ro < O)[:, None] & (ri < I)[None, :]
     offset = ro.to(tl.int64)[:, None] * I + ri[None, :]  # [BLOCK_O, BLOCK_I]
-    product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for s in tl.range(0, SPLITS):
-        product += tl.load(partial_ptr + tl.cast(s, tl.int64) * O * I + offset, mask=real, other=0.0)
+    product = tl.load(product_ptr + offset, mask=real, other=0.0).to(tl.float32)
     use_product(
         product, slots_ptr, outputs, sources, coeffs_ptr, base_coeffs_ptr, pairs_ptr, tile * 0, tile < 0,
-        tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, dtype,
+        tile, tiles, ro, (tile % tiles_i) * BLOCK_I, O, I, K, P, stride_wo, stride_wi, product_ptr.dtype.element_ty,
         PAIRS, DOTS, WRITES, WRITE_BASE, BAKED, TABLE, OUT_TABLE,
     )  # fmt: skip
 
@@ -310,7 +284,7 @@ def dw_shared_kernel(
         if (c != 0.0) & (start < stop):
             acc += c * outer_products(
                 dy_ptr, x_ptr, ids_ptr, order_ptr, start, stop, ro, ri, O, I, B, inner, rows_per_sample,
-                stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, True, PRECISION,
+                stride_dym, stride_dyo, stride_xm, stride_xi, BLOCK_M, PRECISION,
             )  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offset = ro.to(tl.int64)[:, None] * I + ri.to(tl.int64)[None, :]

@@ -1,4 +1,4 @@
-"""The host side of `_dw`: who alone contributes to what, by whose product, and in how many parts it is summed."""
+"""The host side of `_dw`: who alone contributes to what, and by whose product."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taps_fast import _tuned
-
 from . import _configs
-from ._arguments import cdiv, grid, pointers, table, triton_dtype
-from ._dw import dw_shared_kernel, dw_splits_kernel, dw_task_kernel, sum_slots_kernel
+from ._arguments import cdiv, grid, pointers, table
+from ._dw import dw_product_kernel, dw_shared_kernel, dw_task_kernel, sum_slots_kernel
 from ._problem import Rows, Weight
 from .pointwise import sums_of_rows
 
-PASS = (32, 128, 4)
-"""Out features, in features and warps of each program that goes once over a product of the vendor's."""
+PASS = _configs.Config(1, 32, 128, warps=4, stages=1)
+"""Of the programs that go once over the vendor's product."""
 
 
 def linear_dw(
@@ -131,33 +129,21 @@ def _dw_by_task(
     M, I = x.shape
     O = dy.shape[1]
     count = weight.count - 1
-    device, itemsize = x.device, x.element_size()
+    device = x.device
     dots = dcoeffs.numel() > 0
-    vendors = not rows.mixed and M >= vendor_rows(x)
-    if vendors:
-        block_o, block_i, warps = PASS
-        # Where a result will be: its tiles are read before they are written.
-        partial = next((t for t in outputs if t.numel()), None)
-        partial = torch.mm(dy.t(), x, out=x.new_empty(O, I) if partial is None else partial)
-        if not (dots or plan.writes or weight.base_coeffs is not None):
-            return  # the base's gradient, which it is
-        splits = 1
-    else:
-        config = _configs.choose(_configs.named("dw", x.dtype), M, itemsize, _configs.capability(device))
-        block_o, block_i, warps = config.block_o, config.block_i, config.warps
-        tiles = cdiv(O, block_o) * cdiv(I, block_i)
-        splits = 1 if rows.mixed else _configs.splits(tiles, cdiv(M, config.block_m), _configs.processors(device))
-        partial = torch.empty((splits, O, I) if splits > 1 else (0,), dtype=torch.float32, device=device)
-    tiles = cdiv(O, block_o) * cdiv(I, block_i)
+    config = PASS
+    if rows.mixed:
+        config = _configs.choose(_configs.named("dw", x.dtype), M, x.element_size(), _configs.capability(device))
+    tiles = cdiv(O, config.block_o) * cdiv(I, config.block_i)
     wanted = plan.pairs or weight.tasks * count
     slots = torch.empty((wanted, tiles) if dots else (0,), dtype=torch.float32, device=device)
     pairs = table(plan.listed, device) if plan.pairs else None
     into = pointers(outputs)
+    used = (weight.pointers.argument, weight.coeffs, weight.base_coeffs, pairs)
     how = {
-        "BLOCK_O": block_o,
-        "BLOCK_I": block_i,
+        "BLOCK_O": config.block_o,
+        "BLOCK_I": config.block_i,
         "PAIRS": plan.pairs > 0,
-        "SPLITS": splits,
         "DOTS": dots,
         "WRITES": plan.writes,
         "WRITE_BASE": plan.writes_base,
@@ -165,21 +151,16 @@ def _dw_by_task(
         "TABLE": weight.pointers.table,
         "OUT_TABLE": into.table,
     }
-    if not vendors:
-        dw_task_kernel[grid(tiles * (weight.tasks if rows.mixed else splits), O, I, weight.tasks)](
-            partial,
+    if rows.mixed:
+        dw_task_kernel[grid(tiles * weight.tasks, O, I, weight.tasks)](
             slots,
             into.argument,
             dy,
             x,
-            weight.pointers.argument,
-            weight.coeffs,
-            weight.base_coeffs,
-            pairs,
+            *used,
             rows.ids,
             rows.order,
             rows.offsets,
-            M,
             I,
             O,
             count,
@@ -191,40 +172,24 @@ def _dw_by_task(
             *x.stride(),
             *weight.strides,
             BLOCK_M=config.block_m,
-            MIXED=rows.mixed,
             PRECISION=_configs.precision(x.dtype),
-            num_warps=warps,
-            num_stages=_stages(config, rows),
+            num_warps=config.warps,
+            num_stages=_stages(config),
             maxnreg=config.registers,
             **how,
         )
-    if vendors or splits > 1:
-        dw_splits_kernel[grid(tiles, O, I)](
-            slots,
-            into.argument,
-            partial,
-            weight.pointers.argument,
-            weight.coeffs,
-            weight.base_coeffs,
-            pairs,
-            I,
-            O,
-            count,
-            wanted,
-            *weight.strides,
-            dtype=triton_dtype(x.dtype),
-            num_warps=warps,
-            **how,
+    else:
+        place = next((t for t in outputs if t.numel()), None)
+        product = torch.mm(dy.t(), x, out=x.new_empty(O, I) if place is None else place)
+        if not (dots or plan.writes or weight.base_coeffs is not None):
+            return  # it is the base's gradient
+        dw_product_kernel[grid(tiles, O, I)](
+            slots, into.argument, product, *used, I, O, count, wanted, *weight.strides, num_warps=config.warps, **how
         )
     if dots and wanted:
         sum_slots_kernel[grid(wanted, weight.tasks, count)](
             dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=plan.pairs > 0, num_warps=4
         )
-
-
-def vendor_rows(x: Tensor) -> int:
-    """From how many rows on a product of the vendor's, and one pass over it, take less time than a product of ours."""
-    return _tuned.crossover("linear_dw", _tuned.arch_of(_configs.capability(x.device)), x.dtype).rows
 
 
 def _dw_shared(
@@ -263,11 +228,11 @@ def _dw_shared(
         OUT_TABLE=into.table,
         PRECISION=_configs.precision(x.dtype),
         num_warps=config.warps,
-        num_stages=_stages(config, rows),
+        num_stages=_stages(config),
         maxnreg=config.registers,
     )
 
 
-def _stages(config: _configs.Config, rows: Rows) -> int:
+def _stages(config: _configs.Config) -> int:
     """Rows found through ``order`` are loaded in two steps, and Triton gives each half of the stages."""
-    return 2 * config.stages - 1 if rows.mixed else config.stages
+    return 2 * config.stages - 1

@@ -1,17 +1,14 @@
 """What is tuned for a chip, as data: `tuned.json`, which `python -m benchmarks.tune` rewrites for the GPU it runs on.
 
-* ``crossovers``: up to how many rows a task one way is better than the other, by op, chip and dtype: a second product
-  ("split"), or for "linear_dw" a product of our own. Until a chip is measured, the number follows from its assumed
-  bandwidth and rate::
+* ``crossovers``: up to how many rows a task a second product ("split") is the better way, by op, chip and dtype. Until
+  a chip is measured, the number follows from its assumed bandwidth and rate::
 
       rows = tensors·bytes an element·rate / (2·bandwidth)
 
   "linear" moves three tensors if it sums instead ("merge"): it reads the base and the delta and writes the weight,
   where a second product costs two flops a row. For "conv2d" a row is an output pixel, and the question is up to where
   both products wait for the base and the delta, one tensor each: from there on the vendor's better rate may count.
-  Its float32 entries assume tf32, which PyTorch allows convolutions by default. For "linear_dw" the other way is the
-  vendor's product and a pass over it, which reads it and the delta and writes the gradient: three tensors, to be had
-  for the 3/7 of the vendor's time by which our product is slower, as it was at 4096 rows on an H200.
+  Its float32 entries assume tf32, which PyTorch allows convolutions by default.
 * ``configs``: tile sizes of the Triton kernels, by kernel, chip, bytes an element and rows; see `kernels/_configs.py`.
 
 A chip that has no entry uses that of the one that it is like, or of "other".
@@ -29,7 +26,7 @@ PATH = Path(__file__).with_name("tuned.json")
 OTHER = "other"
 LIKE = {"sm_103": "sm_100"}
 """Chips of one generation, with the same units and shared memory; of these only one was looked at."""
-TENSORS = {"linear": 3, "conv2d": 1, "linear_dw": 7}
+TENSORS = {"linear": 3, "conv2d": 1}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

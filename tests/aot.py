@@ -82,7 +82,9 @@ class Launch:
         dtype = str(dict(self.signature).get("x_ptr", "")).strip("*")
         if constants.get("PRECISION") == "tf32":
             dtype = "tf32"
-        flags = [n.lower() for n in ("MIXED", "WRITES", "WRITE_BASE", "TABLE") if constants.get(n)]
+        flags = [n.lower() for n in ("WRITES", "WRITE_BASE", "TABLE") if constants.get(n)]
+        if constants.get("MIXED", "order_ptr" in dict(self.signature)):
+            flags.insert(0, "mixed")
         if constants.get("SPLITS", 1) > 1:
             flags.append("splits")
         return " ".join([sizes, f"{self.warps}w{self.stages}s", dtype, *flags])
@@ -165,9 +167,8 @@ def _exercise() -> None:
         linear.linear_dx(x, turned[0], turned, one, None, *none, 1, "split")
         linear.linear_dx(x, turned[0], turned, each, None, *index, rows // 16, "split")
         if not wide:
-            for count in (512, 4096):  # in parts that are added, and by the vendor's product
-                long = torch.empty(count, 512, dtype=dtype)
-                linear.linear_dw(long, long, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, True, False)
+            long = torch.empty(4096, 512, dtype=dtype)
+            linear.linear_dw(long, long, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, True, False)
         if rows == 64:
             diagonal = [0, 4, 8]
             linear.linear_dw(dy, x, base, deltas, one, None, *none, 1, [], [0, 1, 2], True, False, False)

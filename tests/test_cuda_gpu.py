@@ -96,6 +96,26 @@ def test_plan_sorts_as_pytorch_does(samples, num_tasks):
     assert torch.equal(inverse[order], torch.arange(samples))
 
 
+@pytest.mark.parametrize("samples", (5, 40, 2000))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_merged_products_of_a_layers_plan(monkeypatch, samples, transposed):
+    """The same as with the kernels that Triton brings."""
+    linear = pytest.importorskip("taps_fast.kernels.linear")
+    x = torch.randn(2 * samples, 64, device="cuda")
+    base, *deltas = torch.randn(1 + TASKS, 64, 64, device="cuda")
+    coeffs = torch.eye(TASKS, device="cuda") * torch.tensor([1.0, 0.0, 2.0, 0.5], device="cuda")
+    index = TaskBatch.from_ids(torch.randint(-1, TASKS, (samples,), device="cuda"), TASKS).tensors
+
+    def run() -> torch.Tensor:
+        if transposed:
+            return linear.linear_dx(x, base, deltas, coeffs, None, *index, 2, "merge")
+        return linear.linear_fwd(x, base, deltas, coeffs, None, None, *index, 2, "merge")
+
+    planned = run()
+    monkeypatch.setattr(linear, "_planned_by_extension", lambda rows, tasks: False)
+    assert torch.equal(run(), planned)
+
+
 @pytest.mark.parametrize("shape", ((50, 768), (50, 7), (50, 64, 14, 14), (50, 3, 31, 29)))
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels last"))
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))

@@ -83,6 +83,7 @@ def test_the_order_of_threads_changes_no_layer(settings, order):
     check_layer(100, 9, 4, 3, 2, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own is tested in test_cuda_gpu.py")
 @pytest.mark.parametrize("transposed", (False, True))
 def test_merged_products_use_it_where_it_is_loaded(monkeypatch, settings, transposed):
     """Where the ids are is all that this machine lacks."""
