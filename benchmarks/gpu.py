@@ -156,7 +156,6 @@ def test(seconds: float, processes: int, files: Sequence[str]) -> list[Report]:
         command += ["--seconds", str(seconds), "--queue", str(queue), *files]
         with report.with_suffix(".log").open("w") as log:
             env = {"PYTHONPATH": PATH, "TAPS_FAST_EXT": "auto", "OMP_NUM_THREADS": THREADS}
-            env["TAPS_FAST_TRITON_LAUNCH"] = "direct"  # what tests count goes Triton's way all the same
             running.append(_start(command, log, **env))
     try:
         for process in running:

@@ -126,7 +126,10 @@ def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def guarded(first: Any, *rest: Any) -> Any:
-        with torch.cuda.device_of(first[0] if isinstance(first, Sequence) else first):
+        tensor = first[0] if isinstance(first, Sequence) else first
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device_of(tensor):
             return run(first, *rest)
 
     return guarded

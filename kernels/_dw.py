@@ -1,8 +1,7 @@
 """The weight gradient P_t = Σ_{r in t} dy_r ⊗ x_r of a task. Of a mixed batch it is never stored: each tile is dotted,
 scaled and dropped. Of one weight it is the vendor's product, which a pass goes over.
 
-Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a slot of its own, and
-`sum_slots_kernel` adds the slots in their order.
+Nothing is atomic. A tile's contribution to a coefficient's gradient goes to a slot of its own; PyTorch adds the slots.
 """
 
 import triton
@@ -293,16 +292,3 @@ def dw_shared_kernel(
         acc.to(dtype),
         mask=(ro < O)[:, None] & (ri < I)[None, :],
     )
-
-
-@direct
-@triton.jit
-def sum_slots_kernel(dcoeffs_ptr, slots_ptr, pairs_ptr, tiles, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
-    """dcoeffs[pair p] = Σ over tiles of slots[p, tile], in an order that depends on the number of tiles alone."""
-    p = tl.program_id(0)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for first in tl.range(0, tiles, BLOCK):
-        offset = first + tl.arange(0, BLOCK)
-        acc += tl.load(slots_ptr + p.to(tl.int64) * tiles + offset, mask=offset < tiles, other=0.0)
-    where = tl.load(pairs_ptr + p) if PAIRS else p
-    tl.store(dcoeffs_ptr + where, tl.sum(acc, axis=0))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _configs
 from ._arguments import cdiv, grid, pointers, table
-from ._dw import dw_product_kernel, dw_shared_kernel, dw_task_kernel, sum_slots_kernel
+from ._dw import dw_product_kernel, dw_shared_kernel, dw_task_kernel
 from ._problem import Rows, Weight
 from .pointwise import sums_of_rows
 
@@ -179,17 +179,18 @@ def _dw_by_task(
             **how,
         )
     else:
+        programs = grid(tiles, O, I)
         place = next((t for t in outputs if t.numel()), None)
         product = torch.mm(dy.t(), x, out=x.new_empty(O, I) if place is None else place)
         if not (dots or plan.writes or weight.base_coeffs is not None):
             return  # it is the base's gradient
-        dw_product_kernel[grid(tiles, O, I)](
+        dw_product_kernel[programs](
             slots, into.argument, product, *used, I, O, count, wanted, *weight.strides, num_warps=config.warps, **how
         )
-    if dots and wanted:
-        sum_slots_kernel[grid(wanted, weight.tasks, count)](
-            dcoeffs, slots, pairs, tiles, BLOCK=512, PAIRS=plan.pairs > 0, num_warps=4
-        )
+    if dots and pairs is None:
+        torch.sum(slots, 1, out=dcoeffs.view(-1))
+    elif dots:
+        dcoeffs.view(-1).index_copy_(0, pairs[:wanted], slots.sum(1))
 
 
 def _dw_shared(

@@ -5,6 +5,8 @@ the launcher that the earlier one found, with the arguments that Triton would gi
 signature, constexprs among them, addresses in place of tensors. What no earlier launch was like goes Triton's way, and
 so does everything while a hook wants to see launches, where an address is not a multiple of 16, and with a Triton whose
 launcher nobody has read. Triton's settings hold as they were when a kernel was first started.
+
+Kernels name what they take addresses for ``…_ptr``, or as in TUPLES, and have it before all numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ READ = ((3, 6), (3, 9))
 """Versions of Triton in whose `JITFunction.run` and launchers was looked up what is handed on."""
 KEPT = 4096
 """Launches that each kernel knows at most; sizes are told apart by value."""
-DIRECT = version() in READ and torch.version.hip is None and os.environ.get("TAPS_FAST_TRITON_LAUNCH") == "direct"
-"""Asked for: no GPU has run it yet."""
+DIRECT = version() in READ and torch.version.hip is None and os.environ.get("TAPS_FAST_TRITON_LAUNCH") != "triton"
+TUPLES = ("sources", "outputs", "codes", "deltas")
+"""Parameters that are tensors one by one, or a table of their addresses."""
 
 _dtype = operator.attrgetter("dtype")
 
@@ -42,6 +45,10 @@ class Kernel:
     def __init__(self, jit: Any) -> None:
         self.jit = jit
         self.known: dict[Any, tuple[Any, ...]] = {}
+        addressed = [name.endswith("_ptr") or name in TUPLES for name in jit.arg_names]
+        self.addresses = sum(addressed)
+        if not all(addressed[: self.addresses]):
+            raise TypeError(f"{jit.fn.__name__}: addresses must come before numbers")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.jit, name)
@@ -50,19 +57,21 @@ class Kernel:
         return functools.partial(self.launch, grid)
 
     def launch(self, grid: tuple[int], *args: Any, **kwargs: Any) -> None:
-        kinds, values, bits = described(args)
+        kinds, values, bits = described(args[: self.addresses])
         if bits % 16 or self.jit.pre_run_hooks or is_watched():
             self.jit[grid](*args, **kwargs)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (device, kinds, tuple(kwargs.items()))
+        numbers = args[self.addresses :]
+        key = (device, kinds, numbers, tuple(kwargs.items()))
         found = self.known.get(key)
         if found is None:
             self._first(key, grid, args, kwargs)
             return
         _, run, function, metadata, rest = found
-        run(grid[0], 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *values, *rest)
+        stream = driver.get_current_stream(device)
+        run(grid[0], 1, 1, stream, function, metadata, None, None, None, *values, *numbers, *rest)
 
     def _first(self, key: Any, grid: tuple[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         compiled = self.jit[grid](*args, **kwargs)
@@ -77,27 +86,27 @@ class Kernel:
 def is_watched() -> bool:
     """Whether somebody wants to see each launch of Triton."""
     runtime = triton.knobs.runtime
-    return any(getattr(hook, "calls", True) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
-def described(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any], int]:
-    """What tells compiled kernels apart, where all addresses are multiples of 16; the arguments, addresses in place of
-    tensors; and all bits that are set in one of the addresses. No Python is executed for each tensor of a tuple."""
+def described(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any], int]:
+    """What tells compiled kernels apart, where all addresses are multiples of 16; addresses in place of tensors; and
+    all bits that are set in one of them. No Python is executed for each tensor of a tuple."""
     kinds: list[Any] = []
     values: list[Any] = []
     bits = 0
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            bits |= address
-            values.append(address)
-            kinds.append((arg.dtype, arg.get_device()))
-        elif isinstance(arg, tuple):
-            addresses = tuple(map(Tensor.data_ptr, arg))
+    for tensor in tensors:
+        if tensor is None:
+            values.append(None)
+            kinds.append(None)
+        elif type(tensor) is tuple:
+            addresses = tuple(map(Tensor.data_ptr, tensor))
             bits = functools.reduce(operator.or_, addresses, bits)
             values.append(addresses)
-            kinds.append((tuple(map(_dtype, arg)), tuple(map(Tensor.get_device, arg))))
+            kinds.append((tuple(map(_dtype, tensor)), tuple(map(Tensor.get_device, tensor))))
         else:
-            values.append(arg)
-            kinds.append(arg)
+            address = tensor.data_ptr()
+            bits |= address
+            values.append(address)
+            kinds.append((tensor.dtype, tensor.get_device()))
     return tuple(kinds), values, bits

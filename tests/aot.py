@@ -48,13 +48,13 @@ where more registers would leave room for one block in place of two."""
 VENDORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 HOSTS = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change.
-INDICES = (linear.joined_ids_kernel, linear.grouped_rows_kernel)
-"""Kernels whose first two arguments are indices that they make."""
+INDICES = (linear.joined_ids_kernel, linear.grouped_rows_kernel, _arguments.write_kernel)
+"""Kernels that make indices, of those among their first two arguments that are tensors."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The instruction that multiplies tiles. wgmma needs 64 rows on the left, four warps and 16-bit types or tf32; with
 # decoded weights on the right there are 16.
 FMA = r"FFMA"
-NARROW = {"write_kernel", "sum_slots_kernel", "sum_parts_kernel", "task_sums_kernel", *(k.fn.__name__ for k in INDICES)}
+NARROW = {"sum_parts_kernel", "task_sums_kernel", *(k.fn.__name__ for k in INDICES)}
 """Kernels that read little, or pixel by pixel where the order of the samples puts them."""
 ATOMIC = re.compile(r"\*/ +(?:@!?U?P\d+ +)?(?:ATOMG?|REDG?)\b")  # not ATOMS, which allocates tensor memory
 WARP = r"\bHMMA"
@@ -121,7 +121,7 @@ def recorded(chip: tuple[int, int], exercise: Callable[[], object] | None = None
         def record(self, *args: Any, **kwargs: Any) -> None:
             found.setdefault(_launch(self.kernel, chip, args, kwargs))
             if self.kernel in INDICES:  # the host reads through them
-                for result in args[:2]:
+                for result in filter(torch.is_tensor, args[:2]):
                     result.zero_()
 
     kernels = [

@@ -87,9 +87,11 @@ class Driver:
     utils: Any = None
 
 
-class Nothing:
+class Zeros:
+    """Stands in for the kernel that writes tables, through which the host reads."""
+
     def __getitem__(self, grid: object) -> Any:
-        return lambda *args, **kwargs: None
+        return lambda table, *args, **kwargs: table.zero_()
 
 
 def compiled(jit: Any, key: Any, signature: dict[str, Any], device: int, *_: Any) -> CompiledKernel:
@@ -167,7 +169,7 @@ def main() -> None:
     Driver.utils = driver.CudaUtils()
     JITFunction._do_compile = compiled
     _configs.capability, _configs.processors = lambda device: (9, 0), lambda device: aot.PROCESSORS
-    _arguments.write_kernel = Nothing()
+    _arguments.write_kernel = Zeros()
     _launch.Kernel.launch = both_ways
     for _ in range(2):
         aot._exercise()

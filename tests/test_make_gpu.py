@@ -220,8 +220,8 @@ def test_anything_less_is_none(path, value, reason):
 
 
 def test_every_kernel_is_expected():
-    assert gpu.kernels() >= {"split_kernel", "sum_splits_kernel", "merge_kernel", "sum_slots_kernel", "write_kernel"}
-    assert len(gpu.kernels()) >= 17  # however they are decorated
+    assert gpu.kernels() >= {"split_kernel", "sum_splits_kernel", "merge_kernel", "dw_product_kernel", "write_kernel"}
+    assert len(gpu.kernels()) >= 16  # however they are decorated
 
 
 def test_a_step_that_takes_too_long_is_ended(monkeypatch, tmp_path):
