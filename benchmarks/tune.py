@@ -72,6 +72,8 @@ def candidates(kernel: str, itemsize: int, rows: int | None, fits: Callable[[Any
     if kernel == "dw":
         reduced = (32, 64) if itemsize == 2 else steps
         blocks: Iterable[tuple[int, int, int]] = itertools.product(reduced, (64, 128), (64, 128, 256))
+    elif rows is not None and rows <= 32:  # more tiles, and longer steps, where few rows leave room for them
+        blocks = itertools.product((rows,), (32, 64, 128), (*steps, 2 * steps[-1]))
     else:
         blocks = itertools.product((64, 128) if rows is None else (rows,), (64, 128), steps)
     for (m, o, i), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):

@@ -100,14 +100,20 @@ def shipped(capability: Capability) -> Iterator[tuple[str, int, Config]]:
                 yield kernel, itemsize, fitted(config, kernel, itemsize, capability)
 
 
-def splits(programs: int, steps: int, processors: int) -> int:
+def splits(programs: int, steps: int, processors: int, resident: int = 2) -> int:
     """Into how many parts to cut a reduction of ``steps`` when ``programs`` tiles are too few for the chip.
 
-    Two programs a processor hide each other's latency; a part keeps at least four steps to fill its pipeline. A power
-    of two, since each value compiles once.
+    Two programs a processor hide each other's latency, where it holds them; a part keeps at least four steps to fill
+    its pipeline. A power of two, since each value compiles once.
     """
-    most = max(1, min(2 * processors // max(programs, 1), steps // 4, 16))
+    most = max(1, min(resident * processors // max(programs, 1), steps // 4, 16))
     return 1 << most.bit_length() - 1
+
+
+@functools.cache
+def resident(config: Config, kernel: str, itemsize: int, capability: Capability) -> int:
+    """Programs that a processor is given at most, of two, by the shared memory that they take."""
+    return 2 if 2 * config.shared_bytes(kernel, itemsize) <= shared_limit(capability) - 2048 else 1
 
 
 @functools.cache

@@ -120,12 +120,14 @@ def _split(
     if y.numel() == 0:
         return y
     name = _configs.named(kernel, x.dtype)
-    config = _configs.choose(name, M, x.element_size(), _configs.capability(x.device))
+    capability, itemsize = _configs.capability(x.device), x.element_size()
+    config = _configs.choose(name, M, itemsize, capability)
     tiles = cdiv(M, config.block_m) * cdiv(out_features, config.block_o)
     packed = name.endswith(_configs.IEEE)
     if packed:
         x = _packed(x, rows)
-    splits = _configs.splits(tiles, cdiv(I, config.block_i), _configs.processors(x.device))
+    resident = _configs.resident(config, name, itemsize, capability)
+    splits = _configs.splits(tiles, cdiv(I, config.block_i), _configs.processors(x.device), resident)
     target = y if splits == 1 else torch.empty(splits, M, out_features, dtype=torch.float32, device=x.device)
     has_bias = 0 if bias is None else bias.dim()
     if bias is not None:

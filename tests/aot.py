@@ -280,7 +280,8 @@ def _cuobjdump(what: str, path: str) -> str:
 
 def instruction(launch: Launch) -> str:
     """The one of tensor cores that a launch should use."""
-    return WARP if launch.kernel == "coded_kernel" else TENSOR_CORE.get(launch.chip[0], WARP)
+    narrow = launch.kernel == "split_kernel" and dict(launch.constants)["BLOCK_O"] < 64
+    return WARP if narrow or launch.kernel == "coded_kernel" else TENSOR_CORE.get(launch.chip[0], WARP)
 
 
 def is_ieee(launch: Launch) -> bool:

@@ -109,7 +109,7 @@ def test_the_whole_search_runs_on_a_fake_gpu(monkeypatch):
     assert len(prepared) == len(configs) and min(prepared) > 4
     assert len(configs) == 2 * sum(map(len, tune.BUCKETS.values()))
     (first,) = (e for e in configs if (e["kernel"], e["bytes"], e["rows"]) == ("split", 2, 16))
-    assert first["blocks"] == [16, 128, 128]
+    assert first["blocks"] == [16, 128, 256]
     assert [e["dtype"] for e in crossovers] == list(_tuned.ITEMSIZE)
     assert all(100 <= e["measured"] <= 115 for e in crossovers)
     data = tune.replaced(_tuned.DATA, configs, crossovers)
