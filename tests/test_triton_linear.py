@@ -43,7 +43,7 @@ def kernels_take_cpu_tensors(monkeypatch):
     _dispatch._cached_select.cache_clear()
 
 
-def split_in_two(programs: int, steps: int, processors: int) -> int:
+def split_in_two(*_: int) -> int:
     return 2
 
 
