@@ -6,9 +6,9 @@
 Needs PyTorch 2.10 with CUDA, Triton 3.6, numpy, pytest, and a C compiler where Triton builds its launcher with one; for
 the CUDA C++ kernels nvcc and a C++ compiler. Whatever else is not installed is named and left out. When the time is up
 the results are written all the same, with what did not run. It succeeds only if every Triton kernel was launched on the
-device, every test was reached and passed, no test marked ``gpu`` was skipped for another reason, and each benchmarked
-cell of ours ran on a kernel and was right. That a prediction of `benchmarks.targets` does not hold is written down and
-is no failure.
+device, every test was reached and none failed, no test marked ``gpu`` was skipped for another reason, and each
+benchmarked cell of ours ran on a kernel and was right. That a prediction of `benchmarks.targets` does not hold is
+written down and is no failure.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _dw_by_task(
         "PAIRS": plan.pairs > 0,
         "DOTS": dots,
         "WRITES": plan.writes,
-        "WRITE_BASE": plan.writes_base,
+        "WRITE_BASE": plan.writes_base and (rows.mixed or weight.base_coeffs is not None),  # else it is there
         "BAKED": weight.base_coeffs is not None,
         "TABLE": weight.pointers.table,
         "OUT_TABLE": into.table,
@@ -181,7 +181,7 @@ def _dw_by_task(
     else:
         programs = grid(tiles, O, I)
         place = next((t for t in outputs if t.numel()), None)
-        product = torch.mm(dy.t(), x, out=x.new_empty(O, I) if place is None else place)
+        product = torch.mm(dy.detach().t(), x.detach(), out=x.new_empty(O, I) if place is None else place)
         if not (dots or plan.writes or weight.base_coeffs is not None):
             return  # it is the base's gradient
         dw_product_kernel[programs](

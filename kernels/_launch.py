@@ -23,11 +23,13 @@ from triton.compiler import CompiledKernel
 
 from ._configs import version
 
-READ = ((3, 6), (3, 9))
-"""Versions of Triton in whose `JITFunction.run` and launchers was looked up what is handed on."""
+READ, RUN = ((3, 6), (3, 9)), ((3, 6),)
+"""Versions of Triton in whose `JITFunction.run` and launchers was looked up what is handed on; those of them with which
+a GPU has run it, for which it is the default."""
 KEPT = 4096
 """Launches that each kernel knows at most; sizes are told apart by value."""
-DIRECT = version() in READ and torch.version.hip is None and os.environ.get("TAPS_FAST_TRITON_LAUNCH") != "triton"
+WANTED = os.environ.get("TAPS_FAST_TRITON_LAUNCH") or ("direct" if version() in RUN else "triton")
+DIRECT = version() in READ and torch.version.hip is None and WANTED == "direct"
 TUPLES = ("sources", "outputs", "codes", "deltas")
 """Parameters that are tensors one by one, or a table of their addresses."""
 

@@ -1,6 +1,6 @@
 """A pytest plugin for runs on a CUDA device (`-p launches`): counts what is launched there, and forgives nothing.
 
-    python -m pytest -p launches --report build/gpu/tests-0.json --queue build/gpu/queue
+    python -m pytest -p launches --continue-on-collection-errors --report build/gpu/tests-0.json --queue build/gpu/queue
 
 Triton calls its launch hook for what it puts on a device's stream, and never in its interpreter. The report holds the
 number of launches of each kernel, the seconds of each test that was finished, the outcome of each that is marked

@@ -73,12 +73,21 @@ def test_the_axes_of_the_design(case):
     check(case)
 
 
+@pytest.mark.parametrize("deltas", (0, 1, 2))
 @pytest.mark.parametrize("rows", (1, 8, 16, 33))
 @pytest.mark.parametrize("shape", ((768, 768), (4096, 4096), (1000, 4099), (48, 16384)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_sizes(rows, shape, dtype):
+def test_real_sizes(deltas, rows, shape, dtype):
     """Full rings, clusters of every size, rows that are not whole vectors."""
-    check(Case(dtype, rows=rows, shape=shape, num_deltas=2))
+    check(Case(dtype, rows=rows, shape=shape, num_deltas=deltas))
+
+
+@pytest.mark.parametrize("size", (768, 4096))
+def test_a_closed_gate_keeps_a_nan_out(size):
+    """Also of a delta that is alone, which is fetched before its gate is known."""
+    x, base = torch.randn(5, size, device="cuda"), torch.randn(64, size, device="cuda")
+    y = stream(x, base, [torch.full_like(base, torch.nan)], torch.zeros(1, device="cuda"))
+    torch.testing.assert_close(y, x @ base.T)
 
 
 @pytest.mark.parametrize("deltas", (1, 33, 255))

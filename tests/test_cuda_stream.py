@@ -120,6 +120,16 @@ def test_rows_may_be_far_apart(tmp_path):
     assert torch.equal(check(n.case, moved), check(n.case, n))
 
 
+@pytest.mark.parametrize("in_features", (64, 1024, 4096))
+def test_a_closed_gate_keeps_the_nan_of_a_delta_alone_out(in_features):
+    """It is fetched before its gate is known, in as many steps as the ring holds."""
+    x, base = torch.randn(5, in_features), torch.randn(20, in_features)
+    deltas, coeffs = [torch.full_like(base, torch.nan)], torch.zeros(1)
+    with torch.no_grad():
+        y = testing.functional.delta_linear(x, base, deltas, coeffs, backend="cuda", algorithm="stream")
+    torch.testing.assert_close(y, x @ base.T, rtol=1e-4, atol=1e-4)
+
+
 def test_a_closed_gate_keeps_a_nan_out():
     n = testing.make_inputs(Case(torch.bfloat16, rows=6, num_deltas=2, tasks=(0, 1, 0, 1, -1, -1), num_tasks=2))
     coeffs = torch.eye(2)

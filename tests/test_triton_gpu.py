@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import cuda_build
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from taps_fast.kernels import _configs, _gradients, _launch, linear
+from taps_fast.kernels import _configs, _gradients, _launch, coded, conv2d, fold, linear, merge, pointwise
+from triton import JITFunction
 from triton_shim import to_tf32
 
 from taps_fast import _ext
@@ -118,13 +120,23 @@ def test_compiled_whole_and_never_again_for_another_mix(algorithm):
             torch.testing.assert_close(got, layer())
 
 
-@pytest.mark.skipif(not _launch.DIRECT, reason="Triton launches")
-@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
-def test_launched_directly_and_by_triton_alike(monkeypatch, algorithm):
-    """The same bits. Whoever counts launches is a hook, so that nothing would be direct."""
+@pytest.fixture
+def unwatched(monkeypatch):
+    """Whoever counts launches is a hook, so that nothing would be direct."""
+    if not _launch.DIRECT:
+        pytest.skip("Triton launches")
     torch.use_deterministic_algorithms(False)
     for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
         monkeypatch.setattr(hook, "calls", [])
+
+
+def by_triton(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_launch.Kernel, "launch", lambda self, grid, *args, **how: self.jit[grid](*args, **how))
+
+
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+def test_launched_directly_and_by_triton_alike(monkeypatch, unwatched, algorithm):
+    """The same bits."""
     layer, ways = Layer(algorithm), []
     layer()
     for seed in range(3):
@@ -132,10 +144,71 @@ def test_launched_directly_and_by_triton_alike(monkeypatch, algorithm):
         ways.append(layer())
     assert _gradients.dw_task_kernel.known
     with monkeypatch.context() as patch:
-        patch.setattr(_launch.Kernel, "launch", lambda self, grid, *args, **how: self.jit[grid](*args, **how))
+        by_triton(patch)
         for seed in range(3):
             layer.change(seed)
             assert all(map(torch.equal, layer(), ways[seed]))
+
+
+def operators(seed: int, device: str = "cuda") -> dict[str, Callable[[], object]]:
+    """Calls that together launch every kernel of Triton's there is, but that which writes tables."""
+    g = torch.Generator(device).manual_seed(seed)
+    rows, size = 16, 1024
+
+    def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(size, generator=g, device=device).to(dtype)
+
+    x, image, taps = draw(rows, size), draw(rows, 64, 6, 6), draw(3, 64, 64, 3, 3)
+    image, *taps = (t.contiguous(memory_format=torch.channels_last) for t in (image, *taps))
+    base, *deltas = draw(1 + TASKS, size, size).unbind()
+    ids = torch.randint(-1, TASKS, (rows,), generator=g, device=device)
+    index, none = TaskBatch.from_ids(ids, TASKS).tensors, (None, None, None)
+    each, one, two = (torch.eye(TASKS, device=device), *(torch.ones(n, device=device) for n in (TASKS, (TASKS, 2))))
+    all_of = (list(range(TASKS)), True, True, True)
+    diagonal = [t * (TASKS + 1) for t in range(TASKS)]
+    table = draw(TASKS + 1, size, dtype=torch.float32)
+    signs = torch.randint(0, 256, (size, size // 8), generator=g, device=device, dtype=torch.uint8)
+    folded, masks = ([base], deltas, one.view(1, 1, -1), []), [base > 0]
+
+    def joined() -> object:
+        rows = linear.Rows(*index, x.shape[0], 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "_planned_by_extension", lambda rows, tasks: False)
+            found, ends = linear._joined(linear.Weight.of(base, deltas, each, None), rows)
+        return found.place, ends
+
+    return {
+        "forward": lambda: linear.linear_fwd(x, base, deltas, each, None, None, *index, 1, "split"),
+        "one forward": lambda: linear.linear_fwd(x, base, deltas, one, None, base[0], *none, 1, "split"),
+        "dx": lambda: linear.linear_dx(x, base, deltas, each, None, *index, 1, "split"),
+        "merge": lambda: linear.linear_fwd(x, base, deltas, one, None, None, *none, 1, "merge"),
+        "dw": lambda: linear.linear_dw(x, x, base, deltas, each, None, *index, 1, diagonal, *all_of),
+        "one dw": lambda: linear.linear_dw(x, x, base, deltas, one, None, *none, 1, [], *all_of),
+        "joined": joined,
+        "norm": lambda: pointwise.scale_shift(x, table, table, *index, 1, "relu"),
+        "moments": lambda: pointwise.moments(x, *index, 1),
+        "coded": lambda: coded.coded_fwd(x, x, [signs] * TASKS, None, table[1:], [*range(TASKS)], *index, 1, "bits"),
+        "conv": lambda: conv2d.conv2d_implicit(
+            image, taps[0], taps[1:], two, None, None, [1, 1], [1, 1], [1, 1], index[0], 1
+        ),
+        "fold": lambda: fold.fold(*folded, []),
+        "fold by masks": lambda: fold.fold(*folded, masks),
+        "fold_grad": lambda: fold.fold_grad([base], *folded[1:], masks, True, True),
+    }
+
+
+def test_every_kernel_is_launched_directly_and_by_triton_alike(monkeypatch, unwatched):
+    """The same bits, and of the second launch of each, with other numbers in memory, as of the first."""
+    found = {}
+    for seed in (0, 0, 1):  # the first time by Triton
+        found |= {(seed, name): call() for name, call in operators(seed).items()}
+    for module in (linear, _gradients, merge, pointwise, coded, conv2d, fold):
+        for name, kernel in vars(module).items():
+            assert not name.endswith("_kernel") or isinstance(kernel, JITFunction) or kernel.known, name
+    by_triton(monkeypatch)
+    for seed in (0, 1):
+        for name, call in operators(seed).items():
+            torch.testing.assert_close(call(), found[seed, name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("algorithm", linear.ALGORITHMS)

@@ -100,6 +100,7 @@ def test_gradients_of_one_weight(baked, need_dcoeffs, need_dbase, ddeltas_for):
     dy, x = dy.expand(37, 40), x[:, ::2]
     coeffs, base_coeffs = torch.tensor([0.5, 0.0], device=DEVICE), torch.tensor([0.25], device=DEVICE)
     given = (dy, x, base, deltas, coeffs, base_coeffs if baked else None, None, None, None, 1)
+    x.requires_grad_()  # no business of an operator's, whose results have no gradient
     dcoeffs, ddeltas, dbase, _ = linear.linear_dw(*given, [], ddeltas_for, need_dcoeffs, need_dbase, True)
     product = dy.double().T @ x.double()
     expected = [product * coeffs[k] for k in ddeltas_for]

@@ -192,8 +192,8 @@ void plan(PlanProblem p, void* cuda_stream) {
   const int64_t items = p.layer ? std::max<int64_t>({p.samples, p.rows, 32 * int64_t{p.tasks}}) : p.samples;
   p.warps = static_cast<int>(std::clamp<int64_t>((items + 31) / 32, 1, kMaxWarps));
   while (p.warps > 1 && shared_bytes(p.warps, p.tasks, 0, p.layer) > kMaxSharedBytes) p.warps--;
-  const bool fits = shared_bytes(p.warps, p.tasks, p.samples, p.layer) <= kMaxSharedBytes;
-  p.staged = p.samples >= kFewestStaged && fits ? p.samples : 0;
+  p.staged = kFewestStaged <= p.samples && p.samples <= kMaxSharedBytes / 4 ? p.samples : 0;
+  if (shared_bytes(p.warps, p.tasks, p.staged, p.layer) > kMaxSharedBytes) p.staged = 0;
   const Grid grid{1, 32 * p.warps, 1, shared_bytes(p.warps, p.tasks, p.staged, p.layer)};
   const char* error = launch<plan_kernel>(grid, p, cuda_stream);
   check(!error, p.layer ? "layer" : "task", "_plan: plan_kernel did not start: ", error ? error : "", " (", p.samples,
