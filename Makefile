@@ -35,9 +35,9 @@ $(VENV)/.taps_fast_%: pyproject.toml | $(VENV)/.torch
 $(EXT): setup.py $(SOURCES) | $(VENV)/.torch
 	$(PY) setup.py -q build_ext --inplace
 
-# In two processes, as most tests keep one core busy. Each has OpenMP's threads for all cores, so that what runs on several
-# threads is tested so; their waiting must be sleep, or those of one process spin on the core that the other works on.
-# ARGS="-n 0" runs one process, which a debugger needs; plain pytest does, too.
+# In two processes, as most tests keep one core busy. Each has OpenMP's threads for all cores, so that what runs on
+# several threads is tested so; they must sleep while they wait, or they spin on the core that the other works on.
+# ARGS="-n 0" runs one process, as plain pytest does, for a debugger.
 test: install
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
