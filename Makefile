@@ -35,8 +35,11 @@ $(VENV)/.taps_fast_%: pyproject.toml | $(VENV)/.torch
 $(EXT): setup.py $(SOURCES) | $(VENV)/.torch
 	$(PY) setup.py -q build_ext --inplace
 
+# In two processes, as most tests keep one core busy. Each has OpenMP's threads for all cores, so that what runs on
+# several threads is tested so; they must sleep while they wait, or they spin on the core that the other works on.
+# ARGS="-n 0" runs one process, as plain pytest does, for a debugger.
 test: install
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 demo: $(VENV)/.taps_fast_demo $(EXT)
 	$(PY) -m taps_fast demo $(ARGS)

@@ -37,6 +37,18 @@ def pytest_collection_modifyitems(config, items):
             config.stash[NOT_RUN][text] = len(marked)
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist prints nothing, and hands on what it counted."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = session.config.stash.get(NOT_RUN, {})
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist calls it, where it is installed
+def pytest_testnodedown(node):
+    """Each worker collects all tests: the counts of one are those of the run. One that crashed has none."""
+    node.config.stash.setdefault(NOT_RUN, {}).update(getattr(node, "workeroutput", {}).get("not_run", {}))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not TRITON:
         terminalreporter.write_line("Triton tests not run: Triton is not installed")

@@ -8,6 +8,7 @@ build/cuda, named by what they were made from.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -69,6 +70,13 @@ def cuobjdump() -> str | None:
 
 def build() -> tuple[Path, str]:
     """The extension, and what the compilers said."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # test processes share it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> tuple[Path, str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     rules, home = setup(), toolkit()
@@ -83,7 +91,6 @@ def build() -> tuple[Path, str]:
     host = ["c++", "-O2", "-fPIC", "-Wall", "-Wextra", *rules.CXX, *rules.STABLE]
     host += [word for path in include_paths() for word in ("-isystem", path)]
     shared = [text.read_bytes() for text in sorted(headers)]
-    BUILD.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
         command = nvcc if source.suffix == ".cu" else host
