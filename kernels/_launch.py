@@ -29,6 +29,8 @@ a GPU has run it, for which it is the default."""
 KEPT = 4096
 """Launches that each kernel knows at most; sizes are told apart by value."""
 WANTED = os.environ.get("TAPS_FAST_TRITON_LAUNCH") or ("direct" if version() in RUN else "triton")
+if WANTED not in ("direct", "triton"):
+    raise ValueError(f"TAPS_FAST_TRITON_LAUNCH must be direct or triton, got {WANTED!r}")
 DIRECT = version() in READ and torch.version.hip is None and WANTED == "direct"
 TUPLES = ("sources", "outputs", "codes", "deltas")
 """Parameters that are tensors one by one, or a table of their addresses."""

@@ -87,6 +87,11 @@ def test_direct_launches_hand_on_what_triton_would():
     known = tuple(map(int, found["triton"].split(".")[:2])) in _launch.READ
     assert set(found["direct"]) == (aot.unlaunched([]) - {"write_kernel"} if known else set())
     assert json.loads(output_of(script, TAPS_FAST_TRITON_LAUNCH="triton"))["direct"] == []
+    wrong = os.environ | {"TAPS_FAST_TRITON_LAUNCH": "indirect"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import taps_fast.kernels.merge"], env=wrong, capture_output=True, text=True
+    )
+    assert "TAPS_FAST_TRITON_LAUNCH must be direct or triton, got 'indirect'" in done.stderr
 
 
 def test_a_config_that_nobody_compiles_is_found():
