@@ -1,8 +1,9 @@
-"""What every test gets: poisoned memory, and an honest count of what could not run."""
+"""What every test gets: random numbers of its own, poisoned memory, and an honest count of what could not run."""
 
 from __future__ import annotations
 
 import importlib.util
+import zlib
 
 import cuda_build
 import pytest
@@ -54,6 +55,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("Triton tests not run: Triton is not installed")
     for text, count in config.stash.get(NOT_RUN, {}).items():
         terminalreporter.write_line(f"{count} {text}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test's random numbers follow from its name, not from what else its process ran before it."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
