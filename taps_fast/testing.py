@@ -6,13 +6,13 @@ get by summing the weight and calling PyTorch::
     max|out - ref| <= 2·max|low - ref| + floor        rms(out - ref) <= 1.5·rms(low - ref) + floor
 
 where floor = 8·eps(accumulation dtype)·scale and scale is max|ref|, or the size of the summed terms where a
-sum cancels (a coefficient's gradient). One number may be exact by luck, as PyTorch's <P, Δ> of a P that was
-rounded to 16 bits: there the floor is at least what such roundings come to, eps(dtype)·|P∘Δ|. Tests and
-benchmarks share this file.
+sum cancels (a coefficient's gradient). Where P is rounded to 16 bits, PyTorch's own <P, Δ> may be exact by luck:
+there the floor is at least what such roundings come to, eps(dtype)·|P∘Δ|. Tests and benchmarks share this file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +154,7 @@ def run(inputs: Inputs, call: Callable[[Inputs], Tensor]) -> Results:
     named |= {f"ddeltas[{k}]": d for k, d in enumerate(inputs.deltas)}
     named |= {f"d{name}": t for name in ("bias", "scale", "shift") if (t := getattr(inputs, name)) is not None}
     grads = torch.autograd.grad(y, list(named.values()), inputs.dy, allow_unused=True)
-    zeros = (torch.zeros_like(t) for t in named.values())
-    found = (g if g is not None else z for g, z in zip(grads, zeros, strict=True))
+    found = (torch.zeros_like(t) if g is None else g for t, g in zip(named.values(), grads, strict=True))
     return {"y": y.detach()} | dict(zip(named, found, strict=True))
 
 
@@ -238,10 +237,7 @@ def assert_close_to_oracle(case: Case, backend: str | None, algorithm: str = "au
 
 
 def sum_scales(n: Inputs, ref: Results, rounded: torch.dtype | None = None) -> dict[str, float]:
-    """How large the terms are whose sum may cancel: |P|·|Δ| for a coefficient's gradient.
-
-    ``rounded``: of what 16-bit dtype the P of a single weight is when it is summed; None: it is not rounded.
-    """
+    """|P|·|Δ|, the size of what sums to a coefficient's gradient; ``rounded``: the dtype that P was rounded to."""
     if not n.deltas or not n.x.numel():
         return {}
     deltas, x = [d.detach() for d in n.deltas], n.x.detach()
@@ -299,10 +295,8 @@ def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     problem = Problem(op, device, dtype, shape, rows=8, num_deltas=1, num_tasks=2, grad=True)
     found = []
     for row in TABLE:
-        try:
+        with contextlib.suppress(BackendError):
             found.append(select(problem, row.backend, row.algorithm))
-        except BackendError:
-            continue
     return found
 
 
@@ -345,13 +339,12 @@ def epilogue_cases(dtypes: Sequence[torch.dtype], conv: bool) -> Iterator[Case]:
 def channels_last_cases(shape: tuple[int, ...], conv: dict[str, Any], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """One kind of convolution on channels last: one weight and mixed, adjacent ids and not, baked, absent tasks."""
     kwargs: dict[str, Any] = dict(shape=shape, conv=conv, channels_last=True)
+    mixed = kwargs | dict(num_deltas=4, tasks=(1, 3, -1, 1, 0), num_tasks=4)
     for dtype in dtypes:
         yield Case(dtype, rows=3, num_deltas=2, **kwargs)
-        yield Case(
-            dtype, rows=10, num_deltas=4, tasks=(1, 3, -1, 1, 0), num_tasks=4, zeros=(0, 9), bias="base", **kwargs
-        )
+        yield Case(dtype, rows=10, zeros=(0, 9), bias="base", **mixed)
         yield Case(dtype, rows=6, num_deltas=2, tasks=(-1, -1, 0, 1, 1, 3), num_tasks=5, bias="task", **kwargs)
-        yield Case(dtype, rows=5, num_deltas=4, tasks=(1, 3, -1, 1, 0), num_tasks=4, baked=(1, 3), bias=None, **kwargs)
+        yield Case(dtype, rows=5, baked=(1, 3), bias=None, **mixed)
 
 
 def conv2d_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
@@ -368,10 +361,9 @@ def conv2d_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     ]
     for dtype in dtypes:
         for shape, conv in shapes:
-            yield Case(dtype, rows=3, shape=shape, num_deltas=1, conv=conv)
-            yield Case(
-                dtype, rows=5, shape=shape, num_deltas=4, tasks=ids, num_tasks=4, conv=conv, zeros=(0, 9), bias="base"
-            )
+            kwargs: dict[str, Any] = dict(shape=shape, conv=conv)
+            yield Case(dtype, rows=3, num_deltas=1, **kwargs)
+            yield Case(dtype, rows=5, num_deltas=4, tasks=ids, num_tasks=4, zeros=(0, 9), bias="base", **kwargs)
         shape, conv = shapes[1]
         for deltas in (0, 2, 5):
             yield Case(dtype, rows=2, shape=shape, num_deltas=deltas, conv=conv, bias=None)
@@ -385,9 +377,8 @@ def conv2d_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
 
 def task_batch(case: Case, device: str = "cpu") -> TaskBatch:
     """The index of a case, for calling operators directly."""
-    return TaskBatch.from_ids(
-        torch.tensor(case.tasks or (), dtype=torch.int64), case.num_tasks, device=torch.device(device)
-    )
+    ids = torch.tensor(case.tasks or (), dtype=torch.int64)
+    return TaskBatch.from_ids(ids, case.num_tasks, device=torch.device(device))
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 // See stream.h for what is computed. A block owns 16 out features and 8·kTiles rows. Its warps, and those of the
-// other blocks of its cluster, share out the in features. Each warp walks the sources that its rows use, two at a time,
-// in one sequence of steps, fed by a ring of asynchronous copies that never drains between sources. Sums over warps,
-// then over blocks, are in a fixed order: no atomics, no workspace, one launch.
+// other blocks of its cluster, share out the in features. Each warp walks the sources that its rows use, one or two at
+// a time, in one sequence of steps, fed by a ring of asynchronous copies that never drains between sources. Sums over
+// warps, then over blocks, are in a fixed order: no atomics, no workspace, one launch.
 #include <algorithm>
 
 #include "../common/check.h"
