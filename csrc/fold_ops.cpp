@@ -158,6 +158,19 @@ void fold_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<
   run_items(problem, fold_kernels().fold);
 }
 
+std::vector<double> dots_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas) {
+  const FoldTensor tensor{deltas.data(), in, nullptr, nullptr, nullptr};
+  std::vector<FoldItem> items;
+  add_items(items, 0, size, kItem);
+  const int64_t count = deltas.size();
+  std::vector<double> partials(items.size() * count, 0), sums(count, 0);
+  const Fold problem{dtype,   MaskType::kNone, count, 1, &tensor, items.data(), int64_t(items.size()),
+                     nullptr, partials.data()};
+  run_items(problem, fold_kernels().fold_gradient);
+  for (size_t i = 0; i < partials.size(); i++) sums[i % count] += partials[i];
+  return sums;
+}
+
 }  // namespace taps_fast
 
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {

@@ -4,7 +4,8 @@
   without an open delta share the base, so their images run as one convolution. A baked task's delta is its weight
   and is summed with nothing. On a CPU sums go into one buffer a thread, as large as the largest layer.
   Depthwise weights are small: each image takes its own, and the batch is the groups of one convolution.
-  With the C++ extension `csrc/conv2d_ops.cpp` does this forward, and hands other layouts and depthwise mixes to here.
+  With the C++ extension `csrc/conv2d_ops.cpp` and `csrc/conv2d_grad_ops.cpp` do this, and hand other layouts and
+  depthwise mixes to here.
 * ``split``: the base for all images, then each delta for the images that use it, summed in float32.
 
 Which images share a weight is read on the host. On a CPU that is free; on another device it would stall the
@@ -77,7 +78,7 @@ def conv2d_fwd(
 conv2d_merge = conv2d_fwd
 
 
-def conv2d_dx(
+def conv2d_grad(
     dy: Tensor,
     x: Tensor,
     base: Tensor,
@@ -92,31 +93,64 @@ def conv2d_dx(
     order: Tensor | None,
     offsets: Tensor | None,
     inner: int,
-    algorithm: str,
-) -> Tensor:
-    conv = (stride, padding, dilation, groups)
+    split: bool,
+    need_dx: bool,
+    pairs: list[int],
+    ddeltas_for: list[int],
+    need_dcoeffs: bool,
+    need_dbase: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    weight, conv = (base, deltas, coeffs, base_coeffs), (stride, padding, dilation, groups)
+    index = (ids, order, offsets)
+    dx = p = None
+    if ids is None and (need_dcoeffs or need_dbase or ddeltas_for):
+        own = gradient_dtype(x)
+        at_once = need_dx and not split and x.dtype == own
+        (group,) = _images.groups(coeffs, base_coeffs, index, inner, x, join=True)
+        summed = _summed(base, deltas, group, coeffs.dtype) if at_once else base.to(own)  # whose shape counts
+        found, p = _gradients(dy.to(own), x.to(own), summed, conv, at_once, True)
+        dx = found if at_once else None
+    if need_dx and dx is None:
+        dx = _dx(dy, x, *weight, conv, index, inner, split)
+    sums = _dw(dy, x, *weight, conv, index, inner, p, pairs, ddeltas_for, need_dcoeffs, need_dbase)
+    return x.new_empty(0) if dx is None else dx, *sums
 
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """What P of one weight is computed in: on a GPU as PyTorch does, whose fast units compute in 16 bits."""
+    return x.dtype if x.device.type == "cuda" else torch.promote_types(x.dtype, torch.float32)
+
+
+def _dx(
+    dy: Tensor,
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    coeffs: Tensor,
+    base_coeffs: Tensor | None,
+    conv: Conv,
+    index: Index,
+    inner: int,
+    split: bool,
+) -> Tensor:
     def back(d: Tensor, weight: Tensor, times: int = 1) -> Tensor:
         like = x[: d.shape[0] * times]  # only its shape and layout count
         like = like if like.dtype == d.dtype else torch.empty_like(like, dtype=d.dtype)
         if times > 1:
             like = _side_by_side(like)
-        return _gradient(d, like, weight, (*conv[:3], groups * times), 0)
+        return _gradients(d, like, weight, (*conv[:3], conv[3] * times), True, False)[0]
 
-    index = (ids, order, offsets)
-    merged = algorithm != "split" and not _data_driven(dy, index)
-    joined = _as_groups(base, groups, x, dy)
+    merged = not split and not _data_driven(dy, index)
+    joined = _as_groups(base, conv[3], x, dy)
     return _apply(back, dy, base, deltas, coeffs, base_coeffs, index, inner, merged, joined).to(dy.dtype)
 
 
-def _gradient(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, which: int) -> Tensor:
-    """The gradient of a convolution's images (``which`` = 0) or weight (1)."""
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, need_dx: bool, need_p: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of a convolution's images and weight; undefined where not needed."""
     stride, padding, dilation, groups = conv
-    mask = [which == 0, which == 1, False]
-    found: Tensor = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )[which]
-    return found
+    how = (None, stride, padding, dilation, False, [0, 0], groups, [need_dx, need_p, False])
+    dx, p, _ = torch.ops.aten.convolution_backward(dy, x, weight, *how)
+    return dx, p
 
 
 def _depthwise(
@@ -228,27 +262,24 @@ def _apply(
     return y.contiguous(memory_format=as_base)
 
 
-def conv2d_dw(
+def _dw(
     dy: Tensor,
     x: Tensor,
     base: Tensor,
     deltas: Sequence[Tensor],
     coeffs: Tensor,
     base_coeffs: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
+    conv: Conv,
+    index: Index,
     inner: int,
+    of_one: Tensor | None,
     pairs: list[int],
     ddeltas_for: list[int],
     need_dcoeffs: bool,
     need_dbase: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    conv, index = (stride, padding, dilation, groups), (ids, order, offsets)
+) -> tuple[list[Tensor], Tensor]:
+    """``of_one``: P of all images, of one weight, where it is known."""
+    groups = conv[3]
     wide = coeffs.dtype
     dcoeffs = coeffs.new_zeros(coeffs.shape if need_dcoeffs else (0,))
     like = base if base.dtype == wide else torch.empty_like(base, dtype=wide)  # only its shape and layout count
@@ -256,7 +287,7 @@ def conv2d_dw(
     wanted = [*ddeltas_for, *([BASE] if need_dbase else [])]
 
     def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
-        return _gradient(d.to(wide), images.to(wide), like, conv, 1)
+        return _gradients(d.to(wide), images.to(wide), like, conv, False, True)[1]
 
     def of_images_with(scale: Scalar) -> Tensor:
         """Images whose scale is 0 count for nothing, finite or not."""
@@ -280,7 +311,7 @@ def conv2d_dw(
             if need_dcoeffs:
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 member = (
-                    _images.task_of_image(coeffs, ids, inner, x)[None]
+                    _images.task_of_image(coeffs, index[0], inner, x)[None]
                     == torch.arange(coeffs.shape[0], device=x.device)[:, None]
                 )
                 dcoeffs[:, k] = sums_by_group(member.to(wide), along[:, None])[:, 0]
@@ -294,7 +325,7 @@ def conv2d_dw(
         if len(parts) > 1 and _as_groups(base, groups, x, dy):
             every = base.new_empty((x.shape[0] * base.shape[0], *base.shape[1:]), dtype=wide)  # its shape counts
             ways = (*conv[:3], groups * x.shape[0])
-            of_images = _gradient(_side_by_side(dy.to(wide)), _side_by_side(x.to(wide)), every, ways, 1)
+            of_images = _gradients(_side_by_side(dy.to(wide)), _side_by_side(x.to(wide)), every, ways, False, True)[1]
             of_images = of_images.view(x.shape[0], *base.shape)
         for g in parts:
             of_task = [k for k in range(count) if not asked or g.task * count + k in asked]
@@ -302,7 +333,9 @@ def conv2d_dw(
             users = {k: by for k, by in {**g.coeffs, BASE: g.scale}.items() if k in wanted}
             if not (dots or users):
                 continue
-            if of_images is None:
+            if of_one is not None:
+                p = of_one.to(wide)
+            elif of_images is None:
                 p = weight_gradient(_images.take(x, g.images), _images.take(dy, g.images))
             else:
                 p = of_images[g.images].sum(0)
@@ -312,7 +345,7 @@ def conv2d_dw(
                 add(k, p, by, owned=len(users) == 1)
     found = [sums[k].to(base.dtype) if k in sums else torch.zeros_like(base) for k in wanted]
     found = [gradient.contiguous(memory_format=layout(base)) for gradient in found]
-    return dcoeffs, found[: len(ddeltas_for)], found[-1] if need_dbase else base.new_zeros(0)
+    return found, dcoeffs
 
 
 def _dot(p: Tensor, delta: Tensor) -> Tensor:

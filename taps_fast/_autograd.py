@@ -1,7 +1,7 @@
 """Which gradients are computed and what is saved for them. The arithmetic is in the operators.
 
-Saved: x, base, the deltas, coeffs and the index; never a summed weight. One ``*_dw`` call serves dcoeffs,
-ddeltas and dbase; what nobody needs is not computed.
+Saved: x, base, the deltas, coeffs and the index; never a summed weight. One call serves dcoeffs, ddeltas and dbase (of
+a convolution dx too); what nobody needs is not computed.
 """
 
 from __future__ import annotations
@@ -90,25 +90,27 @@ class Delta(torch.autograd.Function):
         dx = dcoeffs = dbase = dbias = sums = None
         ddeltas: list[Tensor | None] = [None] * len(deltas)
 
-        if need_x:
-            if call.conv:
-                dx = ops.conv2d_dx(dy, x, *weight, *call.conv, *index, call.inner, call.algorithm)
-            else:
-                dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
         wanted = [k for k, need in enumerate(need_deltas) if need]
-        if need_coeffs or need_base or wanted:
-            arguments = (*index, call.inner, call.pairs, wanted, need_coeffs, need_base)
-            if call.conv:
-                dcoeffs, found, dbase = ops.conv2d_dw(dy, x, *weight, *call.conv, *arguments)
-            else:
-                dcoeffs, found, dbase, sums = ops.linear_dw(dy, x, *weight, *arguments, need_bias)
-            for k, ddelta in zip(wanted, found, strict=True):
-                ddeltas[k] = ddelta
+        asked = (call.pairs, wanted, need_coeffs, need_base)
+        of_weights = need_coeffs or need_base or bool(wanted)
+        found: Sequence[Tensor] = ()
+        if call.conv and (need_x or of_weights):
+            how = (*call.conv, *index, call.inner, call.algorithm == "split", need_x)
+            dx, found, dcoeffs = ops.conv2d_grad.default(dy, x, *weight, *how, *asked)
+            if need_base:
+                *found, dbase = found
+        elif not call.conv:
+            if need_x:
+                dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
+            if of_weights:
+                dcoeffs, found, dbase, sums = ops.linear_dw(dy, x, *weight, *index, call.inner, *asked, need_bias)
+        for k, ddelta in zip(wanted, found, strict=True):
+            ddeltas[k] = ddelta
         if need_bias:
             dbias = _dbias(dy, sums, ctx.bias_shape, call)
         return (
             None,
-            dx,
+            dx if need_x else None,
             dbase if need_base else None,
             dcoeffs if need_coeffs else None,
             None,

@@ -8,8 +8,8 @@ A schema is the contract that each backend implements:
 * ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, and ``linear_low_rank_`` adds deltas of low
   rank to a result, on CPU from the C++ extension.
 * ``taps_fast::conv2d_*`` comes from `taps_fast._aten` on every device, but for ``conv2d_implicit``: conv2d_fwd without
-  groups, on CUDA from Triton; and ``conv2d_merge``: conv2d_fwd by that algorithm, on CPU from the C++ extension, which
-  hands layouts that it does not know to the overload ``uncompiled``.
+  groups, on CUDA from Triton; ``conv2d_merge``: conv2d_fwd by that algorithm, and ``conv2d_grad``, on CPU from the C++
+  extension, which hands layouts that it does not know to their overloads ``uncompiled``.
 * ``taps_fast::scale_shift*`` and ``moments`` come from the C++ extensions; on CUDA without one from Triton where it is
   installed (but for float64); from plain PyTorch (`taps_fast._pointwise`) wherever no kernel is registered. Of each
   the overload ``uncompiled`` is what runs without an extension, to which that of CUDA hands chips it was not built for.
@@ -35,6 +35,10 @@ Arguments, in the vocabulary of CONTRIBUTING.md (M rows, I and O features, K del
 ``need_dbias`` the sums of dy over the rows of each task, [T + 1, O] (last row: the base's) or [1, O] without tasks, in
 the dtype of coefficients. Its arity is fixed: what was not asked for comes back with 0 elements, and positions outside
 ``pairs`` are 0.
+
+`conv2d_grad` computes the same of convolutions, without ``dbias`` and in another order: dx [N, C, H, W] when
+``need_dx``; a gradient for each of ``ddeltas_for``, and that of the base after them when ``need_dbase``; dcoeffs. With
+``split`` no summed weight is rounded on dx's way.
 
 `depthwise` takes x [N, H, W, C] and sums its images' products with ``weight[table[n]]``, [taps, C] in the dtype of
 coefficients. On a CPU `conv2d_fwd` runs by it with algorithm "depthwise".
@@ -102,6 +106,8 @@ Gradients = tuple[Tensor, list[Tensor], Tensor]
 """dcoeffs, ddeltas, dbase."""
 LinearGradients = tuple[Tensor, list[Tensor], Tensor, Tensor]
 """These and dbias."""
+Conv2dGradients = tuple[Tensor, list[Tensor], Tensor]
+"""dx, ddeltas and dbase, dcoeffs."""
 
 _CODES = "Tensor[] codes, Tensor? tile, Tensor factors, int[] which"
 _GROUPS = "Tensor? ids, Tensor? order, Tensor? offsets, int inner"
@@ -127,8 +133,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv2d_fwd": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
     "conv2d_merge": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_CONV}, {_GROUPS}) -> Tensor",
-    "conv2d_dx": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, str algorithm) -> Tensor",
-    "conv2d_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, {_WANTED}) -> (Tensor, Tensor[], Tensor)",
+    "conv2d_grad": f"(Tensor dy, Tensor x, {_WEIGHT}, {_CONV}, {_GROUPS}, bool split, bool need_dx, {_WANTED})"
+    " -> (Tensor, Tensor[], Tensor)",
     "conv2d_implicit": f"(Tensor x, {_WEIGHT}, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
     "Tensor? ids, int inner) -> Tensor",
     "depthwise": "(Tensor x, Tensor weight, Tensor table, int[2] kernel, int[2] stride, int[2] padding, "
@@ -188,18 +194,19 @@ def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *r
 conv2d_merge = conv2d_fwd
 
 
-def conv2d_dx(dy: Tensor, x: Tensor, base: Tensor, *rest: Any) -> Tensor:
-    stride, padding, dilation, groups = rest[3:7]
-    how = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
-    dx: Tensor = torch.ops.aten.convolution_backward(dy, x, base, *how)[0]
-    return dx
-
-
-def conv2d_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Gradients:
-    dcoeffs, ddeltas, dbase = _weight_gradients(base, coeffs, *rest[-4:])
+def conv2d_grad(
+    dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any
+) -> Conv2dGradients:
+    stride, padding, dilation, groups = rest[1:5]
+    need_dx, *wanted = rest[-5:]
+    dx = x.new_empty(0)
+    if need_dx:
+        how = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        dx = torch.ops.aten.convolution_backward(dy, x, base, *how)[0]
+    dcoeffs, ddeltas, dbase = _weight_gradients(base, coeffs, *wanted)
     as_base = layout(base)
-    found = [t.contiguous(memory_format=as_base) if t.numel() else t for t in (*ddeltas, dbase)]
-    return dcoeffs, found[:-1], found[-1]
+    found = [t.contiguous(memory_format=as_base) for t in (*ddeltas, dbase)[: len(ddeltas) + wanted[-1]]]
+    return dx, found, dcoeffs
 
 
 def conv2d_implicit(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
@@ -365,7 +372,7 @@ for _name, _schema in SCHEMAS.items():
         torch.library.impl(_op, "CUDA", _from("taps_fast.kernels.conv2d", _name))
     elif _name.startswith("conv2d"):
         torch.library.impl(_op, "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
-        if _name == "conv2d_merge":  # what of it the CPU's kernel leaves to PyTorch
+        if _name in ("conv2d_merge", "conv2d_grad"):  # what of it the CPU's kernel leaves to PyTorch
             torch.library.define(f"{_op}.uncompiled", _schema, tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.impl(f"{_op}.uncompiled", "CompositeExplicitAutograd", _from("taps_fast._aten", _name))
     elif _name.startswith("linear"):

@@ -230,7 +230,7 @@ def assert_close_to_oracle(case: Case, backend: str | None, algorithm: str = "au
         assert torch.equal(t.detach().nan_to_num(), old.nan_to_num()), "an input was changed"
     ref = run(n.to(torch.float64), oracle)
     low = run(n.to(case.dtype), plain_torch)
-    vendors = case.tasks is None and not case.is_conv and (backend == "triton" or device == "cuda")
+    vendors = case.tasks is None and (device == "cuda" or (backend == "triton" and not case.is_conv))
     scales = sum_scales(n.to(torch.float64), ref, case.dtype if vendors and case.dtype.itemsize == 2 else None)
     for name in out:
         assert_no_worse_than_torch(out[name], ref[name], low[name], scale=scales.get(name), name=name)
@@ -244,7 +244,9 @@ def sum_scales(n: Inputs, ref: Results, rounded: torch.dtype | None = None) -> d
     spread = n.dy.norm() * x.norm() / max(x.shape[0], 1) ** 0.5
     size = max(float(d.norm()) for d in deltas) * float(ref["dbase"].norm() + spread)
     if rounded is not None:
-        terms = max(float((n.dy.T @ x * d).norm()) for d in deltas)
+        product: Any = F.conv2d if n.case.is_conv else F.linear
+        (p,) = torch.func.vjp(lambda weight: product(x, weight, **n.case.conv), n.base.detach())[1](n.dy)
+        terms = max(float((p * d).norm()) for d in deltas)
         size = max(size, torch.finfo(rounded).eps * terms / (8 * torch.finfo(torch.float32).eps))
     return {"dcoeffs": size}
 
@@ -259,15 +261,13 @@ def assert_no_worse_than_torch(
         scale: the size of the summed terms, where larger than max|ref|.
 
     Raises:
-        AssertionError: shape or dtype differ from PyTorch's, a value is not finite where the truth is, or the
-            error is larger than the rule allows; the text says by how much, and where.
+        AssertionError: another shape or dtype, a value that is not finite, too large an error; says which and where.
     """
     assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     assert out.dtype == low.dtype, f"{name}: dtype {out.dtype}, expected {low.dtype}"
     if out.numel() == 0:
         return
-    got, low = out.detach().double().cpu(), low.detach().double().cpu()
-    ref = ref.detach().cpu()
+    got, low, ref = out.detach().double().cpu(), low.detach().double().cpu(), ref.detach().cpu()
     accumulate = torch.float64 if out.dtype == torch.float64 else torch.float32
     floor = 8 * torch.finfo(accumulate).eps * max(float(ref.abs().max()), scale or 0.0)
     error, allowed = (got - ref).abs(), (low - ref).abs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,10 +25,13 @@ def channels_last(*shape: int) -> torch.Tensor:
 
 
 class Plain:
-    """The operators, the forward convolution as it runs without the compiled one."""
+    """The operators, convolutions as they run without the compiled ones."""
 
     class conv2d_merge:
         default = torch.ops.taps_fast.conv2d_merge.uncompiled
+
+    class conv2d_grad:
+        default = torch.ops.taps_fast.conv2d_grad.uncompiled
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.ops.taps_fast, name)
@@ -42,11 +44,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def convolved(call: Callable[[], object]) -> list[int]:
-    """Images of each of PyTorch's convolutions in a call, whoever asks for them."""
+def convolved(call: Callable[[], object], backward: bool = False) -> list[int]:
+    """Images of each of PyTorch's convolutions (or of their gradients) in a call, whoever asks for them."""
     with torch.profiler.profile(record_shapes=True) as found:
         call()
-    return [event.input_shapes[0][0] for event in found.events() if event.name == "aten::conv2d"]
+    name = "aten::convolution_backward" if backward else "aten::conv2d"
+    return [event.input_shapes[0][0] for event in found.events() if event.name == name]
 
 
 BY_CHANNEL = [
@@ -57,23 +60,14 @@ BY_CHANNEL = [
 
 
 @pytest.mark.parametrize("case", BY_CHANNEL, ids=str)
-def test_depthwise_by_channel(case: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixed batch is one convolution of as many groups, forwards and backwards."""
-    calls = collections.Counter[str]()
-    monkeypatch.setattr(_aten, "_gradient", _counted(_aten._gradient, calls, "_gradient"))
+def test_depthwise_by_channel(case: testing.Case) -> None:
+    """A mixed batch is one convolution of as many groups, forwards and backwards; of one weight, whose sums have its
+    own type, both gradients are one call."""
     testing.assert_close_to_oracle(case, "aten", "merge")
-    inputs = testing.make_inputs(case)
-    calls.clear()
-    images = convolved(lambda: testing.run(inputs, testing.ours("aten", "merge")))
-    assert images == [1 if case.tasks else case.rows] and calls == {"_gradient": 2}
-
-
-def _counted(function: Callable[..., Any], calls: collections.Counter[str], name: str) -> Callable[..., Any]:
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls[name] += 1
-        return function(*args, **kwargs)
-
-    return counting
+    inputs, count = testing.make_inputs(case), 1 if case.tasks else case.rows
+    assert convolved(lambda: testing.run(inputs, testing.ours("aten", "merge"))) == [count]
+    found = convolved(lambda: testing.run(inputs, testing.ours("aten", "merge")), backward=True)
+    assert found == [count] * (2 if case.tasks or case.dtype == torch.bfloat16 else 1)
 
 
 @pytest.mark.parametrize("algorithm", ["merge", "split"])
@@ -241,3 +235,31 @@ def test_the_base_alone_is_the_vendors_convolution() -> None:
         torch.autograd.grad(y.sum(), (x, base)), torch.autograd.grad(want.sum(), (x, base)), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+def test_gradients_are_one_call_for_each_task(way: str) -> None:
+    """With a weight of its own; images that share one are joined for dx alone, and rows that nobody asks for left."""
+    x, base, deltas = channels_last(6, 4, 5, 5), torch.randn(3, 4, 3, 3), list(torch.randn(3, 3, 4, 3, 3))
+    coeffs = torch.diag(torch.tensor([1.0, 0.0, 0.0]))
+    leaves = [t.requires_grad_() for t in (x, coeffs, *deltas)]
+    y = delta_conv2d(x, base, deltas, coeffs, tasks=[0, -1, 1, 1, 2, 0], backend="aten")
+    found = convolved(lambda: torch.autograd.grad(y.sum(), leaves), backward=True)
+    # Plain PyTorch: dx of both weights, P of each task.
+    assert found == ([4, 2, 1, 2] if way == "compiled" else [4, 2, 2, 2, 1])
+
+
+@pytest.mark.parametrize("algorithm", ["merge", "split"])
+@pytest.mark.parametrize("case", list(testing.conv2d_cases((torch.bfloat16, torch.float16))), ids=str)
+def test_weight_gradients_in_16_bits_as_on_a_gpu(
+    case: testing.Case, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P of one weight rounded as PyTorch rounds it; of a mixed batch no less exact than before."""
+    monkeypatch.setattr(_autograd, "ops", Plain())
+    monkeypatch.setattr(_aten, "gradient_dtype", lambda x: x.dtype)
+    n = testing.make_inputs(case)
+    out, low = testing.run(n, testing.ours("aten", algorithm)), testing.run(n, testing.plain_torch)
+    exact = n.to(torch.float64)
+    ref = testing.run(exact, testing.oracle)
+    scales = testing.sum_scales(exact, ref, None if case.tasks else case.dtype)
+    for name in out:
+        testing.assert_no_worse_than_torch(out[name], ref[name], low[name], scale=scales.get(name), name=name)

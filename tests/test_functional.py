@@ -70,9 +70,15 @@ def test_opcheck_conv2d(mixed: bool) -> None:
     ops = torch.ops.taps_fast
     for algorithm in ("merge", "split"):
         torch.library.opcheck(ops.conv2d_fwd, (n.x, *weight, n.bias, *conv, *index, 1, algorithm))
-        torch.library.opcheck(ops.conv2d_dx, (n.dy, n.x, *weight, *conv, *index, 1, algorithm))
     torch.library.opcheck(ops.conv2d_merge.default, (n.x, *weight, n.bias, *conv, *index, 1))
-    torch.library.opcheck(ops.conv2d_dw, (n.dy, n.x, *weight, *conv, *index, 1, [], [0, 1], True, True))
+    asked = (n.dy, n.x, *weight, *conv, *index, 1)
+    for split, need_dx, *wanted in (
+        (False, True, [], [0, 1], True, True),
+        (True, True, [1], [1], True, False),
+        (False, True, [], [], False, False),
+        (False, False, [], [0], False, True),
+    ):
+        torch.library.opcheck(ops.conv2d_grad.default, (*asked, split, need_dx, *wanted))
 
 
 def detached(n: testing.Inputs) -> testing.Inputs:

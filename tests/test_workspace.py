@@ -95,7 +95,7 @@ batch = TaskBatch.from_ids([0, 1, -1], 2)
 x, dy, w, table, ones = torch.randn(3, 16), torch.randn(3, 8), torch.randn(8, 16), torch.randn(3, 16), torch.ones(2, 8)
 codes, groups, weight = torch.zeros(8, 8, dtype=torch.uint8), (*batch.tensors, 1), (w, [w], torch.ones(2, 1), None)
 pixels, kernel, conv = torch.randn(3, 2, 5, 5), torch.randn(4, 2, 3, 3), ([1, 1], [0, 0], [1, 1], 1)
-kernels = (kernel, [kernel], torch.ones(2, 1), None)
+kernels, dpixels = (kernel, [kernel], torch.ones(2, 1), None), torch.randn(3, 4, 3, 3)
 calls = {
     "linear_fwd": (x, *weight, None, *groups, "blend"),
     "linear_dx": (dy, *weight, *groups, "split"),
@@ -120,6 +120,8 @@ calls = {
     "fold": ([w], [w], torch.ones(1, 1, 1), [], []),
     "conv2d_merge": (pixels, *kernels, torch.zeros(3, 4), *conv, *groups),
     "conv2d_merge left to PyTorch": (pixels[..., ::2], *kernels, None, *conv, *groups),
+    "conv2d_grad": (dpixels, pixels, *kernels, *conv, *groups, False, True, [0], [0], True, True),
+    "conv2d_grad left to PyTorch": (dpixels, pixels, *kernels, *conv, *groups, True, True, [], [], True, True),
 }
 for name, arguments in calls.items():
     name = name.split()[0]
@@ -167,4 +169,4 @@ def test_no_call_leaves_anything_behind(allocator: Path) -> None:
     """A few bytes are enough to keep the C library from joining the blocks of results around them: the heap grew."""
     printed = run(LEFT, allocator)
     left = [(name, int(size)) for name, size in zip(printed[::2], printed[1::2], strict=True)]
-    assert len(left) == 23 and max(size for _, size in left) < 8, left
+    assert len(left) == 25 and max(size for _, size in left) < 8, left
