@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..model import TapsModel
 from ..nn.attention import TaskAttention
@@ -16,6 +15,7 @@ from ..nn.head import class_axis, new_head
 from ..nn.layer import TapsLayer
 from ..nn.per_task import PerTask, own_copy
 from .layers import Row, Running, merge_in_place
+from .threads import Exchange
 from .vectors import TaskVectors
 
 
@@ -42,7 +42,8 @@ class MergedModel(nn.Module):
             that cannot do what is asked for.
 
     ``coeffs`` is a Parameter [L, K], [K] or [L, P, K]; rows are in the order of ``vectors.names``. The model runs in
-    eval mode. Running statistics are merged like weights; coefficients get no gradient through them.
+    eval mode. Running statistics are merged like weights; coefficients get no gradient through them. Threads may share
+    it: their forwards take turns.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> tuned = [{n: t + 0.1 for n, t in model.state_dict().items()} for _ in range(3)]
@@ -81,7 +82,7 @@ class MergedModel(nn.Module):
         self.network = shared_network(model, vectors, head, own)
         device = next((t.device for t in vectors.base.values()), None)
         self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init, device=device))
-        self._running = Running(vectors)
+        self._running, self._exchange = Running(vectors), Exchange()
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
         self._folded = [n for n in vectors.names if n in self._places] if route == "whole" else self._in_layers()
@@ -182,11 +183,8 @@ class MergedModel(nn.Module):
         for name, weight in weights.items():
             for place in self._places.get(name, ()):  # running statistics have no gradient
                 named[place] = weight.detach() if place in self._buffer_names else weight
-        previous, self._running.table = self._running.table, self.coefficients()
-        try:
-            return functional_call(self.network, named, args, kwargs, tie_weights=False)  # a tie is two places
-        finally:
-            self._running.table = previous
+        with self._running.coefficients.of(self.coefficients()):
+            return self._exchange(self.network, named, args, kwargs)
 
     def _in_layers(self) -> list[str]:
         """Lets Linear and Conv2d sum their own deltas; the names that are left to be folded."""
