@@ -81,6 +81,19 @@ def test_every_kind_of_checkpoint(kind, tmp_path):
         assert vectors.own[task].keys() == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("own", ["head", "head.*", ["head.weight", "head.bias"], "hea[d]"])
+def test_what_own_names_covers_what_lies_below(own):
+    vectors = TaskVectors.from_checkpoints(*states(), own=own)
+    assert not [name for name in vectors.base if "head" in name]
+    assert all(mine.keys() == {"head.weight", "head.bias"} for mine in vectors.own.values())
+
+
+def test_own_may_name_what_a_checkpoint_alone_has():
+    base = {"w": torch.zeros(2)}
+    vectors = TaskVectors.from_checkpoints(base, [base | {"new.w": torch.ones(1)}], own="new")
+    assert list(vectors.own["0"]) == ["new.w"]
+
+
 def test_coefficients_of_every_granularity():
     base, tuned = states()
     vectors = TaskVectors.from_checkpoints(base, tuned, own=["head.*"])
@@ -225,6 +238,12 @@ def changed(**change):
          "'fc.bias' must differ from the base by finite numbers, got 2 that are not"),
         (lambda: TaskVectors.from_checkpoints("nowhere.pt", []), FileNotFoundError, "got nowhere.pt"),
         (lambda: TaskVectors.from_checkpoints("nowhere.safetensors", []), FileNotFoundError, "got nowhere.saf"),
+        (lambda: TaskVectors.from_checkpoints(network(), []), TypeError,
+         "source must be a file, a folder or a state dict, got a ModuleDict; its state_dict.. is one"),
+        (lambda: TaskVectors.from_checkpoints({}, [torch.ones(1)]), TypeError, "or a state dict, got a Tensor$"),
+        (lambda: TaskVectors.from_checkpoints(*states(), own=["head", "haed.*"]), ValueError,
+         r"own must match a tensor, got 'haed.\*' \(did you mean 'head'\? known: conv, norm, tokens, scale, fc, "),
+        (lambda: TaskVectors.from_checkpoints(*states(), own="hea"), ValueError, "own must match a tensor, got 'hea'"),
         (lambda: TaskVectors({}, {}, ["a", "a"]), ValueError, "tasks must be different names"),
         (lambda: TaskVectors({}, {"w": []}, []), ValueError, "deltas must be 0 for a tensor of base, got 0 for 'w'"),
         (lambda: TaskVectors({}, {}, ["a"]).expert("b"), ValueError, "task must be one of a, got 'b'"),

@@ -26,6 +26,7 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
+        TypeError: neither a path nor a mapping.
         ValueError: a PyTorch file or a mapping that neither is a state dict nor holds one under "state_dict".
     """
 
@@ -38,6 +39,11 @@ class Checkpoint:
             self.label = "a state dict"
             self._hold(_state_dict(source, "source"))
             return
+        if not isinstance(source, (str, os.PathLike)):
+            hint = "; its state_dict() is one" if isinstance(source, torch.nn.Module) else ""
+            raise TypeError(
+                f"Checkpoint: source must be a file, a folder or a state dict, got a {type(source).__name__}{hint}"
+            )
         path = Path(source)
         self.label = str(path)
         if path.is_dir():
