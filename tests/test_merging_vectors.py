@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_fast.merging import TaskVectors, save_merged, task_arithmetic
+from taps_fast.merging import MergedModel, TaskVectors, emr, save_merged, task_arithmetic
 
 
 def network() -> nn.Module:
@@ -271,6 +271,36 @@ def test_other_device():
     vectors = TaskVectors.from_checkpoints(base, tuned, own="head.*").to("meta")
     assert {t.device.type for each in vectors.deltas.values() for t in each} == {"meta"}
     assert vectors.own["1"]["head.bias"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda model, vectors: task_arithmetic(vectors),
+        lambda model, vectors: vectors.expert("a"),
+        lambda model, vectors: emr(vectors).state("a"),
+        lambda model, vectors: MergedModel(model, vectors, head="2").state("a"),
+    ],
+    ids=["fold", "expert", "masked", "merged"],
+)
+def test_what_was_merged_can_be_changed(merge):
+    """Also what no coefficient weighs: kept tensors, and a task's own."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    base = model.state_dict()
+    tuned = {t: {n: p + 1 if n == "0.bias" else p for n, p in base.items()} for t in "ab"}
+    vectors = TaskVectors.from_checkpoints(base, tuned, own="2")
+    state = merge(model, vectors)
+    wanted = {name: tensor.clone() for name, tensor in state.items()}
+    assert {"0.weight", "1.running_mean"} < set(vectors.kept) and vectors.names == ["0.bias"]
+    for tensor in state.values():
+        tensor.add_(5)
+    assert all(map(torch.equal, wanted.values(), merge(model, vectors).values()))
+
+
+def test_kept_tensors_that_are_tied_are_copied_once():
+    w = torch.ones(2)
+    state = TaskVectors({"a": w, "b": w, "c": torch.ones(2)}, {}, []).fold(0.0)
+    assert state["a"] is state["b"] is not w and state["c"] is not state["a"]
 
 
 def test_what_was_read_from_a_model_does_not_change_with_it():

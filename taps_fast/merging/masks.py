@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .vectors import TaskVectors
+from .vectors import TaskVectors, copies
 
 
 class MaskedDelta:
@@ -37,7 +37,7 @@ class MaskedDelta:
         """The state dict of one task, with its own tensors: one pass over base, delta and mask."""
         if task not in self.masks:
             raise ValueError(f"MaskedDelta: task must be one of {', '.join(self.masks)}, got {task!r}")
-        return self.vectors.fold([self.scales[task]], masks=self.masks[task]) | self.own[task]
+        return self.vectors.fold([self.scales[task]], masks=self.masks[task]) | copies(self.own[task])
 
     def bytes(self) -> int:
         """What it stores when masks are packed to bits: base, delta, masks."""

@@ -153,7 +153,7 @@ class MergedModel(nn.Module):
 
     @torch.no_grad()
     def state(self, task: str | None = None) -> dict[str, Tensor]:
-        """A plain state dict of the merged model, detached: of all tasks, or with what ``task`` has its own."""
+        """A plain state dict of the merged model, a copy: of all tasks, or with what ``task`` has its own."""
         merged = self._fold(self.vectors.names)
         state: dict[str, Tensor] = {}
         used: dict[int, Tensor] = {}  # by id: tied tensors are all what their first name says, as in a forward
@@ -162,7 +162,7 @@ class MergedModel(nn.Module):
             held = getattr(module, last)
             if id(held) not in used:
                 own = _own_delta(module, last, task)
-                tensor = merged.get(name, base)
+                tensor = merged[name] if name in merged else base.clone()
                 used[id(held)] = tensor if own is None else tensor + own
             state[name] = used[id(held)]
         if task is not None:

@@ -127,7 +127,7 @@ class TaskVectors:
         masks: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """A merged state dict: base + mask ∘ Σ_k coeffs·delta, and the kept tensors as they are.
+        """A merged state dict: base + mask ∘ Σ_k coeffs·delta, and copies of the kept tensors.
 
         Args:
             coeffs: one number, [K], [L, K] or with parts [L, P, K]; see `fold`.
@@ -143,7 +143,7 @@ class TaskVectors:
             table = table.expand(len(self.tasks))
         if table.dim() > 1 and len(table) != len(chosen):
             raise ValueError(f"fold: coeffs must be a row for each of {len(chosen)} tensors, got {tuple(table.shape)}")
-        state = {name: self.base[name] for name in self.kept} if names is None else {}
+        state = copies({name: self.base[name] for name in self.kept} if names is None else {})
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for l, name in enumerate(chosen):
             groups.setdefault((self.base[name].dtype, self.base[name].device), []).append(l)
@@ -164,7 +164,7 @@ class TaskVectors:
         """The state dict of one fine-tuned model: base + delta, and its own tensors."""
         one = torch.zeros(len(self.tasks))
         one[self.index(task)] = 1.0
-        return self.fold(one) | self.own[task]
+        return self.fold(one) | copies(self.own[task])
 
     def map(self, change: Callable[[str, list[Tensor]], Sequence[Tensor]]) -> TaskVectors:
         """Task vectors with ``change(name, deltas)`` for the deltas of each tensor, one tensor at a time."""
@@ -191,6 +191,12 @@ class TaskVectors:
             self.tasks,
             {task: {n: move(t) for n, t in mine.items()} for task, mine in self.own.items()},
         )
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in memory of its own; names of one tensor still name one."""
+    made = {id(t): t.clone() for t in {id(t): t for t in tensors.values()}.values()}
+    return {name: made[id(t)] for name, t in tensors.items()}
 
 
 def _patterns(own: Iterable[str], names: Iterable[str]) -> list[str]:
