@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_fast.merging import MergedModel, TaskVectors, emr, save_merged, task_arithmetic
+from taps_fast.merging import MergedModel, TaskVectors, checkpoints, emr, save_merged, task_arithmetic
 
 
 def network() -> nn.Module:
@@ -210,6 +210,30 @@ def test_file_that_any_loader_takes(tmp_path):
     other = {n: t + 1 if t.is_floating_point() else t for n, t in base.items()}
     with pytest.raises(ValueError, match="merged.safetensors must be of this base, sha256:.*, got one of sha256:"):
         TaskVectors.from_checkpoints(other, [path], own="head.*")
+
+
+def test_a_folder_is_written_over_itself(tmp_path, monkeypatch):
+    """Its weights alone are replaced, also those that the merged ones still lie in; a failure leaves all as it was."""
+    for name, text in (("config.json", "{}"), ("model.safetensors.index.json", '{"weight_map": {"w": "old"}}')):
+        (tmp_path / name).write_text(text)
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(5000)}, file)
+
+    def files():
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    held, state = files(), load_file(file)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(checkpoints, "save_file", broken)
+        save_merged(state, tmp_path, like=tmp_path)
+    assert files() == held
+    assert save_merged({"w": state["w"].add_(1)}, tmp_path, like=str(tmp_path / ".")) == file
+    assert files() == held | {file.name: file.read_bytes()}
+    assert TaskVectors.from_checkpoints(tmp_path, []).base["w"].eq(2).all()
 
 
 def changed(**change):
