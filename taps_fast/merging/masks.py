@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .vectors import TaskVectors, copies
@@ -52,9 +53,13 @@ def one_delta(vectors: TaskVectors, deltas: Mapping[str, Tensor]) -> TaskVectors
     return TaskVectors(vectors.base, {name: [delta] for name, delta in deltas.items()}, ["shared"])
 
 
-def per_task(value: float | Sequence[float], vectors: TaskVectors, owner: str, name: str) -> list[float]:
+def per_task(value: float | Sequence[float] | Tensor, vectors: TaskVectors, owner: str, name: str) -> list[float]:
     """One number for each task."""
-    values = [float(value)] * len(vectors) if isinstance(value, (int, float)) else [float(v) for v in value]
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64).tolist()
+        values = [float(v) for v in given] if isinstance(given, list) else [given] * len(vectors)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or a table of them
+        raise TypeError(f"{owner}: {name} must be one number or {len(vectors)}, got {value!r}") from None
     if len(values) != len(vectors):
         raise ValueError(f"{owner}: {name} must be one number or {len(vectors)}, got {len(values)}")
     return values

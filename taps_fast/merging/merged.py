@@ -202,6 +202,8 @@ class MergedModel(nn.Module):
 
 def run_each(network: TapsModel, inputs: Mapping[str, Tensor], call: Callable[..., Tensor]) -> dict[str, Tensor]:
     """``call(x, tasks)`` for each task's input: once for all where they have one shape a sample, else one by one."""
+    for task in inputs:
+        network.context.check(task)
     sizes = {tuple(x.shape[1:]) for x in inputs.values()} | {x.dtype for x in inputs.values()}
     if len(sizes) > 2 or not inputs:
         return {task: _own_width(network, task, call(x, task)) for task, x in inputs.items()}
