@@ -95,7 +95,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ext
+from . import _ext, _flops
 from ._problem import layout, output_size
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
@@ -381,3 +381,5 @@ for _name, _schema in SCHEMAS.items():
             torch.library.impl(_each, "CompositeExplicitAutograd", _plain)
             if _TRITON and _name != "depthwise" and not (_each == _op and _compiled):
                 torch.library.impl(_each, "CUDA", _chosen)
+
+_flops.register()
