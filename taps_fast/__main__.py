@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect = commands.add_parser(
         "inspect",
         help="what task folders hold and share",
-        description="Verifies task folders and prints their layer x task table. The model is not needed.",
+        description="Verifies task folders and prints their layer x task table. The model is not needed. Tasks of one "
+        "name are called by their folders.",
     )
     inspect.add_argument("folders", nargs="+", metavar="FOLDER", help="written by TapsModel.save_task")
     inspect.add_argument("--plot", metavar="FILE", help="also draw the table, e.g. sharing.png (needs matplotlib)")
@@ -136,7 +139,7 @@ def _inspect(chosen: argparse.Namespace) -> None:
         except ValueError as error:
             raise UserError(f"inspect: {folder}: {error}") from None
     try:
-        sharing = Sharing.join(parts)
+        sharing = Sharing.join(_told_apart(chosen.folders, parts))
     except ValueError as error:
         raise UserError(f"inspect: {error}") from None
     print(f"\n{sharing}")
@@ -146,6 +149,21 @@ def _inspect(chosen: argparse.Namespace) -> None:
         except (ImportError, OSError, ValueError) as error:
             raise UserError(f"inspect: {error}") from None
         print(f"\ndrawn to {chosen.plot}")
+
+
+def _told_apart(folders: Sequence[str], parts: Sequence[Sharing]) -> Sequence[Sharing]:
+    """The reports, with tasks of one name, such as those of a sweep, called by what of their folders' paths differs."""
+    counts = Counter(task for part in parts for task in part.tasks)
+    paths = [Path(folder).resolve().parts for folder in folders]
+    alike = [path for path, part in zip(paths, parts, strict=True) if any(counts[task] > 1 for task in part.tasks)]
+    if not alike or len(set(alike)) < len(alike):  # one folder twice is refused by name
+        return parts
+    most = next(n for n in itertools.count(1) if len({path[-n:] for path in alike}) == len(alike))
+    same = next(n for n in range(most) if len({path[-1 - n] for path in alike}) > 1)
+    return [
+        part.renamed({task: "/".join(path[-most : len(path) - same]) for task in part.tasks if counts[task] > 1})
+        for path, part in zip(paths, parts, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""What to say after a name that is not known."""
+"""What a glob of dotted names covers, and what to say after a name that is not known."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Sequence
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether a glob names this path, or one that it lies below."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + ".*")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -99,7 +99,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ext
+from . import _ext, _flops
 from ._problem import layout, output_size
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
@@ -388,3 +388,5 @@ for _name, _schema in SCHEMAS.items():
             torch.library.impl(_each, "CompositeExplicitAutograd", _plain)
             if _TRITON and _name != "depthwise" and not (_each == _op and _compiled):
                 torch.library.impl(_each, "CUDA", _chosen)
+
+_flops.register()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ._names import nearest
+from ._names import covers, nearest
 from ._problem import DTYPES
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
@@ -255,12 +254,7 @@ def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> lis
 
 
 def _matches(path: str, module: nn.Module, patterns: Sequence[str | type[nn.Module]]) -> bool:
-    return any(
-        isinstance(module, p)
-        if isinstance(p, type)
-        else fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(path, p + ".*")
-        for p in patterns
-    )
+    return any(isinstance(module, p) if isinstance(p, type) else covers(p, path) for p in patterns)
 
 
 def _frozen(model: nn.Module) -> dict[int, Any]:

@@ -293,8 +293,8 @@ class LowRank(Format):
         (the same numbers each time). With 0 in both it would never train.
         """
         wide = _checked("LowRank", delta).flatten(1)
-        if not 1 <= rank:
-            raise ValueError(f"LowRank: rank must be at least 1, got {rank}")
+        if not hasattr(rank, "__index__") or rank < 1:
+            raise ValueError(f"LowRank: rank must be a whole number of at least 1, got {rank}")
         u, s, v = torch.linalg.svd(wide, full_matrices=False)
         root = s[:rank].sqrt()
         needed = s[:rank] > s[:1] * max(wide.shape) * torch.finfo(wide.dtype).eps

@@ -142,6 +142,15 @@ class Sharing:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Sharing: data must be what as_dict gives, got another form ({error})") from None
 
+    def renamed(self, names: Mapping[str, str]) -> Sharing:
+        """The same with other names for the tasks that ``names`` has."""
+
+        def new(by_task: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(task, task): value for task, value in by_task.items()}
+
+        layers = [replace(x, open=new(x.open), compressed=new(x.compressed)) for x in self.layers]
+        return replace(self, layers=layers, tasks=new(self.tasks))
+
     @classmethod
     def join(cls, parts: Sequence[Sharing]) -> Sharing:
         """One report of several tasks over one base, such as those of separate task folders.

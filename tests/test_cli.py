@@ -168,6 +168,25 @@ def test_inspect_of_one_task_twice(folders, capsys):
     assert refused(capsys, "inspect", folders[0], folders[0]) == text
 
 
+@pytest.mark.parametrize(
+    ("where", "called"),
+    [
+        (["sw/lam-0.1/best", "sw/lam-0.5/best"], ["lam-0.1", "lam-0.5"]),
+        (["sw/lam-0.1/best", "sw/lam-0.1/last", "sw/lam-0.5/best"], ["lam-0.1/best", "lam-0.1/last", "lam-0.5/best"]),
+        (["a/1/best", "b/1/best"], ["a", "b"]),
+        (["best", "a/best"], [None, "a"]),
+    ],
+)
+def test_inspect_of_tasks_of_one_name(where, called, tmp_path, capsys):
+    """They are called by their folders, and other tasks by their names."""
+    folders = [save(tmp_path / folder, "sw", {i % 3}) for i, folder in enumerate(where)]
+    assert main(["inspect", *folders, save(tmp_path / "cubs", "cubs", {1})]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(f"{folder}: task 'sw', ") for line, folder in zip(lines, folders, strict=False))
+    rows = [line.split() for line in lines if line.split()[:1] and line.split()[0].isdecimal()]
+    assert [row[1] for row in rows] == [*(name or tmp_path.name for name in called), "cubs"]
+
+
 def test_inspect_of_models_adapted_differently(folders, tmp_path, capsys):
     other = save(tmp_path / "other", "birds", {0}, layers=4)
     text = refused(capsys, "inspect", *folders, other)

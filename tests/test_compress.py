@@ -174,7 +174,8 @@ def test_refusals():
         ({"format": "int4"}, "name must be bits, int8 or lowrank, got 'int4'"),
         ({"format": "lowrank"}, "rank must be given for lowrank and for nothing else, got None for 'lowrank'"),
         ({"format": "bits", "rank": 2}, "rank must be given for lowrank and for nothing else, got 2 for 'bits'"),
-        ({"format": "lowrank", "rank": 0}, "rank must be at least 1, got 0"),
+        ({"format": "lowrank", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"format": "lowrank", "rank": 2.5}, "rank must be a whole number of at least 1, got 2.5"),
     ):
         with pytest.raises(ValueError, match=text):
             model.compress("dogs", **options)

@@ -168,6 +168,16 @@ def test_errors(vectors, call, text):
         call(vectors)
 
 
+def test_a_number_may_be_a_tensor(vectors):
+    for lam in (torch.tensor(0.4), torch.full((4,), 0.4), [torch.tensor(0.4)] * 4):
+        for task in vectors.tasks:
+            found, wanted = merging.tall_masks(vectors, lam).masks[task], merging.tall_masks(vectors).masks[task]
+            assert all(torch.equal(found[name], wanted[name]) for name in vectors.names)
+    for lam in ("x", None, torch.ones(4, 1)):
+        with pytest.raises(TypeError, match="consensus: lam must be one number or 4, got "):
+            merging.consensus(vectors, lam=lam)
+
+
 def test_no_tensors():
     """Nothing to merge is the base, for every method."""
     empty = TaskVectors({"w": torch.ones(2)}, {}, ["a", "b"])

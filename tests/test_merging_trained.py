@@ -93,6 +93,9 @@ def test_different_shapes_run_one_by_one():
     for task, y in merged.each(inputs).items():
         torch.testing.assert_close(y, chain(vectors, task, lambda l, k: 0.3, inputs[task]))
     assert merged.each({}) == {}
+    for x in (inputs["b"], batch()["b"]):
+        with pytest.raises(ValueError, match=r"task must be one of its tasks, got 'zz' \(known: a, b"):
+            merged.each({"a": inputs["a"], "zz": x})
 
 
 def test_nothing_is_copied_and_the_layer_route_stores_no_weight():

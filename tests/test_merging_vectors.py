@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_fast.merging import TaskVectors, save_merged, task_arithmetic
+from taps_fast.merging import MergedModel, TaskVectors, checkpoints, emr, save_merged, task_arithmetic
 
 
 def network() -> nn.Module:
@@ -79,6 +79,19 @@ def test_every_kind_of_checkpoint(kind, tmp_path):
             wanted = base[name] if name in vectors.kept else tuned[i][name]
             torch.testing.assert_close(tensor, wanted)
         assert vectors.own[task].keys() == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("own", ["head", "head.*", ["head.weight", "head.bias"], "hea[d]"])
+def test_what_own_names_covers_what_lies_below(own):
+    vectors = TaskVectors.from_checkpoints(*states(), own=own)
+    assert not [name for name in vectors.base if "head" in name]
+    assert all(mine.keys() == {"head.weight", "head.bias"} for mine in vectors.own.values())
+
+
+def test_own_may_name_what_a_checkpoint_alone_has():
+    base = {"w": torch.zeros(2)}
+    vectors = TaskVectors.from_checkpoints(base, [base | {"new.w": torch.ones(1)}], own="new")
+    assert list(vectors.own["0"]) == ["new.w"]
 
 
 def test_coefficients_of_every_granularity():
@@ -199,6 +212,30 @@ def test_file_that_any_loader_takes(tmp_path):
         TaskVectors.from_checkpoints(other, [path], own="head.*")
 
 
+def test_a_folder_is_written_over_itself(tmp_path, monkeypatch):
+    """Its weights alone are replaced, also those that the merged ones still lie in; a failure leaves all as it was."""
+    for name, text in (("config.json", "{}"), ("model.safetensors.index.json", '{"weight_map": {"w": "old"}}')):
+        (tmp_path / name).write_text(text)
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(5000)}, file)
+
+    def files():
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    held, state = files(), load_file(file)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(checkpoints, "save_file", broken)
+        save_merged(state, tmp_path, like=tmp_path)
+    assert files() == held
+    assert save_merged({"w": state["w"].add_(1)}, tmp_path, like=str(tmp_path / ".")) == file
+    assert files() == held | {file.name: file.read_bytes()}
+    assert TaskVectors.from_checkpoints(tmp_path, []).base["w"].eq(2).all()
+
+
 def changed(**change):
     base, tuned = states(1)
     for name, tensor in change.items():
@@ -225,6 +262,12 @@ def changed(**change):
          "'fc.bias' must differ from the base by finite numbers, got 2 that are not"),
         (lambda: TaskVectors.from_checkpoints("nowhere.pt", []), FileNotFoundError, "got nowhere.pt"),
         (lambda: TaskVectors.from_checkpoints("nowhere.safetensors", []), FileNotFoundError, "got nowhere.saf"),
+        (lambda: TaskVectors.from_checkpoints(network(), []), TypeError,
+         "source must be a file, a folder or a state dict, got a ModuleDict; its state_dict.. is one"),
+        (lambda: TaskVectors.from_checkpoints({}, [torch.ones(1)]), TypeError, "or a state dict, got a Tensor$"),
+        (lambda: TaskVectors.from_checkpoints(*states(), own=["head", "haed.*"]), ValueError,
+         r"own must match a tensor, got 'haed.\*' \(did you mean 'head'\? known: conv, norm, tokens, scale, fc, "),
+        (lambda: TaskVectors.from_checkpoints(*states(), own="hea"), ValueError, "own must match a tensor, got 'hea'"),
         (lambda: TaskVectors({}, {}, ["a", "a"]), ValueError, "tasks must be different names"),
         (lambda: TaskVectors({}, {"w": []}, []), ValueError, "deltas must be 0 for a tensor of base, got 0 for 'w'"),
         (lambda: TaskVectors({}, {}, ["a"]).expert("b"), ValueError, "task must be one of a, got 'b'"),
@@ -252,6 +295,36 @@ def test_other_device():
     vectors = TaskVectors.from_checkpoints(base, tuned, own="head.*").to("meta")
     assert {t.device.type for each in vectors.deltas.values() for t in each} == {"meta"}
     assert vectors.own["1"]["head.bias"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda model, vectors: task_arithmetic(vectors),
+        lambda model, vectors: vectors.expert("a"),
+        lambda model, vectors: emr(vectors).state("a"),
+        lambda model, vectors: MergedModel(model, vectors, head="2").state("a"),
+    ],
+    ids=["fold", "expert", "masked", "merged"],
+)
+def test_what_was_merged_can_be_changed(merge):
+    """Also what no coefficient weighs: kept tensors, and a task's own."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    base = model.state_dict()
+    tuned = {t: {n: p + 1 if n == "0.bias" else p for n, p in base.items()} for t in "ab"}
+    vectors = TaskVectors.from_checkpoints(base, tuned, own="2")
+    state = merge(model, vectors)
+    wanted = {name: tensor.clone() for name, tensor in state.items()}
+    assert {"0.weight", "1.running_mean"} < set(vectors.kept) and vectors.names == ["0.bias"]
+    for tensor in state.values():
+        tensor.add_(5)
+    assert all(map(torch.equal, wanted.values(), merge(model, vectors).values()))
+
+
+def test_kept_tensors_that_are_tied_are_copied_once():
+    w = torch.ones(2)
+    state = TaskVectors({"a": w, "b": w, "c": torch.ones(2)}, {}, []).fold(0.0)
+    assert state["a"] is state["b"] is not w and state["c"] is not state["a"]
 
 
 def test_what_was_read_from_a_model_does_not_change_with_it():

@@ -175,6 +175,13 @@ def test_join_gives_the_whole_report():
     assert list(Sharing.join([only(whole, "cars"), only(whole, "cubs")]).tasks) == ["cars", "cubs"]
 
 
+def test_other_names():
+    layers = [LayerRecord("a", "linear", 1, 4, 1, {"x": True, "y": True}, {"x": 2})]
+    whole = Sharing(layers, {"x": TaskRecord(5), "y": TaskRecord()}, 10, 40)
+    other = whole.renamed({"x": "z", "nobody": "w"})
+    assert list(other.tasks) == ["z", "y"] and other.added_bytes("z") == 2 and other.renamed({"z": "x"}) == whole
+
+
 def test_join_refuses():
     whole = small()
     with pytest.raises(ValueError, match=r"^Sharing\.join: parts must hold at least one report, got none$"):

@@ -166,11 +166,28 @@ def test_the_folder_of_the_best_is_of_the_epoch_that_is_reported(tmp_path, monke
     assert point.accuracy == accuracies[saved[-1] - 1]
 
 
+def test_folders_with_dots_and_single_epochs(here, capsys):
+    """A sweep as it is read afterwards: no name is said, and no warm-up."""
+    assert train("--out", "runs/lr0.1", "--epochs", "1", "--lam", "0.1", "0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "lr0_1: the task's name, which holds no dots as 'lr0.1' does (--task says another)"
+    assert lines[1].startswith("lr0_1: 19 training and 5 test images")
+    folders = ["runs/lr0.1/lam-0.1/best", "runs/lr0.1/lam-0.5/best"]
+    assert main(["inspect", *folders]) == 0
+    table = capsys.readouterr().out
+    assert "\n1  lam-0.1 " in table and "\n2  lam-0.5 " in table
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (["--lam", "0.3"], "a run must go on as it began: lam must be 0.5, as in out/checkpoint.pt, got 0.3"),
         (["--seed", "1"], "seed must be 0, as in out/checkpoint.pt, got 1"),
+        (
+            ["--epochs", "2"],
+            "epochs must be 1, as in out/checkpoint.pt, got 2 (choose another --out, or remove that file "
+            "to begin anew: rates and penalty are laid out over all epochs, so that none can be added)",
+        ),
         (["--task", "cars"], "task must be 'out', as in out/checkpoint.pt, got 'cars'"),
         (["--test", "data.npz"], "images must be '"),
     ],

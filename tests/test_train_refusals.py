@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--head", "conv1"], "train: the network must run on an image, got RuntimeError: "),
         (["--image-size", "2"], "(--head classifier, an input (1, 3, 2, 2) of data.npz)"),
         (
-            ["--epochs", "1"],
+            ["--epochs", "1", "--warmup-epochs", "1"],
             "train: warmup-epochs must leave the penalty an epoch, got 1 of 1 (--warmup-epochs 0 begins",
         ),
         (["--task", "v1.0"], "got 'v1.0' (--task says it, else --out)"),
@@ -52,7 +52,10 @@ def test_bad_data(capsys):
     np.savez("names.npz", x=images.numpy())
     assert refused(capsys, data="names.npz") == "train: names.npz must hold 'images' and 'labels', got x"
     Path("text.npz").write_text("text")
-    assert "text.npz must be a whole .npz file" in refused(capsys, data="text.npz")
+    text = "train: text.npz must be a whole .npz file, got one that is not (no zip archive, or a part of one)"
+    assert refused(capsys, data="text.npz") == text
+    Path("text.npz").write_bytes(Path("data.npz").read_bytes()[:-30])
+    assert refused(capsys, data="text.npz") == text
     Path("data.txt").write_text("")
     assert "must end in .npz, .pt, .pth or .safetensors, got data.txt" in refused(capsys, data="data.txt")
     assert refused(capsys, data="none") == "train: data must be a folder or a file, got none, which does not exist"

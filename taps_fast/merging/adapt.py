@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..nn.context import TaskNames
 from .merged import adopt, run_each, shared_network
 from .serving import taps_model
+from .threads import Exchange
 from .vectors import TaskVectors
 
 Batch = Mapping[str, Tensor]
@@ -89,6 +89,7 @@ class Experts(nn.Module):
         super().__init__()
         self.vectors = vectors
         self._places: dict[str, list[str]] = {}
+        self._exchange = Exchange()
         try:
             self.network = taps_model(model, vectors, vectors.tasks, self._delta, head)
             self.mixed = True
@@ -122,7 +123,7 @@ class Experts(nn.Module):
         weights = {place: weight for name, weight in folded.items() for place in self._places[name]}
 
         def call(rows: Tensor, tasks: TaskNames) -> Tensor:
-            y: Tensor = functional_call(self.network, weights, rows, {"tasks": tasks}, tie_weights=False)
+            y: Tensor = self._exchange(self.network, weights, rows, {"tasks": tasks})
             return y
 
         return run_each(self.network, {task: x}, call)[task]

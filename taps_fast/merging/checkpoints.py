@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..store import write_whole
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 """A safetensors or PyTorch file, a folder of safetensors (`save_pretrained`'s), or a state dict."""
@@ -26,6 +29,7 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
+        TypeError: neither a path nor a mapping.
         ValueError: a PyTorch file or a mapping that neither is a state dict nor holds one under "state_dict".
     """
 
@@ -38,6 +42,11 @@ class Checkpoint:
             self.label = "a state dict"
             self._hold(_state_dict(source, "source"))
             return
+        if not isinstance(source, (str, os.PathLike)):
+            hint = "; its state_dict() is one" if isinstance(source, torch.nn.Module) else ""
+            raise TypeError(
+                f"Checkpoint: source must be a file, a folder or a state dict, got a {type(source).__name__}{hint}"
+            )
         path = Path(source)
         self.label = str(path)
         if path.is_dir():
@@ -85,14 +94,14 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _weights_of(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, as its index names them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(named))]
-    if not (folder / "model.safetensors").is_file():
+    """The files that hold a folder's weights: the one, or as its index names them, in ``from_pretrained``'s order."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
         raise FileNotFoundError(f"Checkpoint: a folder must hold model.safetensors or its index, got {folder}")
-    return [folder / "model.safetensors"]
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(named))]
 
 
 def _unpickled(path: Path) -> Any:
@@ -131,11 +140,11 @@ def save_merged(
         state: what the merging functions return; any device and dtype.
         path: a ``.safetensors`` file, or a folder, which then holds ``model.safetensors``.
         like: a folder of the same architecture; its other files (configuration, tokenizer) are copied, so that
-            ``from_pretrained(path)`` loads the result.
+            ``from_pretrained(path)`` loads the result. It may be ``path`` itself, whose weights are then replaced.
         base: `TaskVectors.fingerprint`, to be kept in the file: who reads it over another base is told.
 
     Returns:
-        The file with the weights.
+        The file with the weights. It and each copy are written whole or not at all: what was there stays until then.
 
     Raises:
         ValueError: ``like`` for a path that is a file.
@@ -154,10 +163,6 @@ def save_merged(
     else:
         target = path / "model.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if like is not None:
-        for file in Path(like).iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
-                shutil.copy(file, path)
     # One storage each: safetensors refuses tensors that share memory, such as tied weights.
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
     seen: set[int] = set()
@@ -165,5 +170,11 @@ def save_merged(
         if t.untyped_storage().data_ptr() in seen or t.untyped_storage().nbytes() > t.numel() * t.element_size():
             tensors[name] = t.clone()
         seen.add(t.untyped_storage().data_ptr())
-    save_file(tensors, target, metadata={"format": "pt"} | ({} if base is None else {FINGERPRINT: base}))
+    metadata = {"format": "pt"} | ({} if base is None else {FINGERPRINT: base})
+    write_whole(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    for file in () if like is None else Path(like).iterdir():
+        copy = path / file.name
+        if file.is_file() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
+            if not (copy.exists() and copy.samefile(file)):
+                write_whole(copy, functools.partial(shutil.copyfile, file))
     return target

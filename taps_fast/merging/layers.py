@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..functional import delta_conv2d, delta_linear
+from .threads import Current
 from .vectors import TaskVectors
 
 
 class Running:
-    """What the layers of a model share: its vectors, and the coefficients of the forward that is running."""
+    """What the layers of a model share: its vectors, and the coefficients of the forward that is running.
 
-    table: Tensor | None = None
-    """[L, K], or [K] for all tensors."""
+    Coefficients are [L, K], or [K] for all tensors.
+    """
 
     def __init__(self, vectors: TaskVectors) -> None:
-        self.vectors = vectors
+        self.vectors, self.coefficients = vectors, Current()
 
 
 class Row(NamedTuple):
@@ -32,7 +33,7 @@ class Row(NamedTuple):
         return self.running.vectors.deltas[self.name]
 
     def read(self) -> Tensor:
-        table = self.running.table
+        table = self.running.coefficients.now
         if table is None:
             raise RuntimeError("MergedModel: a layer must run in the model's forward, got a call from outside")
         return table if table.dim() == 1 else table[self.tensor]

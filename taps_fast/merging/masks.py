@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from .vectors import TaskVectors
+from .vectors import TaskVectors, copies
 
 
 class MaskedDelta:
@@ -37,7 +38,7 @@ class MaskedDelta:
         """The state dict of one task, with its own tensors: one pass over base, delta and mask."""
         if task not in self.masks:
             raise ValueError(f"MaskedDelta: task must be one of {', '.join(self.masks)}, got {task!r}")
-        return self.vectors.fold([self.scales[task]], masks=self.masks[task]) | self.own[task]
+        return self.vectors.fold([self.scales[task]], masks=self.masks[task]) | copies(self.own[task])
 
     def bytes(self) -> int:
         """What it stores when masks are packed to bits: base, delta, masks."""
@@ -52,9 +53,13 @@ def one_delta(vectors: TaskVectors, deltas: Mapping[str, Tensor]) -> TaskVectors
     return TaskVectors(vectors.base, {name: [delta] for name, delta in deltas.items()}, ["shared"])
 
 
-def per_task(value: float | Sequence[float], vectors: TaskVectors, owner: str, name: str) -> list[float]:
+def per_task(value: float | Sequence[float] | Tensor, vectors: TaskVectors, owner: str, name: str) -> list[float]:
     """One number for each task."""
-    values = [float(value)] * len(vectors) if isinstance(value, (int, float)) else [float(v) for v in value]
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64).tolist()
+        values = [float(v) for v in given] if isinstance(given, list) else [given] * len(vectors)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or a table of them
+        raise TypeError(f"{owner}: {name} must be one number or {len(vectors)}, got {value!r}") from None
     if len(values) != len(vectors):
         raise ValueError(f"{owner}: {name} must be one number or {len(vectors)}, got {len(values)}")
     return values

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..model import TapsModel
 from ..nn.attention import TaskAttention
@@ -16,6 +15,7 @@ from ..nn.head import class_axis, new_head
 from ..nn.layer import TapsLayer
 from ..nn.per_task import PerTask, own_copy
 from .layers import Row, Running, merge_in_place
+from .threads import Exchange
 from .vectors import TaskVectors
 
 
@@ -42,7 +42,8 @@ class MergedModel(nn.Module):
             that cannot do what is asked for.
 
     ``coeffs`` is a Parameter [L, K], [K] or [L, P, K]; rows are in the order of ``vectors.names``. The model runs in
-    eval mode. Running statistics are merged like weights; coefficients get no gradient through them.
+    eval mode. Running statistics are merged like weights; coefficients get no gradient through them. Threads may share
+    it: their forwards take turns.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> tuned = [{n: t + 0.1 for n, t in model.state_dict().items()} for _ in range(3)]
@@ -81,7 +82,7 @@ class MergedModel(nn.Module):
         self.network = shared_network(model, vectors, head, own)
         device = next((t.device for t in vectors.base.values()), None)
         self.coeffs = nn.Parameter(torch.full(shapes[coeffs], init, device=device))
-        self._running = Running(vectors)
+        self._running, self._exchange = Running(vectors), Exchange()
         self._places = adopt(self.network, vectors)
         self._buffer_names = {name for name, _ in self.network.named_buffers()}
         self._folded = [n for n in vectors.names if n in self._places] if route == "whole" else self._in_layers()
@@ -152,7 +153,7 @@ class MergedModel(nn.Module):
 
     @torch.no_grad()
     def state(self, task: str | None = None) -> dict[str, Tensor]:
-        """A plain state dict of the merged model, detached: of all tasks, or with what ``task`` has its own."""
+        """A plain state dict of the merged model, a copy: of all tasks, or with what ``task`` has its own."""
         merged = self._fold(self.vectors.names)
         state: dict[str, Tensor] = {}
         used: dict[int, Tensor] = {}  # by id: tied tensors are all what their first name says, as in a forward
@@ -161,7 +162,7 @@ class MergedModel(nn.Module):
             held = getattr(module, last)
             if id(held) not in used:
                 own = _own_delta(module, last, task)
-                tensor = merged.get(name, base)
+                tensor = merged[name] if name in merged else base.clone()
                 used[id(held)] = tensor if own is None else tensor + own
             state[name] = used[id(held)]
         if task is not None:
@@ -182,11 +183,8 @@ class MergedModel(nn.Module):
         for name, weight in weights.items():
             for place in self._places.get(name, ()):  # running statistics have no gradient
                 named[place] = weight.detach() if place in self._buffer_names else weight
-        previous, self._running.table = self._running.table, self.coefficients()
-        try:
-            return functional_call(self.network, named, args, kwargs, tie_weights=False)  # a tie is two places
-        finally:
-            self._running.table = previous
+        with self._running.coefficients.of(self.coefficients()):
+            return self._exchange(self.network, named, args, kwargs)
 
     def _in_layers(self) -> list[str]:
         """Lets Linear and Conv2d sum their own deltas; the names that are left to be folded."""
@@ -204,6 +202,8 @@ class MergedModel(nn.Module):
 
 def run_each(network: TapsModel, inputs: Mapping[str, Tensor], call: Callable[..., Tensor]) -> dict[str, Tensor]:
     """``call(x, tasks)`` for each task's input: once for all where they have one shape a sample, else one by one."""
+    for task in inputs:
+        network.context.check(task)
     sizes = {tuple(x.shape[1:]) for x in inputs.values()} | {x.dtype for x in inputs.values()}
     if len(sizes) > 2 or not inputs:
         return {task: _own_width(network, task, call(x, task)) for task, x in inputs.items()}

@@ -11,7 +11,7 @@ from .masks import MaskedDelta, one_delta, per_task
 from .vectors import TaskVectors
 
 
-def tall_masks(vectors: TaskVectors, lam: float | Sequence[float] = 0.4) -> MaskedDelta:
+def tall_masks(vectors: TaskVectors, lam: float | Sequence[float] | Tensor = 0.4) -> MaskedDelta:
     """W_t = W0 + m_t ∘ τ with τ = Σ_k Δ_k and m_t = [ |Δ_t| > lam_t·|τ - Δ_t| ].
 
     Args:
@@ -22,7 +22,7 @@ def tall_masks(vectors: TaskVectors, lam: float | Sequence[float] = 0.4) -> Mask
         A `MaskedDelta`: one delta and a bit mask a task.
 
     Raises:
-        ValueError: numbers that are not one a task.
+        ValueError: numbers that are not one a task; TypeError: no numbers.
 
     Cost: one pass over the deltas; then one bit a weight and task. Source: TALL-masks, arXiv 2405.07813, equation of
     the task-specific masks; the comparison is strict.
@@ -37,7 +37,7 @@ def tall_masks(vectors: TaskVectors, lam: float | Sequence[float] = 0.4) -> Mask
 
 
 def consensus(
-    vectors: TaskVectors, scale: float = 0.3, lam: float | Sequence[float] = 0.4, least: int = 2
+    vectors: TaskVectors, scale: float = 0.3, lam: float | Sequence[float] | Tensor = 0.4, least: int = 2
 ) -> dict[str, Tensor]:
     """W0 + scale·[Σ_t m_t >= least] ∘ Σ_k Δ_k: task arithmetic without what fewer than ``least`` tasks need.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model import TapsModel
 from .merged import adopt
+from .threads import Current
 from .vectors import TaskVectors
 
 Router = Callable[..., Tensor]
@@ -24,7 +25,7 @@ class TwinModel(nn.Module):
         W* = W0 + shared·Σ_k Δ_k              v_t = best rank-r approximation of W_t - W*
         y  = x W*ᵀ + (g ⊙ x V*ᵀ) U*ᵀ          V*, U*: the factors of all tasks side by side, g: each sample's shares
 
-    Linear weights have a v; every other tensor is that of W*.
+    Linear weights have a v; every other tensor is that of W*. Threads may share the model and run at once.
 
     Args:
         model: any module of the base's architecture without heads of tasks; not changed, nor copied but for W*.
@@ -55,7 +56,7 @@ class TwinModel(nn.Module):
         merged = vectors.fold(shared)
         network = TapsModel(model, include=[], norms="shared")
         places = adopt(network, TaskVectors(merged, vectors.deltas, vectors.tasks))
-        self._shares = _Shares()
+        self._shares = Current()
         for name, mine in places.items():
             for path, _, last in (place.rpartition(".") for place in mine):
                 module = network.get_submodule(path)
@@ -71,23 +72,15 @@ class TwinModel(nn.Module):
             raise ValueError(
                 f"TwinModel: router must return [B, {len(self.tasks)}], one logit a task, got {tuple(logits.shape)}"
             )
-        self._shares.now = F.softmax(logits, -1)
-        try:
+        with self._shares.of(F.softmax(logits, -1)):
             return self.network(*args, **kwargs, tasks="base")
-        finally:
-            self._shares.now = None
-
-
-class _Shares:
-    """The shares [B, K] of the forward that is running."""
-
-    now: Tensor | None = None
 
 
 class _TwinLinear(nn.Linear):
     up: Tensor
     down: Tensor
-    shares: _Shares
+    shares: Current
+    """[B, K]"""
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
@@ -104,7 +97,7 @@ class _TwinLinear(nn.Linear):
         return y + F.linear(inner * each, self.up)
 
 
-def _twin(layer: nn.Linear, rest: list[Tensor], keep: float, shares: _Shares) -> None:
+def _twin(layer: nn.Linear, rest: list[Tensor], keep: float, shares: Current) -> None:
     """Adds the low-rank rests to a layer, wherever it is referred to."""
     dtype, rank = layer.weight.dtype, max(1, round(keep * min(layer.weight.shape)))
     ups, downs = [], []

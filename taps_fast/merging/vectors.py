@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import store
+from .._names import covers, nearest
 from .checkpoints import FINGERPRINT, Checkpoint, Source
 from .fold import fold
 
@@ -66,8 +66,8 @@ class TaskVectors:
         Args:
             base: a safetensors or PyTorch file (read with ``weights_only``), a ``save_pretrained`` folder, or a
                 state dict. checkpoints: K of the same kinds; a mapping names the tasks (default: "0", "1", ...).
-            own: globs of names that belong to each task and are not merged, such as ``"head.*"``. They may differ in
-                shape and need not be in the base.
+            own: names that belong to each task and are not merged, such as ``"head"``: globs, each with what lies
+                below it. The tensors may differ in shape and need not be in the base.
             progress: called with each tensor's name as it is read.
 
         Returns:
@@ -76,13 +76,14 @@ class TaskVectors:
 
         Raises:
             ValueError: tensors that differ in name, shape or dtype (the first are named), a delta that is not
-                finite, a checkpoint that says it is of another base.
+                finite, a checkpoint that says it is of another base, ``own`` that names no tensor.
+            TypeError: what is none of these kinds, such as a module.
             FileNotFoundError: a file or folder that is not there.
         """
         named = checkpoints if isinstance(checkpoints, Mapping) else {str(i): c for i, c in enumerate(checkpoints)}
-        patterns = [own] if isinstance(own, str) else list(own)
         first = Checkpoint(base)
         others = {task: Checkpoint(source) for task, source in named.items()}
+        patterns = _patterns(own, {name: None for c in (first, *others.values()) for name in c.names})
         names = [n for n in first.names if not _matches(n, patterns)]
         for other in others.values():
             _same_names(first, other, [n for n in other.names if not _matches(n, patterns)], names)
@@ -126,7 +127,7 @@ class TaskVectors:
         masks: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """A merged state dict: base + mask ∘ Σ_k coeffs·delta, and the kept tensors as they are.
+        """A merged state dict: base + mask ∘ Σ_k coeffs·delta, and copies of the kept tensors.
 
         Args:
             coeffs: one number, [K], [L, K] or with parts [L, P, K]; see `fold`.
@@ -142,7 +143,7 @@ class TaskVectors:
             table = table.expand(len(self.tasks))
         if table.dim() > 1 and len(table) != len(chosen):
             raise ValueError(f"fold: coeffs must be a row for each of {len(chosen)} tensors, got {tuple(table.shape)}")
-        state = {name: self.base[name] for name in self.kept} if names is None else {}
+        state = copies({name: self.base[name] for name in self.kept} if names is None else {})
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for l, name in enumerate(chosen):
             groups.setdefault((self.base[name].dtype, self.base[name].device), []).append(l)
@@ -163,7 +164,7 @@ class TaskVectors:
         """The state dict of one fine-tuned model: base + delta, and its own tensors."""
         one = torch.zeros(len(self.tasks))
         one[self.index(task)] = 1.0
-        return self.fold(one) | self.own[task]
+        return self.fold(one) | copies(self.own[task])
 
     def map(self, change: Callable[[str, list[Tensor]], Sequence[Tensor]]) -> TaskVectors:
         """Task vectors with ``change(name, deltas)`` for the deltas of each tensor, one tensor at a time."""
@@ -192,8 +193,27 @@ class TaskVectors:
         )
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in memory of its own; names of one tensor still name one."""
+    made = {id(t): t.clone() for t in {id(t): t for t in tensors.values()}.values()}
+    return {name: made[id(t)] for name, t in tensors.items()}
+
+
+def _patterns(own: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Globs of names; each must match something."""
+    patterns = [own] if isinstance(own, str) else list(own)
+    for pattern in patterns:
+        if not any(covers(pattern, name) for name in names):
+            tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise ValueError(
+                f"TaskVectors.from_checkpoints: own must match a tensor, got {pattern!r} "
+                f"({nearest(pattern.removesuffix('.*'), tops)})"
+            )
+    return patterns
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(covers(pattern, name) for pattern in patterns)
 
 
 def _same_names(base: Checkpoint, other: Checkpoint, found: Sequence[str], wanted: Sequence[str]) -> None:

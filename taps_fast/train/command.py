@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torchvision:NAME, timm:NAME, transformers:NAME or module:callable",
     )
     parser.add_argument("--out", required=True, type=Path, help="the folder of the run")
-    parser.add_argument("--task", help="the task's name (the last part of OUT)")
+    parser.add_argument("--task", help="the task's name (the last part of OUT, with _ for each dot)")
     parser.add_argument(
         "--test", type=Path, metavar="DATA", help="test images (val or test in DATA, else --hold-out of its images)"
     )
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "of SGD for scores; it falls once the penalty is there (such that the penalty alone moves a score by λ/4 "
             "in the mean)",
         ),
-        ("warmup-epochs", whole, "epochs without the penalty"),
+        ("warmup-epochs", whole, f"epochs without the penalty ({DEFAULT.warmup_epochs}; 0 of a single epoch)"),
         ("seed", int, "of the head, the order, the held-out part and the augmentation"),
     ):
-        default = getattr(DEFAULT, option.replace("-", "_"))
+        default = None if option == "warmup-epochs" else getattr(DEFAULT, option.replace("-", "_"))
         shown = "" if default is None else f" ({default})"
         parser.add_argument(f"--{option}", type=kind, default=default, metavar="N", help=help + shown)
     parser.add_argument(
@@ -105,10 +105,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: it cannot, and why.
     """
-    task = args.task or args.out.name
+    task = args.task or args.out.name.replace(".", "_")
     try:
         _check_name(task)
+        if not args.task and task != args.out.name:
+            print(f"{task}: the task's name, which holds no dots as {args.out.name!r} does (--task says another)")
         options = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if name != "lam"}
+        if args.warmup_epochs is None:
+            options["warmup_epochs"] = min(DEFAULT.warmup_epochs, args.epochs - 1)
         recipes = [Recipe(lam=lam, **options) for lam in args.lam]
         images, test = load(args.data, args.image_size, args.test, args.hold_out, args.seed)
         print(f"{task}: {len(images)} training and {len(test)} test images of {len(images.names)} classes", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,8 @@ def _hidden(path: Path, root: Path) -> bool:
 def _tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):  # which NumPy takes for a pickle
+                raise ValueError("no zip archive, or a part of one")
             with np.load(path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         if path.suffix in (".pt", ".pth"):

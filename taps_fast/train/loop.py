@@ -293,9 +293,10 @@ class Training:
             ) from None
         for name, value in self.identity.items():
             if theirs.get(name) != value:
+                why = ": rates and penalty are laid out over all epochs, so that none can be added" * (name == "epochs")
                 raise TrainError(
                     f"train: a run must go on as it began: {name} must be {theirs.get(name)!r}, as in {path}, got "
-                    f"{value!r} (choose another --out, or remove that file to begin anew)"
+                    f"{value!r} (choose another --out, or remove that file to begin anew{why})"
                 )
         owned = self._owned()
         with torch.no_grad():
