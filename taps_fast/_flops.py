@@ -40,10 +40,6 @@ def _conv(x: Shape, base: Shape, *_: Any, out_shape: Shape) -> int:
     return 2 * prod(out_shape) * prod(base[1:])
 
 
-def _conv_dx(dy: Shape, x: Shape, base: Shape, *_: Any, out_shape: Any) -> int:
-    return 2 * prod(dy) * prod(base[1:])
-
-
 def _conv_grad(dy: Shape, x: Shape, base: Shape, *rest: Any, out_shape: Any) -> int:
     *_, need_dx, _pairs, ddeltas_for, need_dcoeffs, need_dbase = rest
     products = bool(need_dx) + bool(ddeltas_for or need_dcoeffs or need_dbase)
@@ -68,7 +64,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_dw": _linear_dw,
     "linear_low_rank_": _low_rank,
     **dict.fromkeys(("conv2d_fwd", "conv2d_merge", "conv2d_implicit"), _conv),
-    **dict.fromkeys(("conv2d_dx", "conv2d_dw"), _conv_dx),
     "conv2d_grad": _conv_grad,
     "coded_fwd": _coded,
     "coded_dx": _coded_dx,
@@ -85,8 +80,7 @@ def register() -> None:
 
 def _add(counter: ModuleType) -> None:
     for name, formula in FORMULAS.items():
-        if hasattr(torch.ops.taps_fast, name):
-            counter.register_flop_formula(getattr(torch.ops.taps_fast, name))(formula)
+        counter.register_flop_formula(getattr(torch.ops.taps_fast, name))(formula)
 
 
 class _WhenImported(MetaPathFinder):
