@@ -241,8 +241,8 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
         buffer = torch.empty_like(w)
 
         def ours(_: int) -> tuple[Tensor, Tensor, Tensor]:
-            dx = OPS.linear_dx(dy, w, [d], c, None, None, None, None, 1, "blend")
-            dc, dd, *_ = OPS.linear_dw(dy, x, w, [d], c, None, None, None, None, 1, [], [0], True, False, False)
+            wanted = (True, [], [0], True, False, False)
+            dx, dc, dd, *_ = OPS.linear_grad(dy, x, w, [d], c, None, None, None, None, 1, "blend", *wanted)
             return dx, dc, dd[0]
 
         def materialise(_: int) -> tuple[Tensor, Tensor, Tensor]:  # autograd of F.linear(x, w + c * d)

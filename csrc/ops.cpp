@@ -12,6 +12,7 @@
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
 #include "linear_call.h"
+#include "vendor_gradients.h"
 
 namespace taps_fast {
 namespace {
@@ -20,8 +21,7 @@ using namespace cpu;
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-Algorithm read_algorithm(const char* op, StringHandle handle, bool coded) {
-  const std::string name = take(handle);
+Algorithm read_algorithm(const char* op, const std::string& name, bool coded = false) {
   if (name == "blend") return Algorithm::kBlend;
   if (name == "auto" && coded) return Algorithm::kAuto;
   check(name == "split", op, ": algorithm must be ", coded ? "auto, " : "", "blend or split on CPU, got '", name, "'");
@@ -59,8 +59,7 @@ void run_rows(RowPlan& plan, const Weight& weight, const Groups& groups, Algorit
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
                    const std::vector<Tensor>& deltas, const Tensor& coeffs, const OptionalTensor& base_coeffs,
                    const OptionalTensor& bias, const OptionalTensor& ids, const OptionalTensor& order,
-                   const OptionalTensor& offsets, int64_t inner, StringHandle algorithm, const Codes* codes = nullptr) {
-  const Algorithm how = read_algorithm(op, algorithm, codes);
+                   const OptionalTensor& offsets, int64_t inner, Algorithm how, const Codes* codes = nullptr) {
   const Layout in(x), weights(base);
   Inputs inputs(op, in.dtype);
   RowPlan plan;
@@ -98,7 +97,7 @@ Tensor linear_fwd(const Tensor& x, const Tensor& base, const std::vector<Tensor>
                   const OptionalTensor& base_coeffs, const OptionalTensor& bias, const OptionalTensor& ids,
                   const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle algorithm) {
   return row_product("linear_fwd", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
-                     algorithm);
+                     read_algorithm("linear_fwd", take(algorithm)));
 }
 
 Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
@@ -106,12 +105,13 @@ Tensor linear_coded(const Tensor& x, const Tensor& base, const std::vector<Tenso
                     const OptionalTensor& order, const OptionalTensor& offsets, int64_t inner, StringHandle algorithm,
                     const std::vector<Tensor>& scales, const std::vector<Tensor>& tiles,
                     const std::vector<int64_t>& tile_of) {
+  const Algorithm how = read_algorithm("linear_coded", take(algorithm), true);
   check(scales.size() == deltas.size() && tile_of.size() == deltas.size(),
         "linear_coded: scales and tile_of must have an entry for each of ", deltas.size(), " deltas, got ",
         scales.size(), " and ", tile_of.size());
   const Codes codes{scales, tiles, tile_of};
-  return row_product("linear_coded", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner,
-                     algorithm, &codes);
+  return row_product("linear_coded", true, x, base, deltas, coeffs, base_coeffs, bias, ids, order, offsets, inner, how,
+                     &codes);
 }
 
 /// y += Σ_k coeffs[t, k] · scale[k] · (x aₖᵀ) bₖ, in turns of one delta a task.
@@ -181,7 +181,7 @@ Tensor linear_dx(const Tensor& dy, const Tensor& base, const std::vector<Tensor>
                  const OptionalTensor& base_coeffs, const OptionalTensor& ids, const OptionalTensor& order,
                  const OptionalTensor& offsets, int64_t inner, StringHandle algorithm) {
   return row_product("linear_dx", false, dy, base, deltas, coeffs, base_coeffs, std::nullopt, ids, order, offsets,
-                     inner, algorithm);
+                     inner, read_algorithm("linear_dx", take(algorithm)));
 }
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> linear_dw(
@@ -235,6 +235,37 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> linear_dw(
   return {dcoeffs, ddeltas, dbase, dbias};
 }
 
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> linear_grad(
+    const Tensor& dy, const Tensor& x, const Tensor& base, const std::vector<Tensor>& deltas, const Tensor& coeffs,
+    const OptionalTensor& base_coeffs, const OptionalTensor& ids, const OptionalTensor& order,
+    const OptionalTensor& offsets, int64_t inner, StringHandle algorithm, bool need_dx,
+    const std::vector<int64_t>& pairs, const std::vector<int64_t>& ddeltas_for, bool need_dcoeffs, bool need_dbase,
+    bool need_dbias) {
+  const std::string name = take(algorithm);
+  const bool asked = name == "merge";
+  const Algorithm how = asked ? Algorithm::kBlend : read_algorithm("linear_grad", name);
+  const OneWeight weight{base, deltas, coeffs, base_coeffs};
+  const bool takes = !ids && (need_dbase || !ddeltas_for.empty()) && vendor_takes(weight, dy, x);
+  check(takes || !asked, "linear_grad: merge must be one weight of contiguous float32 whose gradient is wanted");
+  const bool by_vendor = takes && how == Algorithm::kBlend && (asked || vendor_pays(x.size(0)));
+  // The rest of the results; and what is checked of the arguments.
+  const std::vector<int64_t> none;
+  auto [dcoeffs, ddeltas, dbase, dbias] =
+      by_vendor ? linear_dw(dy, x, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, none, none, false,
+                            false, need_dbias)
+                : linear_dw(dy, x, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, pairs, ddeltas_for,
+                            need_dcoeffs, need_dbase, need_dbias);
+  Tensor dx = torch::stable::new_empty(x, {0});
+  if (by_vendor) {
+    vendor_gradients(weight, dy, x, pairs, ddeltas_for, need_dx ? &dx : nullptr, need_dcoeffs ? &dcoeffs : nullptr,
+                     ddeltas, need_dbase ? &dbase : nullptr);
+  } else if (need_dx) {
+    dx = row_product("linear_dx", false, dy, base, deltas, coeffs, base_coeffs, std::nullopt, ids, order, offsets,
+                     inner, how);
+  }
+  return {dx, dcoeffs, ddeltas, dbase, dbias};
+}
+
 std::string cpu_isa() { return kernels().name; }
 
 }  // namespace
@@ -248,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(taps_fast, CPU, m) {
   m.impl("linear_low_rank_", TORCH_BOX(&taps_fast::linear_low_rank_));
   m.impl("linear_dx", TORCH_BOX(&taps_fast::linear_dx));
   m.impl("linear_dw", TORCH_BOX(&taps_fast::linear_dw));
+  m.impl("linear_grad", TORCH_BOX(&taps_fast::linear_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taps_fast, CompositeExplicitAutograd, m) {

@@ -99,6 +99,9 @@ class Delta(torch.autograd.Function):
             dx, found, dcoeffs = ops.conv2d_grad.default(dy, x, *weight, *how, *asked)
             if need_base:
                 *found, dbase = found
+        elif dy.device.type == "cpu" and not call.conv:
+            how = (*index, call.inner, call.algorithm, need_x)
+            dx, dcoeffs, found, dbase, sums = ops.linear_grad.default(dy, x, *weight, *how, *asked, need_bias)
         elif not call.conv:
             if need_x:
                 dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)

@@ -36,6 +36,11 @@ def _linear_dw(dy: Shape, x: Shape, *rest: Any, out_shape: Any) -> int:
     return 2 * prod(dy) * x[1] if ddeltas_for or need_dcoeffs or need_dbase else 0
 
 
+def _linear_grad(dy: Shape, x: Shape, base: Shape, *rest: Any, out_shape: Any) -> int:
+    of_x = _linear_dx(dy, base, out_shape=None) if rest[8] else 0
+    return of_x + _linear_dw(dy, x, *rest, out_shape=None)
+
+
 def _conv(x: Shape, base: Shape, *_: Any, out_shape: Shape) -> int:
     return 2 * prod(out_shape) * prod(base[1:])
 
@@ -62,6 +67,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("linear_fwd", "linear_stream", "linear_coded"), _linear),
     "linear_dx": _linear_dx,
     "linear_dw": _linear_dw,
+    "linear_grad": _linear_grad,
     "linear_low_rank_": _low_rank,
     **dict.fromkeys(("conv2d_fwd", "conv2d_merge", "conv2d_implicit"), _conv),
     "conv2d_grad": _conv_grad,

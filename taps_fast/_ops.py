@@ -4,6 +4,8 @@ A schema is the contract that each backend implements:
 
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
+* ``taps_fast::linear_grad`` is linear_dx and linear_dw in one call, on CPU from the C++ extension, which with "merge"
+  makes both products by PyTorch, and with "blend" where that is faster.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, and ``linear_low_rank_`` adds deltas of low
   rank to a result, on CPU from the C++ extension.
@@ -123,6 +125,8 @@ SCHEMAS = {
     "linear_dx": f"(Tensor dy, {_WEIGHT}, {_GROUPS}, str algorithm) -> Tensor",
     "linear_dw": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, {_WANTED}, bool need_dbias)"
     " -> (Tensor, Tensor[], Tensor, Tensor)",
+    "linear_grad": f"(Tensor dy, Tensor x, {_WEIGHT}, {_GROUPS}, str algorithm, bool need_dx, {_WANTED}, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor[], Tensor, Tensor)",
     "linear_stream": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? ids, int inner) -> Tensor",
     "linear_coded": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_GROUPS}, str algorithm, Tensor[] scales, Tensor[] tiles, "
     "int[] tile_of) -> Tensor",
@@ -184,6 +188,14 @@ def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs:
     groups = 1 if ids is None else coeffs.shape[0] + 1
     dbias = coeffs.new_empty((groups, base.shape[0]) if need_dbias else (0,))
     return *_weight_gradients(base, coeffs, *wanted), dbias
+
+
+def linear_grad(
+    dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    *index, _, need_dx = rest[:7]
+    dx = linear_dx(dy, base) if need_dx else x.new_empty(0)
+    return dx, *linear_dw(dy, x, base, deltas, coeffs, *index, *rest[7:])
 
 
 def conv2d_fwd(x: Tensor, base: Tensor, deltas: list[Tensor], coeffs: Tensor, *rest: Any) -> Tensor:
@@ -347,7 +359,16 @@ def _from(module: str, name: str) -> Callable[..., Any]:
 
 
 _NORMS = {name for name in SCHEMAS if "_norm" in name or name == "track_statistics"}
-_COMPILED = {"linear_stream", "linear_coded", "linear_low_rank_", "task_plan", "layer_plan", "sort_tasks", *_NORMS}
+_COMPILED = {
+    "linear_stream",
+    "linear_grad",
+    "linear_coded",
+    "linear_low_rank_",
+    "task_plan",
+    "layer_plan",
+    "sort_tasks",
+    *_NORMS,
+}
 """Operators that a compiled extension alone implements; its loading registers them."""
 POINTWISE = {"scale_shift", "scale_shift_", "scale_shift_dx", "scale_shift_sums", "moments"}
 _TRITON = importlib.util.find_spec("triton") is not None

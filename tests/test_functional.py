@@ -60,6 +60,8 @@ def test_opcheck_linear(mixed: bool) -> None:
         torch.library.opcheck(ops.linear_dx, (n.dy, *weight, *index, 2, algorithm))
     for wanted in (([], [0, 1], True, True, True), ([1], [1], True, False, False), ([], [], False, False, True)):
         torch.library.opcheck(ops.linear_dw, (n.dy, n.x, *weight, *index, 2, *wanted))
+        for need_dx in (False, True):
+            torch.library.opcheck(ops.linear_grad, (n.dy, n.x, *weight, *index, 2, "blend", need_dx, *wanted))
 
 
 @pytest.mark.parametrize("mixed", [True, False])

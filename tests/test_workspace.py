@@ -100,6 +100,8 @@ calls = {
     "linear_fwd": (x, *weight, None, *groups, "blend"),
     "linear_dx": (dy, *weight, *groups, "split"),
     "linear_dw": (dy, x, *weight, *groups, [], [0], True, True, True),
+    "linear_grad": (dy, x, *weight, *groups, "blend", True, [], [0], True, True, True),
+    "linear_grad by PyTorch": (dy, x, w, [w], ones[0, :1], None, *alone, "merge", True, [], [0], True, True, True),
     "linear_coded": (x, w, [codes], torch.ones(2, 1), None, None, *groups, "auto", [torch.ones(())], [], [-1]),
     "linear_low_rank_": (dy, x, torch.ones(2, 3, 16), torch.ones(2, 3, 8), ones[:, 0], torch.eye(2), *groups),
     "scale_shift": (x, table, None, *groups, "relu"),
@@ -169,4 +171,4 @@ def test_no_call_leaves_anything_behind(allocator: Path) -> None:
     """A few bytes are enough to keep the C library from joining the blocks of results around them: the heap grew."""
     printed = run(LEFT, allocator)
     left = [(name, int(size)) for name, size in zip(printed[::2], printed[1::2], strict=True)]
-    assert len(left) == 25 and max(size for _, size in left) < 8, left
+    assert len(left) == 27 and max(size for _, size in left) < 8, left

@@ -59,14 +59,7 @@ const Kernels& choose() {
   return *best;
 }
 
-}  // namespace
-
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
-
-bool rows_come_by_themselves() {
+bool is_intel() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("intel");
@@ -74,5 +67,16 @@ bool rows_come_by_themselves() {
   return false;
 #endif
 }
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+bool rows_come_by_themselves() { return is_intel(); }
+
+bool vendor_multiplies_faster() { return is_intel(); }
 
 }  // namespace taps_fast::cpu

@@ -40,6 +40,10 @@ const char* amx_refusal();
 /// (seen on Cascade Lake); AMD's gain by it (Zen 5).
 bool rows_come_by_themselves();
 
+/// Whether PyTorch multiplies many rows of float32 faster than these kernels: MKL does on Intel's cores (Cascade Lake),
+/// not on AMD's (Zen 5).
+bool vendor_multiplies_faster();
+
 /// The best table this CPU runs, or the one TAPS_FAST_CPU_ISA names; picked once.
 const Kernels& kernels();
 
