@@ -52,6 +52,15 @@ class Conversion:
     head: TaskHead | None = None
     restored: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module, attribute, value): what a merged model gets back."""
+    resting: list[nn.Module] = field(default_factory=list)
+    """Modules of the base whose buffers training would move: they stay in eval mode."""
+
+    def let_rest(self, path: str, module: nn.Module, buffers: str) -> None:
+        """Puts a module of the base into eval mode for good, because training would move its ``buffers``."""
+        module.training = False
+        self.resting.append(module)
+        why = f", in eval mode: training would move {buffers}"
+        self.rows = [r._replace(reason=r.reason + why) if r.path == (path or "(root)") else r for r in self.rows]
 
     def located(self) -> dict[str, TapsLayer | PerTask]:
         """Every module that tells tasks apart, by path."""
@@ -98,19 +107,30 @@ def convert(
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     plan.found.restored = list(_disable_fast_paths(adapted))
-    rest(adapted)
+    rest(adapted, [])
     return adapted, plan.found
 
 
-def rest(module: nn.Module) -> None:
-    """Puts every module of the base that a forward in training mode would change into eval mode."""
-    tracks = module._buffers.get("running_mean") is not None
-    if _iterates(module) or tracks:
+def rest(adapted: nn.Module, resting: Sequence[nn.Module]) -> None:
+    """Puts every module of the base that a forward in training mode would change into eval mode.
+
+    ``resting``: those that were found by such a forward; running statistics and spectral norms are known without.
+    """
+    for _, module in of_base(adapted):
+        tracks = module._buffers.get("running_mean") is not None
+        if _iterates(module) or tracks:
+            module.training = False
+        if tracks and hasattr(module, "reset_running_stats"):
+            module.__dict__["reset_running_stats"] = keep_statistics
+    for module in resting:
         module.training = False
-    if tracks and hasattr(module, "reset_running_stats"):
-        module.__dict__["reset_running_stats"] = keep_statistics
-    for child in [module.base] if isinstance(module, PerTask) else module.children():
-        rest(child)
+
+
+def of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of an adapted network but those of a task of its own, by path."""
+    yield path, module
+    for name, child in [("base", module.base)] if isinstance(module, PerTask) else module.named_children():
+        yield from of_base(child, f"{path}.{name}" if path else name)
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _compress, _folder, store
+from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
 from ._inference import PreparedModel
@@ -89,6 +90,7 @@ class TapsModel(PreparedModel):
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
         self.training = model.training
+        _training.note_buffers(self)
         for task in tasks:
             self.add_task(task)
 
@@ -283,13 +285,21 @@ class TapsModel(PreparedModel):
     def save_task(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Writes what ``task`` adds to the base: open deltas, scores, norms and head.
 
-        Of an existing folder a task's two files are replaced, in one step; others stay.
+        Of an existing folder a task's two files are replaced, in one step; others stay. Warns where buffers of the base
+        are not those that were given.
 
         Raises:
             ValueError: an unknown task; `TaskFolderError`: ``folder`` is a file; OSError: the disk refuses.
 
         Cost: `fingerprint`'s; a copy of the task's tensors on the host, hashed and written.
         """
+        moved = _training.moved_buffers(self)
+        if moved:
+            warnings.warn(
+                "TapsModel.save_task: the base must be as it was given for this folder to be loaded over it, got "
+                f"buffers that have moved since: {', '.join(moved)} (save the state_dict too, which brings them back)",
+                stacklevel=2,
+            )
         tensors = _folder.whole(_folder.task_tensors(self, self.context.check(task)))
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)
