@@ -66,7 +66,9 @@ class PreparedModel(nn.Module):
           one format lie side by side (`taps_fast.stacked`), so that many tasks cost a layer no more calls. Parameters
           that change afterwards are not seen until `unprepare` or `train`, which undo all of this bit for bit.
 
-        Tasks cannot be added, loaded or removed meanwhile. Saved tasks and state dicts hold the original deltas.
+        Tasks cannot be added, loaded or removed meanwhile, and what is written into deltas is lost. Saved tasks and
+        state dicts hold the original deltas. A prepared model is not for training: a backward through it, which gives
+        only heads and what is not adapted their gradients, warns once.
 
         Args:
             *args, **kwargs: an input of the model, to verify at once instead of in the first forward.
@@ -216,9 +218,24 @@ class PreparedModel(nn.Module):
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)
         try:
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
         finally:
             self.context.enter(previous)
+        report = self.prepared
+        if report is not None and not report.trained and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _prepare.watch_backward(self, report, output)
+        return output
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As ``nn.Module.requires_grad_``; a base that trains is in storage of its own from then on.
+
+        So the network that was given stays as it is. To train the tasks and what they share, `train_base`.
+        """
+        if requires_grad:
+            for _, parameter in base_tensors(self.model, head=True):
+                if type(parameter) is nn.Parameter and not parameter.requires_grad:
+                    parameter.data = parameter.detach().clone()
+        return super().requires_grad_(requires_grad)
 
     def slice_of(self, x: Tensor, count: int, batch: TaskBatch | None = None) -> int | None:
         """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""

@@ -27,7 +27,9 @@ class TapsModel(PreparedModel):
     Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and
     what they share in one mixed batch (`train_base`).
 
-    ``model`` itself is left as it is. The copy's base parameters are in the same storage.
+    ``model`` itself is left as it is. The copy's base parameters are in the same storage until the copy's train
+    (`train_base`, `requires_grad_`) or are loaded. So training ``model`` afterwards, or writing into one of the two,
+    changes both: give a copy for that.
 
     Args:
         model: any module, on the device and in the dtype it shall have.
