@@ -185,8 +185,9 @@ class PreparedModel(nn.Module):
 
         Returns:
             What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
-            included. Tasks that the batch lacks get no gradient where names or ids are on the host, and zeros for
-            ids on a device, a `TaskBatch` and in compiled models.
+            included: right for softmax and cross entropy with class indices; for label smoothing, soft labels and
+            binary cross entropy cut each task's rows to its own of `widths`. Tasks that the batch lacks get no gradient
+            where names or ids are on the host, and zeros for ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
             ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer

@@ -103,7 +103,18 @@ class TapsModel(PreparedModel):
 
     @property
     def widths(self) -> dict[str, int | None]:
-        """The number of outputs of each task's head, before padding; empty without a head."""
+        """The number of outputs of each task's head, before padding; empty without a head.
+
+        >>> model = TapsModel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), head="1")
+        >>> model.add_task("cubs", classes=2)
+        >>> model.add_task("cars", classes=5)
+        >>> x, ids, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 4, 0, 0, 2, 1])
+        >>> y = model(x, tasks=ids)  # [6, 5], padded with -inf: cross_entropy(y, labels) is right as it is
+        >>> loss = 0.0
+        >>> for t, width in enumerate(model.widths.values()):  # what smooths labels must not see the padding
+        ...     mine = ids == t
+        ...     loss = loss + nn.functional.cross_entropy(y[mine, :width], labels[mine], label_smoothing=0.1)
+        """
         return {} if self.conversion.head is None else self.conversion.head.widths
 
     def set_task(self, task: str | None) -> None:
