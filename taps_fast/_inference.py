@@ -17,10 +17,11 @@ from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
-from .convert import Conversion, rest
+from .convert import Conversion
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection, TaskNames
 from .nn.layer import TapsLayer
+from .nn.per_task import rest
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:

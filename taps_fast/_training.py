@@ -18,8 +18,8 @@ from . import _probe, store
 from ._folder import base_tensors
 from ._probe import ONE_AT_A_TIME, Neighbour, equal, undisturbed
 from ._slices import dims_of
-from .convert import of_base
 from .nn.context import Layout, Selection
+from .nn.per_task import of_base
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -148,10 +148,16 @@ def note_buffers(model: PreparedModel, _: object = None) -> None:
     model.given = _checksums(model)
 
 
-def moved_buffers(model: PreparedModel) -> list[str]:
-    """The names of buffers of the base that are not what was given: another dtype alone does not count."""
+def check_buffers(model: PreparedModel) -> None:
+    """Warns of buffers of the base that are not what was given: another dtype alone does not count."""
     now = _checksums(model)
-    return [name for name, was in model.given.items() if name in now and _differ(was, now[name])]
+    moved = [name for name, was in model.given.items() if name in now and _differ(was, now[name])]
+    if moved:
+        warnings.warn(
+            "TapsModel.save_task: the base must be as it was given for this folder to be loaded over it, got buffers "
+            f"that have moved since: {', '.join(moved)} (save the state_dict too, which brings them back)",
+            stacklevel=3,
+        )
 
 
 def _differ(was: dict[str, Any], now: dict[str, Any]) -> bool:

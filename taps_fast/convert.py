@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._names import nearest
 from ._problem import DTYPES
@@ -22,7 +20,7 @@ from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, Transpose
 from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
-from .nn.per_task import PerTask, keep_statistics
+from .nn.per_task import PerTask, rest
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
@@ -109,28 +107,6 @@ def convert(
     plan.found.restored = list(_disable_fast_paths(adapted))
     rest(adapted, [])
     return adapted, plan.found
-
-
-def rest(adapted: nn.Module, resting: Sequence[nn.Module]) -> None:
-    """Puts every module of the base that a forward in training mode would change into eval mode.
-
-    ``resting``: those that were found by such a forward; running statistics and spectral norms are known without.
-    """
-    for _, module in of_base(adapted):
-        tracks = module._buffers.get("running_mean") is not None
-        if _iterates(module) or tracks:
-            module.training = False
-        if tracks and hasattr(module, "reset_running_stats"):
-            module.__dict__["reset_running_stats"] = keep_statistics
-    for module in resting:
-        module.training = False
-
-
-def of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of an adapted network but those of a task of its own, by path."""
-    yield path, module
-    for name, child in [("base", module.base)] if isinstance(module, PerTask) else module.named_children():
-        yield from of_base(child, f"{path}.{name}" if path else name)
 
 
 @dataclass
@@ -371,12 +347,6 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
         if what:
             return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"
     return None
-
-
-def _iterates(module: nn.Module) -> bool:
-    """Whether this is a spectral norm, of either kind: in training each forward is one more step of its iteration."""
-    hooked = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-    return hooked or isinstance(module, _SpectralNorm)
 
 
 def _disable_fast_paths(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:

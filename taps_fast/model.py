@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -103,18 +102,7 @@ class TapsModel(PreparedModel):
 
     @property
     def widths(self) -> dict[str, int | None]:
-        """The number of outputs of each task's head, before padding; empty without a head.
-
-        >>> model = TapsModel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), head="1")
-        >>> model.add_task("cubs", classes=2)
-        >>> model.add_task("cars", classes=5)
-        >>> x, ids, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 4, 0, 0, 2, 1])
-        >>> y = model(x, tasks=ids)  # [6, 5], padded with -inf: cross_entropy(y, labels) is right as it is
-        >>> loss = 0.0
-        >>> for t, width in enumerate(model.widths.values()):  # what smooths labels must not see the padding
-        ...     mine = ids == t
-        ...     loss = loss + nn.functional.cross_entropy(y[mine, :width], labels[mine], label_smoothing=0.1)
-        """
+        """The number of outputs of each task's head, before padding with -inf (see `forward`); empty without a head."""
         return {} if self.conversion.head is None else self.conversion.head.widths
 
     def set_task(self, task: str | None) -> None:
@@ -306,13 +294,7 @@ class TapsModel(PreparedModel):
 
         Cost: `fingerprint`'s; a copy of the task's tensors on the host, hashed and written.
         """
-        moved = _training.moved_buffers(self)
-        if moved:
-            warnings.warn(
-                "TapsModel.save_task: the base must be as it was given for this folder to be loaded over it, got "
-                f"buffers that have moved since: {', '.join(moved)} (save the state_dict too, which brings them back)",
-                stacklevel=2,
-            )
+        _training.check_buffers(self)
         tensors = _folder.whole(_folder.task_tensors(self, self.context.check(task)))
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)
