@@ -187,7 +187,7 @@ def _small_weights(
     if single:
         chosen, by = zip(*(next(iter(group.coeffs.items())) for group in single), strict=True)
         column = torch.tensor([by, [group.scale for group in single]], dtype=wide)[:, :, None, None, None, None]
-        torch.stack([deltas[k].to(wide) for k in chosen], out=weights[: len(single)])
+        weights[: len(single)] = torch.stack([deltas[k].to(wide) for k in chosen])
         weights[: len(single)].mul_(column[0]).addcmul_(base.to(wide)[None], column[1])
     for place, group in enumerate(parts[len(single) :], len(single)):
         weights[place] = _summed(base.to(wide), deltas, group, wide)
@@ -349,7 +349,7 @@ def _dw(
 
 
 def _dot(p: Tensor, delta: Tensor) -> Tensor:
-    delta = delta.to(p.dtype).contiguous(memory_format=layout(p))
+    p, delta = (t.contiguous(memory_format=layout(p)) for t in (p, delta.to(p.dtype)))
     return torch.dot(_images.as_rows(p).flatten(), _images.as_rows(delta).flatten())
 
 

@@ -82,7 +82,7 @@ class Delta(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         name = "delta_conv2d" if call.conv else "delta_linear"
-        _no_second_derivatives(name, "backend='reference'; the kernels have none")
+        _no_second_derivatives(name, "backend='reference'")
         x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
         index, deltas = rest[:3], rest[3:]
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
@@ -142,7 +142,7 @@ class ScaleShift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _no_second_derivatives("scale_shift", "taps_fast.reference.scale_shift has them; the kernels have none")
+        _no_second_derivatives("scale_shift", "taps_fast.reference.scale_shift")
         x, scale, shift, *index = ctx.saved_tensors
         _, need_x, need_scale, need_shift = ctx.needs_input_grad
         rest = (*index, ctx.inner, ctx.activation)
@@ -185,7 +185,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        _no_second_derivatives("batch_norm", "norms run task by task; the kernels have none")
+        _no_second_derivatives("batch_norm", "batches of one task")
         x, mean, rstd, scale, *index = ctx.saved_tensors
         rest = (*index, ctx.groups.inner, "none")
         along, plain = ops.scale_shift_sums(dy, x, None, None, mean, *rest)  # Σ dy·(x - mean) and Σ dy
@@ -233,7 +233,7 @@ class BatchNormOfTasks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        _no_second_derivatives("batch_norm", "norms run task by task; the kernels have none")
+        _no_second_derivatives("batch_norm", "batches of one task")
         given: Given = ctx.given
         x, mean, variance, ids, order, offsets, *vectors = ctx.saved_tensors
         weight = _split(given, vectors)[0]
@@ -257,7 +257,7 @@ class GroupNormOfTasks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _no_second_derivatives("group_norm", "norms run task by task; the kernels have none")
+        _no_second_derivatives("group_norm", "batches of one task")
         given: Given = ctx.given
         x, mean, rstd, ids, order, offsets, *vectors = ctx.saved_tensors
         weight, _ = _split(given, vectors)
@@ -318,7 +318,10 @@ def _rows_as(sums: Tensor, shape: torch.Size) -> Tensor:
 def _no_second_derivatives(function: str, advice: str) -> None:
     """Gradients are computed with grad mode on only when the caller asked for create_graph."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{function}: second derivatives need {advice}")
+        raise RuntimeError(
+            f"{function}: second derivatives need {advice}, or of a TapsModel the network that merge(task) gives; the "
+            "kernels have none"
+        )
 
 
 def _dbias(dy: Tensor, sums: Tensor | None, shape: torch.Size, call: Call) -> Tensor:

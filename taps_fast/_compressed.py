@@ -321,7 +321,10 @@ class Coded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("delta_linear: second derivatives need backend='reference'; the kernels have none")
+            raise RuntimeError(
+                "delta_linear: second derivatives need backend='reference', or of a TapsModel the network that "
+                "merge(task) gives; the kernels have none"
+            )
         call: CodedCall = ctx.call
         x, tile, factors, *rest = ctx.saved_tensors
         index, codes = rest[:3], rest[3:]

@@ -30,7 +30,7 @@ from .store import TaskFolderError
 if TYPE_CHECKING:
     from .model import TapsModel
 
-_OF_EVERY_MODULE = {*vars(nn.Module()), "reset_running_stats"}
+OF_EVERY_MODULE = {*vars(nn.Module()), "reset_running_stats"}
 """Tensors, children, hooks, the mode; and what rests in a base."""
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PLAIN = (str, int, float, complex, Enum, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
@@ -181,7 +181,7 @@ def _head_recipe(model: TapsModel, task: str) -> dict[str, Any] | None:
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
     """What modules must have in common to be the same function of their tensors: types, plain attributes, shapes."""
     own = [
-        (type(m), *tree_flatten({key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}))
+        (type(m), *tree_flatten({key: value for key, value in vars(m).items() if key not in OF_EVERY_MODULE}))
         for m in module.modules()
     ]
     parts = [(kind, [v if isinstance(v, _PLAIN) else type(v) for v in leaves], spec) for kind, leaves, spec in own]

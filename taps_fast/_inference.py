@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import _prepare, _statistics
+from . import _prepare, _statistics, _training
 from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
-from .convert import Conversion, rest
+from .convert import Conversion
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Selection, TaskNames
 from .nn.layer import TapsLayer
+from .nn.per_task import rest
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class PreparedModel(nn.Module):
         self.slicing: Slicing | None = None
         self.meeting: str | None = None
         """Where samples of one batch change each other, as the probe saw it."""
+        self.settled = self.looked = False
+        """Whether what training mode changes of the base, and of samples, has been found."""
+        self.meeting_in_training: str | None = None
+        self.given: dict[str, Any] = {}
+        """The checksums of the base's buffers, as they were given."""
+        self.register_load_state_dict_post_hook(_training.note_buffers)  # type: ignore[no-untyped-call]
         self.prepared: Preparation | None = None
         if not (slice in ("auto", None) or (isinstance(slice, int) and slice >= 0)):
             raise ValueError(f"TapsModel: slice must be 'auto', None or a number of samples, got {slice!r}")
@@ -60,7 +67,9 @@ class PreparedModel(nn.Module):
           one format lie side by side (`taps_fast.stacked`), so that many tasks cost a layer no more calls. Parameters
           that change afterwards are not seen until `unprepare` or `train`, which undo all of this bit for bit.
 
-        Tasks cannot be added, loaded or removed meanwhile. Saved tasks and state dicts hold the original deltas.
+        Tasks cannot be added, loaded or removed meanwhile, and what is written into deltas is lost. Saved tasks and
+        state dicts hold the original deltas. A prepared model is not for training: a backward through it, which gives
+        only heads and what is not adapted their gradients, warns once.
 
         Args:
             *args, **kwargs: an input of the model, to verify at once instead of in the first forward.
@@ -98,13 +107,14 @@ class PreparedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; training undoes `prepare_inference`.
 
-        Norms of the base rest in it. ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only
-        of those that its loader shows, and leaves the base's as they are.
+        Norms of the base rest in it, and other modules whose buffers it would move: the first forward in it finds them.
+        ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only of those that its loader
+        shows, and leaves the base's as they are.
         """
         if mode:
             self.unprepare()
         super().train(mode)
-        rest(self.model)
+        rest(self.model, self.conversion.resting)
         return self
 
     def _unprepared(self, function: str) -> None:
@@ -131,6 +141,10 @@ class PreparedModel(nn.Module):
         buffers and random states stay as they are. The first mixed forward does this by itself, except under
         ``torch.compile``.
 
+        In training mode a network may do something else. So the first forward there runs once more beforehand, if the
+        base has buffers: modules that move theirs rest from then on. The first mixed one runs on six and eight samples,
+        four times, to see that samples stay apart and keep their order. Before ``torch.compile`` run one such batch.
+
         What two samples do not show is not seen: give a batch whose first two samples differ in all that steers a
         forward, such as their length. Of a batch of one sample the second is made up, of the same length.
 
@@ -149,10 +163,15 @@ class PreparedModel(nn.Module):
         probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
 
     def _apart(self, selection: Selection) -> None:
-        if self.meeting is not None and selection.mixed is not None:
+        if selection.mixed is None:
+            return
+        mode, where = "", self.meeting
+        if where is None and self.training:
+            mode, where = ", or take each other's places, in training mode", self.meeting_in_training
+        if where is not None:
             raise ValueError(
                 "TapsModel: samples must not change each other in a mixed batch, got a model in which one task's "
-                f"samples change another's: {self.meeting} shows it (run one task a batch, or exclude the "
+                f"samples change another's{mode}: {where} shows it (run one task a batch, or exclude the "
                 "modules before that place)"
             )
 
@@ -167,8 +186,9 @@ class PreparedModel(nn.Module):
 
         Returns:
             What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
-            included. Tasks that the batch lacks get no gradient where names or ids are on the host, and zeros for
-            ids on a device, a `TaskBatch` and in compiled models.
+            included: right for softmax and cross entropy with class indices; for label smoothing, soft labels and
+            binary cross entropy cut each task's rows to its own of `widths`. Tasks that the batch lacks get no gradient
+            where names or ids are on the host, and zeros for ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
             ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer
@@ -178,13 +198,18 @@ class PreparedModel(nn.Module):
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, None if first is None else first.device)
-        if selection.mix is None or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if self.training and not compiling and not self.settled:
+            _training.settle(self, selection, args, kwargs)
+        if selection.mix is None or compiling:
             self._apart(selection)
             return self._run(selection, args, kwargs)
         count = selection.mix.batch.size
         if count and not self.probed:
             probe_first(self, args, kwargs, count)
         axes = self.input_axes(args, kwargs, count)
+        if count and self.training and not self.looked and selection.mixed is not None:
+            _training.look(self, args, kwargs, count)
         self._apart(selection)
         if first is not None and axes is not None and not self.training:
             most = self.slice_of(first, count, selection.mix.batch)
@@ -195,9 +220,24 @@ class PreparedModel(nn.Module):
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)
         try:
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
         finally:
             self.context.enter(previous)
+        report = self.prepared
+        if report is not None and not report.trained and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _prepare.watch_backward(self, report, output)
+        return output
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As ``nn.Module.requires_grad_``; a base that trains is in storage of its own from then on.
+
+        So the network that was given stays as it is. To train the tasks and what they share, `train_base`.
+        """
+        if requires_grad:
+            for _, parameter in base_tensors(self.model, head=True):
+                if type(parameter) is nn.Parameter and not parameter.requires_grad:
+                    parameter.data = parameter.detach().clone()
+        return super().requires_grad_(requires_grad)
 
     def slice_of(self, x: Tensor, count: int, batch: TaskBatch | None = None) -> int | None:
         """How many samples of an input x [``count`` samples, …] run together in a mixed eval batch; None: all."""

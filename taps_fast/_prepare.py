@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ._regions import Region, regions
 from .convert import Row
@@ -111,6 +113,8 @@ class Preparation:
     baked_bytes: int = 0
     regions: list[Region] = field(default_factory=list)
     types: dict[str, str] = field(default_factory=dict)
+    trained: bool = False
+    """Whether a backward has come through the model meanwhile, and been warned about."""
 
     @property
     def table_bytes(self) -> int:
@@ -189,7 +193,7 @@ def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> Non
         layer.freeze(tasks)
     for found in regions(model.model, tasks):
         if isinstance(found, Region):
-            found.module.__dict__["forward"] = found
+            found.install()
             report.regions.append(found)
         else:
             path, why = found
@@ -212,6 +216,23 @@ def unprepare(model: PreparedModel) -> None:
             layer.thaw()
     model.context.frozen = False
     model.prepared = None
+
+
+def watch_backward(model: PreparedModel, report: Preparation, output: Any) -> None:
+    """Warns once if a backward comes through the output of a prepared model whose parameters want gradients."""
+
+    def warn(_: Tensor) -> None:
+        if not report.trained and any(p.requires_grad for p in model.parameters()):
+            report.trained = True
+            warnings.warn(
+                "TapsModel: a prepared model must not be trained, got a backward through one: its gates, deltas and "
+                "norms get no gradients (train() or unprepare() first)",
+                stacklevel=2,
+            )
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(warn)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

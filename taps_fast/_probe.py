@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from .nn.layer import TapsLayer
 if TYPE_CHECKING:
     from ._inference import PreparedModel
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 _MIXED = "samples are mixed in its input"
 Calls = dict[str, list[Any]]
 """What was seen at each call of each module, by path."""
@@ -62,7 +62,7 @@ def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -
 
 def probe_first(model: PreparedModel, args: Any, kwargs: Any, batch: int) -> None:
     """Probes a model with its first mixed batch; threads that bring one meanwhile wait."""
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         if not model.probed:
             probe(model, args, kwargs, batch_of(args, kwargs, batch))
 
@@ -71,17 +71,19 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart, and `meeting`."""
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
-    with _ONE_AT_A_TIME, _undisturbed(model), own_forwards(model):
+    with ONE_AT_A_TIME, undisturbed(model), own_forwards(model):
         try:
-            samples = [(t,) * 4 if a is None else _samples(t, a) for t, a in zip(leaves, axes, strict=True)]
-            one, twice, two, turned = (([s[i] for s in samples], spec) for i in range(4))
+            model.eval()
+            pairs = [(t, t) if a is None else samples(t, a) for t, a in zip(leaves, axes, strict=True)]
+            one, twice, two, turned = ((batched(pairs, axes, which), spec) for which in ([0], [0, 0], [0, 1], [1, 0]))
             largest = _Largest()
-            shapes, single = _run(model, one, largest.see)
-            grown, double = _run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
-            mixed, differing = _run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
-            swapped, _ = _run(model, turned, lambda path, call, x, y: _digest(x, shapes, path, call))
+            shapes, single = run(model, one, largest.see)
+            grown, double = run(model, twice, lambda path, call, x, y: _digest(x, shapes, path, call))
+            mixed, differing = run(model, two, lambda path, call, x, y: _digest(x, shapes, path, call))
+            swapped, _ = run(model, turned, lambda path, call, x, y: _digest(x, shapes, path, call))
             _locate(located, shapes, grown, mixed, swapped)
-            disturbed = [_disturbed(model, two, _Neighbour(located, shapes, mixed, changed)) for changed in (1, 0)]
+            found = {path: [digest for _, digest in calls] for path, calls in mixed.items()}
+            disturbed = [disturb(model, two, Neighbour(located, found, which)) for which in ([0, 1], [1, 0])]
         except Exception as error:
             raise ValueError(
                 "TapsModel.probe: the model must run on one and on two samples of its input, got "
@@ -136,7 +138,7 @@ def _layout(
         return f"its input goes from {shape} to {double} when the batch doubles"
     changed = ((before != after) & ~(before.isnan() & after.isnan())).nonzero().flatten().tolist()
     repeats = shape[axis]
-    if 0 < len(changed) <= repeats and _equal(after, swapped):
+    if 0 < len(changed) <= repeats and equal(after, swapped):
         return f"its input {double} has the samples' rows in an order that depends on them"
     outer, alternating = all(i >= repeats for i in changed), all(i % 2 for i in changed)
     if outer and repeats == 1:
@@ -162,11 +164,14 @@ def _digest(x: Tensor, shapes: Calls, path: str, call: int) -> tuple[tuple[int, 
     """x's shape, and one number for each entry along its batch axis: a random projection, so that no change cancels."""
     seen = shapes.get(path, [])
     axis = _grown(seen[call][0], tuple(x.shape)) if call < len(seen) else None
-    if axis is None:
-        return tuple(x.shape), None
+    return tuple(x.shape), None if axis is None else projected(x, axis)
+
+
+def projected(x: Tensor, axis: int) -> Tensor:
+    """One number for each entry of x along ``axis``."""
     flat = x.detach().movedim(axis, 0).flatten(1).double()
     weights = torch.rand(flat.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return tuple(x.shape), (flat * weights.to(x.device)).sum(1)
+    return (flat * weights.to(x.device)).sum(1)
 
 
 class _Largest:
@@ -180,50 +185,61 @@ class _Largest:
         return tuple(x.shape), y.numel()
 
 
-class _Neighbour:
-    """A forward in which everything a task could change of one of two samples is changed, and the other is watched."""
+class Neighbour:
+    """A forward in which everything a task could change of some samples is changed, and the others are watched.
+
+    ``before`` is what `projected` gave at each call of each module where nothing was changed, ``which`` has a 1 for
+    each sample that is changed and a 0 for the others.
+    """
 
     first: str | None = None
-    """The first module whose input shows the change in the other sample."""
+    """The first module whose input shows the change in another sample."""
 
-    def __init__(self, located: dict[str, Any], shapes: Calls, before: Calls, changed: int) -> None:
-        self.located, self.shapes, self.before, self.changed = located, shapes, before, changed
+    def __init__(self, located: dict[str, Any], before: Calls, which: Sequence[int]) -> None:
+        self.located, self.before, self.which = located, before, which
         self.generator = torch.Generator().manual_seed(1)
 
     def see(self, path: str, call: int, x: Tensor, y: Tensor) -> None:
-        layout = self.located[path].layouts.get(x.dim())
+        layout, seen = self.located[path].layouts.get(x.dim()), self.before.get(path, [])
         if self.first is not None or layout is None:
             return
-        before, after = self.before[path][call][1], _digest(x, self.shapes, path, call)[1]
-        if before is None or after is None or not _equal(*(_of(d, layout, 1 - self.changed) for d in (before, after))):
+        before = seen[call] if call < len(seen) else None
+        after = projected(x, layout.axis)
+        if before is None or before.shape != after.shape or not kept(before, after, layout, self.which):
             self.first = path
 
     def change(self, path: str, x: Tensor, y: Tensor) -> Tensor:
-        """y with noise of its own size on the sample that is changed."""
+        """y with noise of its own size on the samples that are changed."""
         layout = self.located[path].layouts.get(x.dim())
         if layout is None or y.dim() <= layout.axis or y.shape[layout.axis] != x.shape[layout.axis]:
             return y
         size = y.abs().float().mean()
         noise = torch.randn(y.shape, generator=self.generator).to(y.device) * torch.where(size > 0, size, 1.0)
-        changed = y.clone()
-        rows = _of(changed.movedim(layout.axis, 0), layout, self.changed)
-        rows += _of(noise.movedim(layout.axis, 0), layout, self.changed).to(y.dtype)
-        return changed
+        rows = _entries(layout, y.shape[layout.axis], self.which).view(-1, *(1,) * (y.dim() - layout.axis - 1))
+        return torch.where(rows.to(y.device), y + noise.to(y.dtype), y)
 
 
-def _disturbed(model: PreparedModel, two: Any, neighbour: _Neighbour) -> tuple[Any, str | None]:
+def disturb(model: PreparedModel, inputs: Any, neighbour: Neighbour, seed: int = 0) -> tuple[Any, str | None]:
     """The model's output, and the first module that shows the change."""
-    _, output = _run(model, two, neighbour.see, neighbour.change)
+    _, output = run(model, inputs, neighbour.see, neighbour.change, seed=seed)
     return output, neighbour.first
 
 
-def _of(t: Tensor, layout: Layout, sample: int) -> Tensor:
-    """The entries of one of two samples along axis 0."""
-    half = len(t) // 2
-    return t[sample::2] if layout.outer is False else t[sample * half : (sample + 1) * half]
+def _entries(layout: Layout, size: int, which: Sequence[int]) -> Tensor:
+    """bool [size]: which entries along an axis are of the samples that have a 1 in ``which``."""
+    chosen, repeats = torch.tensor(which) == 1, size // len(which)
+    return chosen.repeat(repeats) if layout.outer is False else chosen.repeat_interleave(repeats)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def kept(before: Tensor, after: Tensor, layout: Layout, which: Sequence[int]) -> bool:
+    """Whether only the samples that have a 1 in ``which`` differ along axis 0."""
+    if len(before) % len(which):
+        return False
+    others = ~_entries(layout, len(before), which).to(before.device)
+    return equal(before[others], after[others])
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -240,23 +256,31 @@ def _outputs(single: Any, double: Any, differing: Any, disturbed: list[Any]) -> 
             axes.append(None)
             continue
         same, two, without_b, without_a = (t.movedim(axis, 0) for t in (twice, *others))
-        kept = [
-            _equal(_of(same, layout, 0), _of(two, layout, 0))
-            and _equal(_of(two, layout, 0), _of(without_b, layout, 0))
-            and _equal(_of(two, layout, 1), _of(without_a, layout, 1))
+        together, alternating = (
+            kept(same, two, layout, [0, 1])
+            and kept(two, without_b, layout, [0, 1])
+            and kept(two, without_a, layout, [1, 0])
             for layout in (Layout(axis, True), Layout(axis, False))
-        ]
-        apart = apart and any(kept)
-        axes.append(axis if kept[0] else None)
+        )
+        apart = apart and (together or alternating)
+        axes.append(axis if together else None)
     known = [axis for axis in axes if axis is not None]
     return known if {len(found) for found in leaves} == {len(known)} else None, apart
 
 
-def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tuple[Calls, Any]:
-    """One forward on the base, of ``inputs``: leaves, and how they are nested.
+def run(
+    model: PreparedModel,
+    inputs: Any,
+    see: Any,
+    change: Any = None,
+    *,
+    seed: int = 0,
+    selection: Selection | None = None,
+) -> tuple[Calls, Any]:
+    """One forward, on the base unless a selection is given, of ``inputs``: leaves, and how they are nested.
 
     ``see(path, call, x, y)`` is called for every call of every module that tells tasks apart.
-    ``change(path, x, y)`` is what the module returns instead. Random numbers are the same in each forward.
+    ``change(path, x, y)`` is what the module returns instead. Random numbers are the same in each forward of a seed.
     Returns what was seen, and the model's output.
     """
     calls: Calls = {}
@@ -280,8 +304,8 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
         leaves, spec = inputs
         # Objects are copied for each forward, which may change them, as a cache of keys and values.
         args, kwargs = tree_unflatten([t if isinstance(t, Tensor) else copy.deepcopy(t) for t in leaves], spec)
-        torch.manual_seed(0)
-        previous = model.context.enter(Selection())
+        torch.manual_seed(seed)
+        previous = model.context.enter(selection or Selection())
         try:
             output = model.model(*args, **kwargs)
         finally:
@@ -292,27 +316,35 @@ def _run(model: PreparedModel, inputs: Any, see: Any, change: Any = None) -> tup
     return calls, output
 
 
-def _samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[a], [a, a], [a, b] and [b, a], where b is the user's own second sample if it differs from the first."""
+def samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """a and b, where b is the user's own second sample if it differs from the first."""
     a = leaf.detach().narrow(axis, 0, 1)
     others = (leaf.detach().narrow(axis, i, 1) for i in range(1, leaf.shape[axis]))
     b = next((other for other in others if not torch.equal(other, a)), None)
     if b is None:
         b = a + torch.randn_like(a) if a.is_floating_point() else a.roll(1, -1)
-    return a, torch.cat([a, a], axis), torch.cat([a, b], axis), torch.cat([b, a], axis)
+    return a, b
+
+
+def batched(pairs: list[Any], axes: list[int | None], which: Sequence[int]) -> list[Any]:
+    """The leaves of an input that has a for each 0 in ``which`` and b for each 1."""
+    return [
+        pair[0] if axis is None else torch.cat([pair[i] for i in which], axis)
+        for pair, axis in zip(pairs, axes, strict=True)
+    ]
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and everything as it was afterwards: modes, buffers, random states."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients, and everything as it was afterwards: modes, buffers, random states."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
     with torch.no_grad(), torch.random.fork_rng():
         try:
-            model.eval()
             yield
         finally:
             for module, training in modes.items():
                 module.training = training
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.data.copy_(before)  # through .data, so that graphs which have saved the buffer stay valid
+                module._buffers[name] = buffer

@@ -13,6 +13,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ._folder import OF_EVERY_MODULE
 from .nn import WrappedLayer
 from .nn.attention import TaskAttention
 from .nn.folded import Epilogue, FoldedLayer, FoldedNorm
@@ -43,6 +45,8 @@ _METHODS = {"relu": "relu", "relu_": "relu"}
 _ONE_AT_A_TIME = threading.RLock()
 """A trace puts back what it found patched, which must not be another's patch."""
 _is_training = operator.attrgetter("training")
+_modules_of = operator.attrgetter("_modules")
+_Attribute = tuple[nn.Module, str, Any]
 
 
 class Fold(NamedTuple):
@@ -58,7 +62,9 @@ class Fold(NamedTuple):
 class Region:
     """What stands in for a module's forward while the model is prepared."""
 
-    def __init__(self, path: str, module: nn.Module, graph: fx.Graph, tasks: Sequence[str]) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, graph: fx.Graph, tasks: Sequence[str], attributes: list[_Attribute]
+    ) -> None:
         self.path, self.module = path, module
         self.folds: list[Fold] = []
         self.bytes = 0
@@ -69,11 +75,30 @@ class Region:
         self.inside = [m for m in module.modules() if m is not module]
         quiet = [m for m in self.inside if not _hooked(m)]
         self.hooks = [hooks for m in quiet for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        # So would parts and attributes that are replaced; those that the forward writes itself are another matter.
+        self.traced = list(_traced(module))
+        fixed = [(m, name) for m, name, value in attributes if vars(m).get(name, self) is value]
+        self.owners, self.names = [m for m, _ in fixed], [name for _, name in fixed]
         for node in list(graph.nodes):
             self._fold(node, targets, tasks)
         graph.lint()
         used = {n.target for n in graph.nodes}
         self.graph = fx.GraphModule({name: m for name, m in targets.items() if name in used}, graph)
+
+    def install(self) -> None:
+        """Stands in from now on, as long as nothing changes."""
+        self.module.__dict__["forward"] = self
+        self.state = self._state()
+
+    def _state(self) -> list[Any]:
+        parts = chain.from_iterable(map(dict.values, map(_modules_of, self.traced)))
+        return [*parts, *map(len, map(vars, self.traced)), *map(getattr, self.owners, self.names)]
+
+    def _changed(self) -> bool:
+        try:
+            return self._state() != self.state
+        except Exception:  # an attribute is gone, or is one that cannot be compared
+            return True
 
     def _fold(self, node: fx.Node, targets: dict[Any, Any], tasks: Sequence[str]) -> None:
         """Replaces a layer and what only its output goes to, or a norm and its activation, by one call."""
@@ -121,10 +146,10 @@ class Region:
         if torch.compiler.is_compiling():
             return self.graph.forward(x) if self.verified else self.own(x)
         # In every forward of every part, of hundreds of modules: without a loop in Python.
-        if any(map(_is_training, self.inside)) or any(self.hooks):
+        if any(map(_is_training, self.inside)) or any(self.hooks) or self._changed():
             warnings.warn(
-                f"TapsModel: {self.path or 'the model'} runs unprepared, because a module in it has got hooks or is in "
-                "training mode since prepare_inference()",
+                f"TapsModel: {self.path or 'the model'} runs unprepared, because a module in it has got hooks, other "
+                "parts or attributes, or is in training mode since prepare_inference()",
                 stacklevel=2,
             )
             return self.own(x)
@@ -161,7 +186,8 @@ def regions(model: nn.Module, tasks: Sequence[str]) -> Iterator[Region | tuple[s
             why = None
         else:
             try:
-                yield Region(path, module, _trace(module), tasks)
+                attributes = list(_attributes(module))
+                yield Region(path, module, _trace(module), tasks, attributes)
                 return
             except Exception as error:  # whatever a user's forward raises when it is traced
                 text = str(error).strip().split("\n")[0]
@@ -193,6 +219,20 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a trace of ``module`` runs through: it calls those inside the others, which look themselves."""
+    yield module
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or not _Tracer().is_leaf_module(child, ""):
+            yield from _traced(child)
+
+
+def _attributes(module: nn.Module) -> Iterator[_Attribute]:
+    """What the forwards of traced modules may read: each attribute that not every module has."""
+    for part in _traced(module):
+        yield from ((part, name, value) for name, value in vars(part).items() if name not in OF_EVERY_MODULE)
 
 
 def _is_leaf(module: nn.Module) -> bool:

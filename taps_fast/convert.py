@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._names import covers, nearest
 from ._problem import DTYPES
@@ -21,7 +19,7 @@ from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, Transpose
 from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
-from .nn.per_task import PerTask, keep_statistics
+from .nn.per_task import PerTask, rest
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
@@ -51,6 +49,15 @@ class Conversion:
     head: TaskHead | None = None
     restored: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module, attribute, value): what a merged model gets back."""
+    resting: list[nn.Module] = field(default_factory=list)
+    """Modules of the base whose buffers training would move: they stay in eval mode."""
+
+    def let_rest(self, path: str, module: nn.Module, buffers: str) -> None:
+        """Puts a module of the base into eval mode for good, because training would move its ``buffers``."""
+        module.training = False
+        self.resting.append(module)
+        why = f", in eval mode: training would move {buffers}"
+        self.rows = [r._replace(reason=r.reason + why) if r.path == (path or "(root)") else r for r in self.rows]
 
     def located(self) -> dict[str, TapsLayer | PerTask]:
         """Every module that tells tasks apart, by path."""
@@ -97,19 +104,8 @@ def convert(
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     plan.found.restored = list(_disable_fast_paths(adapted))
-    rest(adapted)
+    rest(adapted, [])
     return adapted, plan.found
-
-
-def rest(module: nn.Module) -> None:
-    """Puts every module of the base that a forward in training mode would change into eval mode."""
-    tracks = module._buffers.get("running_mean") is not None
-    if _iterates(module) or tracks:
-        module.training = False
-    if tracks and hasattr(module, "reset_running_stats"):
-        module.__dict__["reset_running_stats"] = keep_statistics
-    for child in [module.base] if isinstance(module, PerTask) else module.children():
-        rest(child)
 
 
 @dataclass
@@ -345,12 +341,6 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
         if what:
             return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"
     return None
-
-
-def _iterates(module: nn.Module) -> bool:
-    """Whether this is a spectral norm, of either kind: in training each forward is one more step of its iteration."""
-    hooked = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-    return hooked or isinstance(module, _SpectralNorm)
 
 
 def _disable_fast_paths(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _compress, _folder, store
+from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
 from ._inference import PreparedModel
@@ -26,7 +26,9 @@ class TapsModel(PreparedModel):
     Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and
     what they share in one mixed batch (`train_base`).
 
-    ``model`` itself is left as it is. The copy's base parameters are in the same storage.
+    ``model`` itself is left as it is. The copy's base parameters are in the same storage until the copy's train
+    (`train_base`, `requires_grad_`) or are loaded. So training ``model`` afterwards, or writing into one of the two,
+    changes both: give a copy for that.
 
     Args:
         model: any module, on the device and in the dtype it shall have.
@@ -89,6 +91,7 @@ class TapsModel(PreparedModel):
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
         self.training = model.training
+        _training.note_buffers(self)
         for task in tasks:
             self.add_task(task)
 
@@ -99,7 +102,7 @@ class TapsModel(PreparedModel):
 
     @property
     def widths(self) -> dict[str, int | None]:
-        """The number of outputs of each task's head, before padding; empty without a head."""
+        """The number of outputs of each task's head, before padding with -inf (see `forward`); empty without a head."""
         return {} if self.conversion.head is None else self.conversion.head.widths
 
     def set_task(self, task: str | None) -> None:
@@ -283,13 +286,15 @@ class TapsModel(PreparedModel):
     def save_task(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Writes what ``task`` adds to the base: open deltas, scores, norms and head.
 
-        Of an existing folder a task's two files are replaced, in one step; others stay.
+        Of an existing folder a task's two files are replaced, in one step; others stay. Warns where buffers of the base
+        are not those that were given.
 
         Raises:
             ValueError: an unknown task; `TaskFolderError`: ``folder`` is a file; OSError: the disk refuses.
 
         Cost: `fingerprint`'s; a copy of the task's tensors on the host, hashed and written.
         """
+        _training.check_buffers(self)
         tensors = _folder.whole(_folder.task_tensors(self, self.context.check(task)))
         meta = {"task": task, "fingerprint": self.fingerprint(), **_folder.task_meta(self, task)}
         store.save_task(folder, tensors, meta)

@@ -63,7 +63,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     >>> fingerprint({"a": a}) == fingerprint({"a": a.T})
     False
     """
-    return f"sha256:{_checksum_of(_table(tensors))}"
+    return f"sha256:{_checksum_of(checksums(tensors))}"
 
 
 def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
     # Copies: safetensors refuses tensors that share memory, and what is hashed must be what is written.
     contiguous = torch.contiguous_format
     tensors = {n: t.detach().to("cpu", copy=True, memory_format=contiguous) for n, t in tensors.items()}
-    document = {"format": FORMAT, "library": f"taps_fast {__version__}", **meta, "tensors": _table(tensors)}
+    document = {"format": FORMAT, "library": f"taps_fast {__version__}", **meta, "tensors": checksums(tensors)}
     try:
         document = json.loads(json.dumps(document, allow_nan=False))  # as it will be read: keys are strings
     except (TypeError, ValueError) as error:
@@ -139,7 +139,7 @@ def read_task(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             ) from None
     table: dict[str, dict[str, Any]] = meta["tensors"]
     _same_names(f"read_task: {path} must hold the tensors that task.json names", table, tensors)
-    for name, found in _table(tensors).items():
+    for name, found in checksums(tensors).items():
         if found != table[name]:
             part = next(key for key in ("dtype", "shape", "sha256") if found[key] != table[name].get(key))
             raise TaskFolderError(
@@ -201,7 +201,7 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"
 
 
-def _table(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """dtype, shape and checksum of each tensor."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
         sums = list(pool.map(_sha256, tensors, tensors.values()))

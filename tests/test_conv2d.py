@@ -211,3 +211,15 @@ def test_the_layout_of_a_result_is_the_same_in_every_mix(case: str) -> None:
     for ids in ([0, 1] * 8, [0] * 8 + [1] * 8, [0] * 16):
         y = delta_conv2d(x, w, [d], torch.tensor([[1.0], [0.0]]), tasks=ids, **options)  # type: ignore[arg-type]
         assert y.stride() == wanted, ids
+
+
+@pytest.mark.parametrize("images", (0, 2))
+def test_a_base_that_is_of_no_memory_format(images: int) -> None:
+    torch.manual_seed(0)
+    x, base, delta = torch.randn(images, 2, 3, 3), torch.randn(3, 2, 3, 3).transpose(2, 3), torch.randn(3, 2, 3, 3)
+    given = [t.requires_grad_() for t in (x, base, delta, torch.randn(1))]
+
+    def gradients(base: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(delta_conv2d(x, base, [delta], given[3]).square().sum(), given)
+
+    torch.testing.assert_close(gradients(base), gradients(base.contiguous()))

@@ -49,6 +49,16 @@ def test_an_exported_model_takes_other_mixes_and_batches(exported, tmp_path):
             torch.testing.assert_close(loaded(x, ids), model(x, tasks=ids))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_exported_depthwise_convolution_runs_with_gradients_on(layout):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    model, x = perturb(TapsModel(net, ["cubs", "cars"]).eval(), closed=()), images(4, dtype=torch.float32)
+    x, ids = x.to(memory_format=layout), torch.tensor([0, 1, 0, -1])
+    model.probe(x)
+    program = torch.export.export(Mixed(model), (x, ids)).module()
+    torch.testing.assert_close(program(x, ids), model(x, tasks=ids))
+
+
 def test_aot_inductor(tmp_path):
     model = TapsModel(nn.Sequential(nn.Linear(6, 5), nn.ReLU()), ["cubs", "cars"]).eval()
     perturb(model)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from nets import Transformer, images, three_tasks
+from nets import ConvNet, Transformer, images, three_tasks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import orthogonal
@@ -83,3 +83,18 @@ def test_a_state_dict_of_the_same_base_costs_no_memory():
     model.load_state_dict({**model.state_dict(), "model.3.module.weight": torch.ones(4, 4)})
     assert model.model[3].base.data_ptr() != net[3].weight.data_ptr() and (model.model[3].base == 1).all()
     assert model.model[0].weight.data_ptr() == net[0].weight.data_ptr()
+
+
+def test_a_base_that_trains_is_in_storage_of_its_own():
+    net = ConvNet()
+    before, given = copy.deepcopy(net.state_dict()), TapsModel(net, head="fc").fingerprint()
+    model = TapsModel(net, ["cubs"], head="fc").requires_grad_(True)
+    assert model.fingerprint() == given and all(p.requires_grad for p in model.parameters())
+    held = [p.data_ptr() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.requires_grad_().parameters(), lr=0.1)
+    assert [p.data_ptr() for p in model.parameters()] == held
+    model(images(4, dtype=torch.float32)).sum().backward()
+    optimizer.step()
+    assert model.fingerprint() != given
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    assert not any(p.requires_grad for p in model.requires_grad_(False).parameters())

@@ -148,3 +148,25 @@ def test_a_head_that_is_no_module_leaves_no_task(tmp_path):
         with pytest.raises(TypeError, match="1: head must be an nn.Module, got 'x'"):
             add()
     assert model.tasks == ["cubs"] and model.conversion.layers["0"].scores.keys() == {"cubs"}
+
+
+def test_losses_of_padded_outputs():
+    """What the docstrings say: class indices as they are, what weighs all outputs on each task's own."""
+    model = TapsModel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), head="1")
+    for task, classes in {"cubs": 2, "cars": 5}.items():
+        model.add_task(task, classes=classes)
+    x, ids = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0])
+    labels = torch.tensor([1, 4, 0, 0, 2, 1])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    y = model(x, tasks=ids)
+    together = torch.autograd.grad(F.cross_entropy(y, labels, reduction="sum"), parameters, retain_graph=True)
+    assert not F.cross_entropy(y, labels, label_smoothing=0.1).isfinite()
+    for smoothing in (0.0, 0.1):
+        loss = torch.zeros(())
+        for t, width in enumerate(model.widths.values()):
+            mine = ids == t
+            loss = loss + F.cross_entropy(y[mine, :width], labels[mine], reduction="sum", label_smoothing=smoothing)
+        found = torch.autograd.grad(loss, parameters, retain_graph=True)
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in found)
+        if not smoothing:
+            torch.testing.assert_close(found, together)

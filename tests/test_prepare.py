@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -204,3 +206,72 @@ def test_parts_of_a_prepared_model_stay_as_they_are():
     model.unprepare()
     assert model.half().model.conv1.base.dtype == torch.float16
     assert model.model.conv1.to_empty(device="meta").base.is_meta
+
+
+class Reads(nn.Module):
+    """A forward that reads attributes, and one that it writes."""
+
+    offset = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.parts = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
+        self.scale, self.table, self.act, self.rows = 2.0, torch.tensor([2.0, 3.0, 4.0, 5.0]), None, None
+
+    def forward(self, x):
+        self.rows = x.shape[0]
+        y = self.relu(self.norm(self.conv(x))) * self.scale + self.offset
+        y = y if self.act is None else self.act(y)
+        return self.parts[1](self.parts[0](y)).mean((2, 3)) * self.table
+
+
+CHANGES = {
+    "number": lambda net: setattr(net, "scale", 3.0),
+    "tensor": lambda net: setattr(net, "table", torch.ones(4)),
+    "other kind": lambda net: setattr(net, "scale", torch.rand(4, 1, 1)),
+    "of the class": lambda net: setattr(net, "offset", 1.0),
+    "part": lambda net: setattr(net, "relu", nn.Tanh()),
+    "part in a list": lambda net: net.parts.__setitem__(0, nn.Conv2d(4, 4, 1)),
+    "new part": lambda net: setattr(net, "act", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_and_attributes_that_change_are_noticed(change):
+    model, x = TapsModel(Reads(), ["cubs", "cars"]).eval(), images(4, dtype=torch.float32)
+    assert model.prepare_inference(x).of("folded")
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for prepared in (model, *twins):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            prepared(x, tasks="cubs")
+            prepared(x[:3], tasks=["cubs", "cars", None])  # probes, which runs the own forward
+            prepared(x[:2], tasks="cubs")
+            prepared.model.scale = float("2")
+            prepared(x, tasks="cubs")
+        torch.manual_seed(0)
+        CHANGES[change](prepared.model)
+        with pytest.warns(UserWarning, match="runs unprepared, because a module in it has got hooks, other parts or"):
+            found = prepared(x, tasks="cubs")
+        prepared.unprepare()
+        torch.testing.assert_close(found, prepared(x, tasks="cubs"))
+
+
+def test_a_backward_through_a_prepared_model_warns_once():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    model, x = TapsModel(net, ["cubs"], head="2").eval(), torch.randn(5, 4)
+    for _ in range(2):
+        model.prepare_inference(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)  # without a backward it is inference all the same
+            twin = copy.deepcopy(model).requires_grad_(False)
+            twin(x.clone().requires_grad_()).sum().backward()
+        with pytest.warns(UserWarning, match="must not be trained, got a backward through one: its gates, deltas and"):
+            model(x).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x).sum().backward()
+            model.unprepare()
+            model(x).sum().backward()

@@ -64,7 +64,8 @@ def test_no_slices_where_samples_meet_or_in_training():
     model = three_tasks(Net())
     model(images(4), tasks=TASKS[:2] * 2)
     model.slice, calls = 1, []
-    model.train().model.fc.register_forward_hook(lambda *_: calls.append(1))
+    model.train()(images(4), tasks=TASKS[:2] * 2)
+    model.model.fc.register_forward_hook(lambda *_: calls.append(1))
     model(images(4), tasks=TASKS[:2] * 2)
     assert len(calls) == 1
 

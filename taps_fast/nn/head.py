@@ -69,6 +69,11 @@ def width_of(module: nn.Module) -> int | None:
 class TaskHead(PerTask):
     """A head for each task. In a mixed batch outputs are padded with -inf to the widest head.
 
+    -inf is what softmax, argmax and cross entropy with class indices take as "no such class". A loss that multiplies
+    every output is infinite or NaN: label smoothing, soft labels, binary cross entropy. Finite padding would be wrong
+    there too (label smoothing gives every class a share), so cut each task's rows to its own outputs: ``y[ids == t, :
+    model.widths[task]]``.
+
     Linear heads run as a baked bank: one `delta_linear` for each distinct width, in which a task's "delta" is
     its whole weight and the base coefficient is 0. Other heads run task by task.
 

@@ -1,12 +1,14 @@
-"""Modules of which every task has a copy of its own: norms and heads."""
+"""Modules of which every task has a copy of its own, norms and heads, and what rests beside them: the base."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .context import Layout, Located, Mix, TaskContext, task_by_task
 from .mixed_weight import MixedWeight
@@ -124,6 +126,34 @@ class PerTask(Located, nn.Module):
             if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
                 raise RuntimeError(text) from None
             return value
+
+
+def rest(adapted: nn.Module, resting: Sequence[nn.Module]) -> None:
+    """Puts every module of the base that a forward in training mode would change into eval mode.
+
+    ``resting``: those that were found by such a forward; running statistics and spectral norms are known without.
+    """
+    for _, module in of_base(adapted):
+        tracks = module._buffers.get("running_mean") is not None
+        if _iterates(module) or tracks:
+            module.training = False
+        if tracks and hasattr(module, "reset_running_stats"):
+            module.__dict__["reset_running_stats"] = keep_statistics
+    for module in resting:
+        module.training = False
+
+
+def of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of an adapted network but those of a task of its own, by path."""
+    yield path, module
+    for name, child in [("base", module.base)] if isinstance(module, PerTask) else module.named_children():
+        yield from of_base(child, f"{path}.{name}" if path else name)
+
+
+def _iterates(module: nn.Module) -> bool:
+    """Whether this is a spectral norm, of either kind: in training each forward is one more step of its iteration."""
+    hooked = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return hooked or isinstance(module, _SpectralNorm)
 
 
 def keep_statistics() -> None:
