@@ -45,8 +45,8 @@ class TapsModel(PreparedModel):
 
     Raises:
         ValueError: a head or pattern that matches nothing, a lazy, compiled or adapted model, ``norms``, ``gate`` or
-            ``slice`` that are none of these, a threshold not above 0, it or a score that is not finite, and what
-            `add_task` refuses; TypeError: no module.
+            ``slice`` that are none of these, a threshold or a score that `FastTapsLinear` refuses, and what `add_task`
+            refuses; TypeError: no module.
 
     ``print(model.conversion)`` says what was converted, skipped or refused, and why.
 
@@ -77,7 +77,7 @@ class TapsModel(PreparedModel):
         exclude: Patterns = (),
         norms: str = "task",
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         slice: int | str | None = "auto",
     ) -> None:
@@ -150,11 +150,18 @@ class TapsModel(PreparedModel):
 
         A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
 
+        Args:
+            task: a name.
+            score: at least the threshold (with gate "raw": not 0), so that the deltas train; None: that of new tasks.
+
         Raises:
-            ValueError: an unknown task; RuntimeError: the model is prepared.
+            ValueError: an unknown task, or a score that would leave gates closed; RuntimeError: the model is prepared.
+            Then nothing has changed.
         """
         self._unprepared("reopen")
         self.context.check(task)
+        if score is not None:
+            gates.check_score("TapsModel.reopen: score", score, self.threshold, self.gate)
         for layer in self.conversion.layers.values():
             if not layer.is_open(task):
                 layer.add_task(task)

@@ -31,8 +31,8 @@ class FastTapsConv2d(TapsLayer):
         tasks, threshold, initial_score, gate: as `FastTapsLinear`.
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
-            one or an initial score that is not finite.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, it
+            or an initial score that is not finite, or an initial score from which zero deltas would never train.
 
     Cost: `delta_conv2d`'s; images behind closed gates share the base convolution.
     Source: TAPS, arXiv 2203.16708.
@@ -60,7 +60,7 @@ class FastTapsConv2d(TapsLayer):
         *,
         tasks: Iterable[str] = (),
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class FastTapsConv2d(TapsLayer):
         tasks: Iterable[str] = (),
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         context: TaskContext | None = None,
     ) -> FastTapsConv2d:

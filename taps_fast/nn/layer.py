@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +45,17 @@ class TapsLayer(Located, nn.Module):
     frozen: Frozen | None = None
     """Set while the model is prepared for inference."""
 
-    def _start(self, context: TaskContext | None, threshold: float, initial_score: float, gate: str) -> None:
-        if gate not in gates.GATES:
-            raise ValueError(f"{type(self).__name__}: gate must be one of {', '.join(gates.GATES)}, got {gate!r}")
+    def _start(
+        self,
+        context: TaskContext | None,
+        threshold: float = 0.1,
+        initial_score: float | None = None,
+        gate: str = "ste",
+    ) -> None:
         name = type(self).__name__
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"{name}: threshold must be finite and above 0, got {threshold}")
-        if not math.isfinite(initial_score):
-            raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
+        self.initial_score = gates.starting_score(name, threshold, initial_score, gate)
         self._locate_in(TaskContext(name, alone=True) if context is None else context, name)
-        self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
+        self.threshold, self.gate = threshold, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
         self.baked: dict[str, Callable[[], Tensor]] = {}
         """Tasks whose "delta" is, for inference, their whole weight; and what reads the delta that was there."""
@@ -151,7 +150,7 @@ class TapsLayer(Located, nn.Module):
         """Which of ``tasks``, which own ``deltas``, have an open gate; reads the scores."""
         if self.gate == "raw":
             return [t for t, delta in enumerate(deltas) if delta is not None]
-        least = ctypes.c_float(self.threshold).value  # float32 against float32, as in `gates.coefficients`
+        least = gates.as_float32(self.threshold)  # float32 against float32, as in `gates.coefficients`
         scores = self.scores.each(tasks)
         return [t for t, delta in enumerate(deltas) if delta is not None and scores[t].item() >= least]
 

@@ -26,12 +26,12 @@ class FastTapsLinear(TapsLayer):
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         tasks: names; each gets a zero delta and a score.
         threshold: τ of the gates.
-        initial_score: s at the start; at or above τ the gate starts open.
+        initial_score: s at the start, at least τ (with "raw": not 0), so that zero deltas train; None: 1.5·τ.
         gate: "ste" (a gate with a straight-through gradient) or "raw" (the score itself multiplies the delta).
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
-            one or an initial score that is not finite.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, it
+            or an initial score that is not finite, or an initial score from which zero deltas would never train.
 
     Cost: `delta_linear`'s; a closed gate's rows share the base product in inference.
     Source: TAPS, arXiv 2203.16708.
@@ -51,7 +51,7 @@ class FastTapsLinear(TapsLayer):
         *,
         tasks: Iterable[str] = (),
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class FastTapsLinear(TapsLayer):
         tasks: Iterable[str] = (),
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         context: TaskContext | None = None,
     ) -> FastTapsLinear:

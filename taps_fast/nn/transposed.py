@@ -42,7 +42,7 @@ class TransposedLinear(TapsLayer):
         context: TaskContext | None = None,
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
         super().__init__()

@@ -77,8 +77,7 @@ class WrappedLayer(TapsLayer):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, context: TaskContext | None = None, **options: Any) -> None:
         super().__init__()
-        settings = {"threshold": 0.1, "initial_score": 0.15, "gate": "ste", **options}
-        self._start(context, **settings)
+        self._start(context, **options)
         self.module = module
         self.images_first = isinstance(module, nn.Conv2d)
         self.fused, self.why, self.last = trial(module)
