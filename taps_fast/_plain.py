@@ -10,6 +10,7 @@ from torch import nn
 from ._prepare import detach_regions
 from .convert import computed
 from .nn.per_task import PerTask, released
+from .nn.stand_in import follow
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -28,6 +29,8 @@ def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
     if model.prepared is not None:
         memo |= {id(region): region for region in model.prepared.regions}
     plain: nn.Module = copy.deepcopy(model.model, memo)
+    for adapted in (*model.conversion.layers.values(), *model.conversion.attentions.values()):
+        follow(memo[id(adapted)], adapted.taken, memo)  # type: ignore[arg-type]
     detach_regions(plain)
     for path, attribute, value in model.conversion.restored:
         setattr(plain.get_submodule(path), attribute, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._names import nearest
 from ._problem import DTYPES
-from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
+from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedConv2d, WrappedLinear
 from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask, keep_statistics
+from .nn.stand_in import follow
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
@@ -97,6 +99,8 @@ def convert(
         if not any(path.startswith(outer and outer + ".") for outer in settled) and plan.decide(path, module):
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
+    for stand_in in (*plan.found.layers.values(), *plan.found.attentions.values()):
+        follow(stand_in, stand_in.taken, plan.memo)  # type: ignore[arg-type]
     plan.found.restored = list(_disable_fast_paths(adapted))
     rest(adapted)
     return adapted, plan.found
@@ -165,16 +169,19 @@ class _Plan:
         if isinstance(module, nn.MultiheadAttention):
             return self._adapt_attention(path, module)
         hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if type(module) in (nn.Linear, nn.Conv2d) and not hooked and not module._backward_pre_hooks:
+        plain = not hooked and not module._backward_pre_hooks and not _holds_more(module)
+        if type(module) in (nn.Linear, nn.Conv2d) and plain:
             self.memo[id(module)] = self._layer(path, module, module._parameters)
             return self._report(path, module, "converted", "a gated delta a task")
-        if is_transposed_linear(module) and not hooked and not module._backward_pre_hooks:
+        if is_transposed_linear(module) and plain:
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
             layer.path = path
             self.memo[id(module)] = self.found.layers[path] = layer
             return self._report(path, module, "converted", "a gated delta a task, stored as [in, out]")
-        # A subclass may have a forward of its own, and hooks belong to the module: wrapping keeps both.
-        wrapped = WrappedLayer(copy.deepcopy(module, self.memo), self.context, **self.options)
+        # A subclass may have a forward of its own, and hooks, buffers and children belong to the module: wrapping keeps
+        # them.
+        kind = WrappedConv2d if isinstance(module, nn.Conv2d) else WrappedLinear
+        wrapped = kind(copy.deepcopy(module, self.memo), self.context, **self.options)
         if wrapped.why == UNUSED:
             return self._report(path, module, "refused", f"{UNUSED}: {_SHARED}")
         wrapped.path = path
@@ -332,10 +339,25 @@ def _refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is quantised"
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}"
+    clashing = sorted(vars(module).keys() & _reserved())
+    if clashing and (type(module) in (nn.Linear, nn.Conv2d) or is_transposed_linear(module)):
+        return f"it was given the attribute {clashing[0]!r}, a name that adapted layers use; rename it"
     lora = [name for name, _ in module.named_parameters() if name.startswith("lora_")]
     if lora:
         return f"LoRA ({', '.join(lora)}) merges into its weight in place; merge it first"
     return None
+
+
+@functools.cache
+def _reserved() -> frozenset[str]:
+    """The names of attributes that adapted layers have and ordinary ones do not."""
+    adapted, ordinary = FastTapsConv2d(1, 1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta")
+    return frozenset(dir(adapted)) - frozenset(dir(ordinary))
+
+
+def _holds_more(module: nn.Module) -> bool:
+    """Whether a layer has tensors or children besides weight and bias."""
+    return bool(module._buffers or module._modules or module._parameters.keys() - {"weight", "bias"})
 
 
 def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
@@ -347,6 +369,7 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
         (module.add_zero_attn, "add_zero_attn is not supported"),
         (bool(module._forward_hooks or module._forward_pre_hooks), "it has hooks"),
         (parametrize.is_parametrized(module.out_proj), "its out_proj is parametrized"),
+        (_holds_more(module.out_proj), "its out_proj holds more than weight and bias"),
     ):
         if what:
             return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"

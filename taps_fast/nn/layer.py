@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +13,16 @@ from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta, apart, side_by_side, value_of
-from .context import Layout, Located, Mix, Selection, TaskContext
-from .gated import Frozen, Gated
-from .mixed_weight import MixedWeight
+from .context import Layout, Mix, Selection, TaskContext
+from .gated import Frozen, Gated, rows_of, table_of
 from .owned import Owned, Scores
+from .stand_in import StandIn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TapsLayer(Located, nn.Module):
+class TapsLayer(StandIn):
     """Base of `FastTapsLinear`, `FastTapsConv2d` and wrapped layers.
 
     ::
@@ -36,10 +35,6 @@ class TapsLayer(Located, nn.Module):
     the tensors of its format.
     """
 
-    base: Tensor
-    base_bias: Tensor | None
-    _stored = {"weight": "base", "bias": "base_bias"}
-    """Where the parameters of the ordinary layer are kept."""
     macs: int | None = None
     """Multiply-adds of the base for one sample, as seen by the probe."""
     frozen: Frozen | None = None
@@ -69,15 +64,6 @@ class TapsLayer(Located, nn.Module):
         layer._take(module)
         layer.add_tasks(tasks)
         return layer.train(module.training)
-
-    def _take(self, module: Any) -> None:
-        """Takes over what the ordinary layer is: sizes, weight and bias."""
-        raise NotImplementedError
-
-    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes weight and bias as the frozen base, in the storage they are in."""
-        self.base = nn.Parameter(weight.detach(), requires_grad=False)
-        self.base_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def add_tasks(self, tasks: Iterable[str]) -> None:
         """Registers new tasks with a layer that is used alone (a model's layers get theirs from the model)."""
@@ -118,9 +104,24 @@ class TapsLayer(Located, nn.Module):
                 parameter.data = parameter.detach().clone()
             parameter.requires_grad_(mode)
 
-    def base_parameters(self) -> list[Tensor]:
-        """``base`` and, where there is one, ``base_bias``."""
-        return [parameter for parameter in (self.base, self.base_bias) if parameter is not None]
+    def reset_parameters(self) -> None:
+        """Starts anew: the base as the ordinary layer initialises it, in storage of its own, zero deltas, first scores.
+
+        Closed gates without storage stay so; a compressed delta becomes a dense one.
+        """
+        self._unprepared("reset_parameters")
+        plain: Any = self.merged(None)
+        plain.reset_parameters()
+        for own, new in zip(self.base_parameters(), (plain.weight, plain.bias), strict=False):
+            own.data = new.data
+        for task, held in list(self.deltas.items()):
+            if isinstance(held, CompressedDelta):
+                self.set_delta(task, torch.zeros_like(self.base))
+        with torch.no_grad():
+            for delta in (*self.deltas.values(), *self.bias_deltas.values()):
+                delta.zero_()
+            for score in self.scores.values():
+                score.fill_(self.initial_score)
 
     def delta(self, task: str) -> Delta:
         """The task's delta, dense or in its format."""
@@ -158,32 +159,6 @@ class TapsLayer(Located, nn.Module):
     def fan_in(self) -> int:
         """Products that make one output."""
         return self.base[0].numel()
-
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight of the active task: differentiable, and materialised at each reading.
-
-        In a mixed batch, a tensor that has its shape and dtype and raises where its values are used.
-        """
-        selection = self.selected()
-        if selection.mixed is not None:
-            return self._differs("weight", self.base)
-        return self.effective(selection.task)[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The effective bias of the active task."""
-        selection = self.selected()
-        if selection.mixed is not None:
-            return None if self.base_bias is None else self._differs("bias", self.base_bias)
-        return self.effective(selection.task)[1]
-
-    def _differs(self, read: str, like: Tensor) -> Tensor:
-        return MixedWeight.of(
-            like,
-            f"{self.path}: {read} must be used with one task active, got a mixed batch, whose samples differ in it "
-            "(call the layer instead, or exclude it from the conversion)",
-        )
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
@@ -280,7 +255,7 @@ class TapsLayer(Located, nn.Module):
                 return self._single(None if task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated(self.base, [value_of(held[0])], _table(dtype, 1, (0,)).view(1), bias)
+            return Gated(self.base, [value_of(held[0])], table_of(dtype, 1, (0,)).view(1), bias)
         held = self.deltas.each(mix.tasks)
         places = self._places(mix.tasks, held)
         if not places:
@@ -291,7 +266,7 @@ class TapsLayer(Located, nn.Module):
                 rows[t] = more[t]
             bias = torch.stack(rows).add_(bias)
         deltas = [value_of(held[t]) for t in places]
-        return Gated(self.base, deltas, _table(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
+        return Gated(self.base, deltas, table_of(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -328,8 +303,8 @@ class TapsLayer(Located, nn.Module):
         if bias is not None:
             deltas = torch.stack([self.bias_deltas[task] for task in mine])
             biases = (bias + coeffs[:, None] * deltas).to(bias.dtype)
-            bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
-        table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
+            bias = torch.cat([rows_of(biases, mine, tasks, bias), bias[None]])
+        table = rows_of(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(t, k) for k, t in enumerate(places)]
         return Gated(self.base, [self.delta(task) for task in mine], table, bias, batch, pairs)
 
@@ -352,47 +327,3 @@ class TapsLayer(Located, nn.Module):
             return operation(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.path}: {error}") from error
-
-    def merged(self, task: str | None) -> nn.Module:
-        """An ordinary layer with the effective weight of ``task``, in storage of its own."""
-        raise NotImplementedError
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's, tasks stay."""
-        if prefix + "weight" in state_dict:
-            for ordinary, own in self._stored.items():
-                if prefix + ordinary in state_dict:
-                    state_dict[prefix + own] = state_dict.pop(prefix + ordinary)
-            for name in ("deltas", "bias_deltas", "scores"):
-                for key, value in getattr(self, name).state_dict(prefix=f"{prefix}{name}.").items():
-                    state_dict.setdefault(key, value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@functools.lru_cache(maxsize=4096)
-def _table(dtype: torch.dtype, tasks: int, places: tuple[int, ...]) -> Tensor:
-    """Coefficients [tasks, open ones], 1 where an open one is its own, in what `delta_linear` uses with ``dtype``.
-
-    Kept, and never written: layers whose gates are alike share it.
-    """
-    with torch.inference_mode(False):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        table = torch.zeros(tasks, len(places), dtype=wide, device="cpu")
-        for k, t in enumerate(places):
-            table[t, k] = 1.0
-    return table
-
-
-def _rows(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
-    """A row for each of ``tasks`` from a table that has one for each of ``mine``; ``other`` for the rest."""
-    if len(mine) == len(tasks):
-        return table
-    rows = dict(zip(mine, table.unbind(), strict=True))
-    return torch.stack([rows.get(task, other) for task in tasks])
-
-
-def fill(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:
-    """``module`` (made without storage) with copies of weight and bias for its parameters."""
-    module.register_parameter("weight", nn.Parameter(weight.detach().clone()))
-    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-    return module.train(training)

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ..functional import delta_linear
 from .context import TaskContext, TaskNames
 from .folded import Epilogue
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
 
 
-class FastTapsLinear(TapsLayer):
+class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` that tasks adapt: a frozen base plus, for each task, a delta behind a gate.
 
     ::
 
         y_r = (base + I(s_t)·delta_t) x_r + base_bias + I(s_t)·bias_delta_t        I(s) = 1[s >= threshold]
 
-    Loads the state dict of an ``nn.Linear`` as its base. ``weight`` and ``bias`` are the effective ones.
+    Is an ``nn.Linear``, and loads the state dict of one as its base. ``weight`` and ``bias`` are the effective ones.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
@@ -54,7 +54,7 @@ class FastTapsLinear(TapsLayer):
         initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self._start(None, threshold, initial_score, gate)
         self._take(nn.Linear(in_features, out_features, bias, device, dtype))
         self.add_tasks(tasks)
@@ -72,10 +72,6 @@ class FastTapsLinear(TapsLayer):
     ) -> FastTapsLinear:
         """A layer whose base is ``linear``'s weight, in the same storage."""
         return cls._adapting(linear, tasks, context, threshold, initial_score, gate)
-
-    def _take(self, linear: nn.Linear) -> None:
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._adopt(linear.weight, linear.bias)
 
     def forward(
         self, input: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0, *, after: Epilogue | None = None
@@ -98,9 +94,7 @@ class FastTapsLinear(TapsLayer):
         return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
 
     def merged(self, task: str | None) -> nn.Linear:
-        weight, bias = self.effective(task)
-        bare = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        return fill(bare, weight, bias, self.training)  # type: ignore[return-value]
+        return self._ordinary(nn.Linear, task)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"
