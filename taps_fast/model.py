@@ -16,7 +16,7 @@ from ._inference import PreparedModel
 from ._plain import plain_network
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
-from .nn.context import BASE_NAME
+from .nn.context import BASE_NAME, names_of
 from .sharing import Sharing
 
 
@@ -30,7 +30,7 @@ class TapsModel(PreparedModel):
 
     Args:
         model: any module, on the device and in the dtype it shall have.
-        tasks: names to add at once, with heads like the base's (see `add_task`).
+        tasks: names to add at once, or one, with heads like the base's (see `add_task`).
         head: the path of the module each task replaces; None: none is.
         include: which Linear and Conv2d modules get gates: paths (globs; a path covers what is below it) or types;
             None: all.
@@ -48,7 +48,8 @@ class TapsModel(PreparedModel):
             ``slice`` that are none of these, a threshold or a score that `FastTapsLinear` refuses, and what `add_task`
             refuses; TypeError: no module.
 
-    ``print(model.conversion)`` says what was converted, skipped or refused, and why.
+    ``print(model.conversion)`` says what was converted, skipped or refused, and why. To ``isinstance`` an adapted layer
+    stays an ``nn.Linear`` or ``nn.Conv2d``, though none of a subclass; norms that each task has are none of torch's.
 
     In several processes: DDP with ``find_unused_parameters=True`` and ``broadcast_buffers=False`` (or, from PyTorch
     2.13 on, ``forward_sync_buffers=False``), since rank 0's running statistics would replace those of tasks that it
@@ -70,7 +71,7 @@ class TapsModel(PreparedModel):
     def __init__(
         self,
         model: nn.Module,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         head: str | None = None,
         include: Patterns | None = None,
@@ -89,7 +90,7 @@ class TapsModel(PreparedModel):
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
         self.training = model.training
-        for task in tasks:
+        for task in names_of(tasks):
             self.add_task(task)
 
     @property
@@ -119,7 +120,8 @@ class TapsModel(PreparedModel):
         Args:
             task: a new name.
             classes: outputs of a fresh head like the base's (Linear or Conv2d).
-            head: the head itself. Without both it starts as a copy of the base's.
+            head: a module like which its head starts: a copy, as of the base's without both. `task_parameters` has what
+                trains.
             deltas: False: norms and head alone, on the base's weights, until `reopen`.
 
         Raises:
@@ -254,7 +256,7 @@ class TapsModel(PreparedModel):
 
         Source: TAPS, arXiv 2203.16708; the weighing by size is ours.
         """
-        names = [task] if isinstance(task, str) else list(task)
+        names = names_of(task)
         adapted = list(self.conversion.layers.values())
         if not adapted or not names:
             raise ValueError(

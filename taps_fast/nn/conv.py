@@ -58,7 +58,7 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         threshold: float = 0.1,
         initial_score: float | None = None,
         gate: str = "ste",
@@ -74,7 +74,7 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
     def from_conv2d(
         cls,
         conv: nn.Conv2d,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         threshold: float = 0.1,
         initial_score: float | None = None,

@@ -13,7 +13,7 @@ from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta, apart, side_by_side, value_of
-from .context import Layout, Mix, Selection, TaskContext
+from .context import Layout, Mix, Selection, TaskContext, names_of
 from .gated import Frozen, Gated, rows_of, table_of
 from .owned import Owned, Scores
 from .stand_in import StandIn
@@ -56,7 +56,9 @@ class TapsLayer(StandIn):
         """Tasks whose "delta" is, for inference, their whole weight; and what reads the delta that was there."""
 
     @classmethod
-    def _adapting(cls, module: nn.Module, tasks: Iterable[str], context: TaskContext | None, *settings: Any) -> Self:
+    def _adapting(
+        cls, module: nn.Module, tasks: str | Iterable[str], context: TaskContext | None, *settings: Any
+    ) -> Self:
         """A layer whose base is ``module``'s parameters, in the same storage; ``settings`` are `_start`'s."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -65,9 +67,9 @@ class TapsLayer(StandIn):
         layer.add_tasks(tasks)
         return layer.train(module.training)
 
-    def add_tasks(self, tasks: Iterable[str]) -> None:
+    def add_tasks(self, tasks: str | Iterable[str]) -> None:
         """Registers new tasks with a layer that is used alone (a model's layers get theirs from the model)."""
-        for task in tasks:
+        for task in names_of(tasks):
             with self.context.adding(task, self._forget):
                 self.add_task(task)
 

@@ -24,7 +24,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        tasks: names; each gets a zero delta and a score.
+        tasks: names, or one; each gets a zero delta and a score.
         threshold: τ of the gates.
         initial_score: s at the start, at least τ (with "raw": not 0), so that zero deltas train; None: 1.5·τ.
         gate: "ste" (a gate with a straight-through gradient) or "raw" (the score itself multiplies the delta).
@@ -49,7 +49,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         threshold: float = 0.1,
         initial_score: float | None = None,
         gate: str = "ste",
@@ -63,7 +63,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
     def from_linear(
         cls,
         linear: nn.Linear,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         threshold: float = 0.1,
         initial_score: float | None = None,
