@@ -51,6 +51,9 @@ class TapsModel(PreparedModel):
     ``print(model.conversion)`` says what was converted, skipped or refused, and why. To ``isinstance`` an adapted layer
     stays an ``nn.Linear`` or ``nn.Conv2d``, though none of a subclass; norms that each task has are none of torch's.
 
+    A state dict holds all tasks; ``load_state_dict`` wants them added, with heads alike, and gives each the storage
+    that its deltas have there (none, dense, compressed): make optimizers afterwards.
+
     In several processes: DDP with ``find_unused_parameters=True`` and ``broadcast_buffers=False`` (or, from PyTorch
     2.13 on, ``forward_sync_buffers=False``), since rank 0's running statistics would replace those of tasks that it
     does not see; ``fully_shard`` with the scores (scalars, always float32) as ``ignored_params``, their gradients

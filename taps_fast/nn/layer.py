@@ -12,7 +12,7 @@ from ..formats import Delta, Format
 from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
-from .compressed import CompressedDelta, apart, side_by_side, value_of
+from .compressed import CompressedDelta, apart, restored, side_by_side, value_of
 from .context import Layout, Mix, Selection, TaskContext, names_of
 from .gated import Frozen, Gated, rows_of, table_of
 from .owned import Owned, Scores
@@ -32,7 +32,8 @@ class TapsLayer(StandIn):
     Parameters: ``base`` and ``base_bias`` are frozen; each task trains ``deltas.<task>``,
     ``bias_deltas.<task>`` (where the layer has a bias) and ``scores.<task>``. A task loaded with a closed gate
     has a score and no delta, and costs nothing. A compressed delta (`set_delta`) is a module of that name, which holds
-    the tensors of its format.
+    the tensors of its format. Loading a state dict gives each task whose score is in it the storage that it has there,
+    dense, compressed or (if the base is in it too) none, so optimizers are to be made afterwards.
     """
 
     macs: int | None = None
@@ -244,6 +245,36 @@ class TapsLayer(StandIn):
         for task, original in self.baked.items():
             state[f"{prefix}deltas.{task}"] = original()
         return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._unprepared("load_state_dict")
+        if not hasattr(self.base, "full_tensor"):  # what is sharded already does not learn of new parameters
+            self._make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.inference_mode(False)
+    def _make_room(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Gives each task whose score is in a state dict the storage that it has there."""
+        whole = any(prefix + name in state_dict for name in (*self._stored, *self._stored.values()))  # not scores alone
+        copies: dict[tuple[int, torch.Size], Tensor] = {}  # a tensor that several deltas hold together stays one
+        for task in self.scores:
+            if f"{prefix}scores.{task}" not in state_dict:
+                continue
+            name, (held,) = f"{prefix}deltas.{task}", self.deltas.each([task])
+            parts = {key[len(name) + 1 :]: t for key, t in state_dict.items() if key.startswith(name + ".")}
+            if name in state_dict:
+                if isinstance(held, CompressedDelta):
+                    self._forget(task, self.deltas)
+                self.add_task(task)
+            elif not parts:
+                if whole and f"{prefix}bias_deltas.{task}" not in state_dict:
+                    self.close(task)
+            elif not (isinstance(held, CompressedDelta) and held.takes(parts)):
+                own = {key: copies.setdefault((t.data_ptr(), t.shape), t.clone()) for key, t in parts.items()}
+                found = restored(self.base.shape, own)
+                if found is not None:
+                    self.add_task(task)
+                    self.set_delta(task, found)
 
     def _open(self, selection: Selection) -> Gated:
         """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
