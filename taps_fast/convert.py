@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from . import _closures
 from ._names import nearest
 from ._problem import DTYPES
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedConv2d, WrappedLinear
@@ -94,6 +95,7 @@ def convert(
         memo=_frozen(model),
         refusals=_refusals(model),
     )
+    give_modules = _closures.follow(model, plan.memo)
     settled: list[str] = []  # the last module that was decided with all that is inside
     for path, module in paths.items():
         if not any(path.startswith(outer and outer + ".") for outer in settled) and plan.decide(path, module):
@@ -101,6 +103,7 @@ def convert(
     adapted = copy.deepcopy(model, plan.memo)
     for stand_in in (*plan.found.layers.values(), *plan.found.attentions.values()):
         follow(stand_in, stand_in.taken, plan.memo)  # type: ignore[arg-type]
+    give_modules()
     plan.found.restored = list(_disable_fast_paths(adapted))
     rest(adapted)
     return adapted, plan.found
