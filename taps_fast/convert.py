@@ -171,12 +171,10 @@ class _Plan:
             return self._report(path, module, "refused", reason)
         if isinstance(module, nn.MultiheadAttention):
             return self._adapt_attention(path, module)
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        plain = not hooked and not module._backward_pre_hooks and not _holds_more(module)
-        if type(module) in (nn.Linear, nn.Conv2d) and plain:
+        if type(module) in (nn.Linear, nn.Conv2d) and _is_bare(module):
             self.memo[id(module)] = self._layer(path, module, module._parameters)
             return self._report(path, module, "converted", "a gated delta a task")
-        if is_transposed_linear(module) and plain:
+        if is_transposed_linear(module):
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
             layer.path = path
             self.memo[id(module)] = self.found.layers[path] = layer
@@ -345,6 +343,8 @@ def _refusal(module: nn.Module) -> str | None:
     clashing = sorted(vars(module).keys() & _reserved())
     if clashing and (type(module) in (nn.Linear, nn.Conv2d) or is_transposed_linear(module)):
         return f"it was given the attribute {clashing[0]!r}, a name that adapted layers use; rename it"
+    if is_transposed_linear(module) and not _is_bare(module):
+        return f"a {type(module).__name__} with hooks, buffers or children cannot be adapted"
     lora = [name for name, _ in module.named_parameters() if name.startswith("lora_")]
     if lora:
         return f"LoRA ({', '.join(lora)}) merges into its weight in place; merge it first"
@@ -361,6 +361,12 @@ def _reserved() -> frozenset[str]:
 def _holds_more(module: nn.Module) -> bool:
     """Whether a layer has tensors or children besides weight and bias."""
     return bool(module._buffers or module._modules or module._parameters.keys() - {"weight", "bias"})
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a layer is its weight, its bias and its type's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and not _holds_more(module)
 
 
 def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
