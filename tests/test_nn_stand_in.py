@@ -98,6 +98,14 @@ def test_a_name_that_adapted_layers_use_is_refused():
     assert "given the attribute 'path', a name that adapted layers use" in model.conversion.of("refused")[0].reason
 
 
+def test_attention_with_more_than_its_own_is_refused():
+    for holder in ("attention", "out_proj"):
+        attention = nn.MultiheadAttention(4, 2)
+        (attention if holder == "attention" else attention.out_proj).register_buffer("mask", torch.ones(4))
+        rows = TapsModel(nn.Sequential(attention), ["cubs"]).conversion.rows
+        assert [row.verdict for row in rows] == ["refused"] and "cannot be rewritten: it" in rows[0].reason
+
+
 def test_methods_of_a_subclass_are_not_the_wrapped_layers():
     """They would use the base's weight."""
 
