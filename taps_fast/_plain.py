@@ -11,7 +11,7 @@ from . import _closures
 from ._prepare import detach_regions
 from .convert import computed
 from .nn.per_task import PerTask, released
-from .nn.stand_in import follow
+from .nn.stand_in import carry
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -32,7 +32,7 @@ def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
         memo |= {id(region): region for region in model.prepared.regions}
     plain: nn.Module = copy.deepcopy(model.model, memo)
     for adapted in (*model.conversion.layers.values(), *model.conversion.attentions.values()):
-        follow(memo[id(adapted)], adapted.taken, memo)  # type: ignore[arg-type]
+        carry(memo[id(adapted)], adapted.taken, memo)  # type: ignore[arg-type]
     give_modules()
     detach_regions(plain)
     for path, attribute, value in model.conversion.restored:

@@ -23,7 +23,7 @@ from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask, keep_statistics
-from .nn.stand_in import follow
+from .nn.stand_in import carry
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
 
@@ -98,7 +98,7 @@ def convert(
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
     for stand_in in (*plan.found.layers.values(), *plan.found.attentions.values()):
-        follow(stand_in, stand_in.taken, plan.memo)  # type: ignore[arg-type]
+        carry(stand_in, stand_in.taken, plan.memo)  # type: ignore[arg-type]
     give_modules()
     plan.found.restored = list(_disable_fast_paths(adapted))
     rest(adapted)

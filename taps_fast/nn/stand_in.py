@@ -122,7 +122,7 @@ class StandIn(Located, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def follow(module: nn.Module, names: Sequence[str], memo: dict[int, Any]) -> None:
+def carry(module: nn.Module, names: Sequence[str], memo: dict[int, Any]) -> None:
     """Copies the attributes with these names, so that they refer to what ``memo`` says, as in a deepcopy."""
     module.__dict__.update(copy.deepcopy({name: vars(module)[name] for name in names}, memo))
 
