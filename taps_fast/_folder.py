@@ -109,7 +109,8 @@ def given_head(model: TapsModel, classes: int | None, head: nn.Module | None) ->
             raise ValueError("TapsModel.add_task: classes or head must be given, got both")
         head = new_head(own.base, classes, own.path)
     check_head(head, own.path)
-    return {} if head is None else {own.path: head}
+    # The user's own stays as it is, and another task may be given it too.
+    return {} if head is None else {own.path: copy.deepcopy(head, computed(head))}
 
 
 @contextlib.contextmanager

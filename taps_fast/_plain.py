@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from . import _closures
 from ._prepare import detach_regions
 from .convert import computed
 from .nn.per_task import PerTask, released
+from .nn.stand_in import carry
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
     """A copy of ``model.model`` with the weights of ``task`` (None: the base) in modules of their original types."""
     memo = computed(model.model)
+    give_modules = _closures.follow(model.model, memo)
     for layer in model.conversion.layers.values():
         memo[id(layer)] = layer.merged(task)
     for attention in model.conversion.attentions.values():
@@ -28,6 +31,9 @@ def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
     if model.prepared is not None:
         memo |= {id(region): region for region in model.prepared.regions}
     plain: nn.Module = copy.deepcopy(model.model, memo)
+    for adapted in (*model.conversion.layers.values(), *model.conversion.attentions.values()):
+        carry(memo[id(adapted)], adapted.taken, memo)  # type: ignore[arg-type]
+    give_modules()
     detach_regions(plain)
     for path, attribute, value in model.conversion.restored:
         setattr(plain.get_submodule(path), attribute, value)

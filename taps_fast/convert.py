@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
+from . import _closures
 from ._names import covers, nearest
-from ._problem import DTYPES
-from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedLayer
+from ._refusals import SHARED, is_bare, refusals
+from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedConv2d, WrappedLinear
 from .nn.attention import TaskAttention
 from .nn.layer import TapsLayer
 from .nn.norm import TaskNorm, norm_type
 from .nn.per_task import PerTask, rest
+from .nn.stand_in import carry
 from .nn.transposed import is_transposed_linear
 from .nn.wrapped import UNUSED
-
-_SHARED = "shared and frozen"
 
 Patterns = Sequence[str | type[nn.Module]] | str | type[nn.Module]
 
@@ -96,13 +95,17 @@ def convert(
         task_norms=norms == "task",
         options=options,
         memo=_frozen(model),
-        refusals=_refusals(model),
+        refusals=refusals(model),
     )
+    give_modules = _closures.follow(model, plan.memo)
     settled: list[str] = []  # the last module that was decided with all that is inside
     for path, module in paths.items():
         if not any(path.startswith(outer and outer + ".") for outer in settled) and plan.decide(path, module):
             settled = [path]
     adapted = copy.deepcopy(model, plan.memo)
+    for stand_in in (*plan.found.layers.values(), *plan.found.attentions.values()):
+        carry(stand_in, stand_in.taken, plan.memo)  # type: ignore[arg-type]
+    give_modules()
     plan.found.restored = list(_disable_fast_paths(adapted))
     rest(adapted, [])
     return adapted, plan.found
@@ -136,13 +139,13 @@ class _Plan:
             settled = self._decide_layer(path, module)
             for name, inner in module.named_modules(prefix=path):
                 if inner is not module and _is_norm(inner):
-                    self._report(name, inner, "skipped", f"inside a {type(module).__name__}: {_SHARED}, in eval mode")
+                    self._report(name, inner, "skipped", f"inside a {type(module).__name__}: {SHARED}, in eval mode")
             return settled
         if _is_norm(module):
             return self._decide_norm(path, module)
         if _owns(module):
             reason = self.refusals.get(id(module))
-            what = f"{type(module).__name__} is not adapted: {_SHARED}"
+            what = f"{type(module).__name__} is not adapted: {SHARED}"
             self._report(path, module, "refused" if reason else "skipped", reason or what)
         return False
 
@@ -152,26 +155,27 @@ class _Plan:
         whole = module.named_children() if isinstance(module, nn.MultiheadAttention) else ()
         inside = [(f"{path}.{name}".lstrip("."), child) for name, child in whole]
         if any(_matches(*place, self.exclude) for place in [(path, module), *inside]):
-            return self._report(path, module, "skipped", f"excluded: {_SHARED}")
+            return self._report(path, module, "skipped", f"excluded: {SHARED}")
         if self.include is not None and not _matches(path, module, self.include):
-            return self._report(path, module, "skipped", f"not included: {_SHARED}")
+            return self._report(path, module, "skipped", f"not included: {SHARED}")
         if reason is not None:
             return self._report(path, module, "refused", reason)
         if isinstance(module, nn.MultiheadAttention):
             return self._adapt_attention(path, module)
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if type(module) in (nn.Linear, nn.Conv2d) and not hooked and not module._backward_pre_hooks:
+        if type(module) in (nn.Linear, nn.Conv2d) and is_bare(module):
             self.memo[id(module)] = self._layer(path, module, module._parameters)
             return self._report(path, module, "converted", "a gated delta a task")
-        if is_transposed_linear(module) and not hooked and not module._backward_pre_hooks:
+        if is_transposed_linear(module):
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
             layer.path = path
             self.memo[id(module)] = self.found.layers[path] = layer
             return self._report(path, module, "converted", "a gated delta a task, stored as [in, out]")
-        # A subclass may have a forward of its own, and hooks belong to the module: wrapping keeps both.
-        wrapped = WrappedLayer(copy.deepcopy(module, self.memo), self.context, **self.options)
+        # A subclass may have a forward of its own, and hooks, buffers and children belong to the module: wrapping keeps
+        # them.
+        kind = WrappedConv2d if isinstance(module, nn.Conv2d) else WrappedLinear
+        wrapped = kind(copy.deepcopy(module, self.memo), self.context, **self.options)
         if wrapped.why == UNUSED:
-            return self._report(path, module, "refused", f"{UNUSED}: {_SHARED}")
+            return self._report(path, module, "refused", f"{UNUSED}: {SHARED}")
         wrapped.path = path
         self.memo[id(module)] = self.found.layers[path] = wrapped
         return self._report(path, module, "converted", wrapped.how)
@@ -207,7 +211,7 @@ class _Plan:
             return self._report(path, module, "refused", reason)
         if not self.task_norms or _matches(path, module, self.exclude):
             why = "excluded" if self.task_norms else "norms='shared'"
-            return self._report(path, module, "skipped", f"{why}: {_SHARED}, in eval mode")
+            return self._report(path, module, "skipped", f"{why}: {SHARED}, in eval mode")
         self.found.norms[path] = wrapper
         return self._report(path, module, "converted", wrapper.how)
 
@@ -280,67 +284,6 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     tracked = module._buffers.get("running_mean") is not None and "Frozen" not in type(module).__name__
     return tracked or any(p is not None for p in module._parameters.values())
-
-
-def _refusals(model: nn.Module) -> dict[int, str]:
-    """By id: why a module cannot be adapted without the risk of a silently wrong result."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    reasons: dict[int, str] = {}
-    for path, module in model.named_modules():
-        reason = _refusal(module)
-        for name, parameter in module._parameters.items():
-            own = f"{path}.{name}" if path else name
-            others = [owner for owner in owners.get(id(parameter), []) if owner != own]
-            if others and reason is None:
-                reason = f"its {name} is tied with {', '.join(others)}"
-        if reason is not None:
-            reasons[id(module)] = f"{reason}: {_SHARED}"
-            if isinstance(module, nn.MultiheadAttention):
-                reasons[id(module.out_proj)] = f"its parent reads its weight: {_SHARED}"
-    return reasons
-
-
-def _refusal(module: nn.Module) -> str | None:
-    if parametrize.is_parametrized(module):
-        names: Any = module.parametrizations
-        return f"parametrized ({', '.join(names)}); remove that first"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_refusal(module)
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) and not is_transposed_linear(module):
-        return "quantised" if "quantized" in type(module).__module__ else None
-    weight = module._parameters.get("weight")
-    if weight is None:
-        names = ", ".join(name for name, p in module._parameters.items() if p is not None)
-        return f"its weight is computed by a hook from {names or 'elsewhere'} (weight or spectral norm)"
-    if type(module).__module__.startswith("torch.ao."):
-        return f"{type(module).__name__} is quantised"
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
-    lora = [name for name, _ in module.named_parameters() if name.startswith("lora_")]
-    if lora:
-        return f"LoRA ({', '.join(lora)}) merges into its weight in place; merge it first"
-    return None
-
-
-def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
-    """MultiheadAttention reads weights and never calls its layers, so one that cannot be rewritten stays as it is."""
-    for what, why in (
-        (type(module) is not nn.MultiheadAttention, f"{type(module).__name__} may use its weights in another way"),
-        (not module._qkv_same_embed_dim, "kdim and vdim must be embed_dim"),
-        (module.bias_k is not None, "add_bias_kv is not supported"),
-        (module.add_zero_attn, "add_zero_attn is not supported"),
-        (bool(module._forward_hooks or module._forward_pre_hooks), "it has hooks"),
-        (parametrize.is_parametrized(module.out_proj), "its out_proj is parametrized"),
-    ):
-        if what:
-            return f"MultiheadAttention reads its weights and cannot be rewritten: {why}"
-    return None
 
 
 def _disable_fast_paths(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -16,7 +16,7 @@ from ._inference import PreparedModel
 from ._plain import plain_network
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
-from .nn.context import BASE_NAME
+from .nn.context import BASE_NAME, names_of
 from .sharing import Sharing
 
 
@@ -32,7 +32,7 @@ class TapsModel(PreparedModel):
 
     Args:
         model: any module, on the device and in the dtype it shall have.
-        tasks: names to add at once, with heads like the base's (see `add_task`).
+        tasks: names to add at once, or one, with heads like the base's (see `add_task`).
         head: the path of the module each task replaces; None: none is.
         include: which Linear and Conv2d modules get gates: paths (globs; a path covers what is below it) or types;
             None: all.
@@ -47,10 +47,14 @@ class TapsModel(PreparedModel):
 
     Raises:
         ValueError: a head or pattern that matches nothing, a lazy, compiled or adapted model, ``norms``, ``gate`` or
-            ``slice`` that are none of these, a threshold not above 0, it or a score that is not finite, and what
-            `add_task` refuses; TypeError: no module.
+            ``slice`` that are none of these, a threshold or a score that `FastTapsLinear` refuses, and what `add_task`
+            refuses; TypeError: no module.
 
-    ``print(model.conversion)`` says what was converted, skipped or refused, and why.
+    ``print(model.conversion)`` says what was converted, skipped or refused, and why. To ``isinstance`` an adapted layer
+    stays an ``nn.Linear`` or ``nn.Conv2d``, though none of a subclass; norms that each task has are none of torch's.
+
+    A state dict holds all tasks; ``load_state_dict`` wants them added, with heads alike, and gives each the storage
+    that its deltas have there (none, dense, compressed): make optimizers afterwards.
 
     In several processes: DDP with ``find_unused_parameters=True`` and ``broadcast_buffers=False`` (or, from PyTorch
     2.13 on, ``forward_sync_buffers=False``), since rank 0's running statistics would replace those of tasks that it
@@ -72,14 +76,14 @@ class TapsModel(PreparedModel):
     def __init__(
         self,
         model: nn.Module,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         head: str | None = None,
         include: Patterns | None = None,
         exclude: Patterns = (),
         norms: str = "task",
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         slice: int | str | None = "auto",
     ) -> None:
@@ -92,7 +96,7 @@ class TapsModel(PreparedModel):
         )
         self.training = model.training
         _training.note_buffers(self)
-        for task in tasks:
+        for task in names_of(tasks):
             self.add_task(task)
 
     @property
@@ -122,7 +126,8 @@ class TapsModel(PreparedModel):
         Args:
             task: a new name.
             classes: outputs of a fresh head like the base's (Linear or Conv2d).
-            head: the head itself. Without both it starts as a copy of the base's.
+            head: a module like which its head starts: a copy, as of the base's without both. `task_parameters` has what
+                trains.
             deltas: False: norms and head alone, on the base's weights, until `reopen`.
 
         Raises:
@@ -153,11 +158,18 @@ class TapsModel(PreparedModel):
 
         A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
 
+        Args:
+            task: a name.
+            score: at least the threshold (with gate "raw": not 0), so that the deltas train; None: that of new tasks.
+
         Raises:
-            ValueError: an unknown task; RuntimeError: the model is prepared.
+            ValueError: an unknown task, or a score that would leave gates closed; RuntimeError: the model is prepared.
+            Then nothing has changed.
         """
         self._unprepared("reopen")
         self.context.check(task)
+        if score is not None:
+            gates.check_score("TapsModel.reopen: score", score, self.threshold, self.gate)
         for layer in self.conversion.layers.values():
             if not layer.is_open(task):
                 layer.add_task(task)
@@ -250,7 +262,7 @@ class TapsModel(PreparedModel):
 
         Source: TAPS, arXiv 2203.16708; the weighing by size is ours.
         """
-        names = [task] if isinstance(task, str) else list(task)
+        names = names_of(task)
         adapted = list(self.conversion.layers.values())
         if not adapted or not names:
             raise ValueError(

@@ -16,8 +16,8 @@ CALL = {
 }  # fmt: skip
 LAYERS = {"_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
-    "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_regions", "_slices", "_statistics",
-    "_training", "convert", "model", "peft", "sharing", "store",
+    "_closures", "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_refusals", "_regions",
+    "_slices", "_statistics", "_training", "convert", "model", "peft", "sharing", "store",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},
@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "formats": set(),
     "tasks": {"_ext"},
     # All but the first three when an operator first runs.
-    "_ops": {"_ext", "_flops", "_problem", "_aten", "_coded", "_fold", "_pointwise", "kernels"},
+    "_ops": {"_ext", "_fakes", "_flops", "_aten", "_coded", "_fold", "_pointwise", "kernels"},
     "_aten": {"_images", "_problem", "_scratch", "tasks"},
     "_images": {"_problem", "_scratch", "tasks"},
     "_scratch": {"_problem"},
+    "_fakes": {"_problem"},
     "_flops": set(),
     "_fold": set(),
     "_pointwise": {"tasks"},

@@ -102,7 +102,9 @@ def test_twenty_steps_are_those_of_the_published_layer(kind, score, lam, closes)
     adapt = FastTapsLinear.from_linear if kind == "linear" else FastTapsConv2d.from_conv2d
     for layer in plain if kind == "conv" else ():
         layer.padding, layer._reversed_padding_repeated_twice = (1, 1), [1, 1, 1, 1]
-    ours = nn.ModuleList(adapt(layer, ["a"], initial_score=score) for layer in plain)
+    ours = nn.ModuleList(adapt(layer, ["a"]) for layer in plain)
+    for layer in ours:
+        layer.scores["a"].data.fill_(score)
     theirs = nn.ModuleList(Published(layer.weight, score) for layer in plain)
     opened = []
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (theirs, ours)]
@@ -266,6 +268,17 @@ def test_scores_have_a_rate_of_their_own_and_raw_gates_multiply():
         (lambda: FastTapsConv2d(2, 2, 1, threshold=float("nan")), "threshold must be finite and above 0, got nan"),
         (lambda: TapsModel(nn.Linear(2, 2), threshold=-1.0), "threshold must be finite and above 0, got -1.0"),
         (lambda: FastTapsLinear(2, 2, initial_score=float("inf")), "initial_score must be finite, got inf"),
+        (
+            lambda: TapsModel(nn.Linear(2, 2), threshold=0.2, initial_score=0.15),
+            r"initial_score must be at least the threshold, got 0.15 \(threshold 0.2\): behind a closed gate a zero",
+        ),
+        (lambda: FastTapsLinear(2, 2, initial_score=0.0, gate="raw"), "initial_score must not be 0 with gate 'raw'"),
+        (
+            lambda: TapsModel(nn.Linear(2, 2), ["a"]).reopen("a", 0.05),
+            r"TapsModel.reopen: score must be at least the threshold, got 0.05 \(threshold 0.1\)",
+        ),
+        (lambda: TapsModel(nn.Linear(2, 2), ["a"]).reopen("a", float("nan")), "reopen: score must be finite, got nan"),
+        (lambda: TapsModel(nn.Linear(2, 2), ["a"], gate="raw").reopen("a", 0.0), "score must not be 0 with gate 'raw'"),
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", -0.1), "penalty: lam must be finite and at least 0"),
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", float("nan")), "at least 0, got nan"),
         (lambda: TapsModel(nn.Linear(2, 2), ["a"]).penalty("a", layers=0), "layers must be at least 1, got 0"),
@@ -279,6 +292,24 @@ def test_scores_have_a_rate_of_their_own_and_raw_gates_multiply():
 def test_out_of_range(act, text):
     with pytest.raises(ValueError, match=text):
         act()
+
+
+@pytest.mark.parametrize("gate", gates.GATES)
+@pytest.mark.parametrize("threshold", [0.01, 0.1, 0.2, 3.0])
+def test_new_tasks_train_whatever_the_threshold(threshold, gate):
+    model = TapsModel(nn.Linear(3, 2), ["a"], threshold=threshold, gate=gate)
+    layer, x = model.conversion.layers[""], torch.randn(4, 3)
+    assert layer.scores["a"].item() == pytest.approx(1.5 * threshold)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ((model(x) - 1) ** 2).sum().backward()
+        optimizer.step()
+    assert layer.deltas["a"].any() and layer.scores["a"].grad != 0
+    layer.scores["a"].data.fill_(-1.0)
+    if gate == "ste":
+        model.reopen("a")
+        assert layer.is_open("a")
 
 
 def test_the_divisor_of_the_penalty():

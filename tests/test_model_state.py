@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.optim.swa_utils import AveragedModel
 
 from taps_fast import TapsModel
+from taps_fast.formats import MaskBits
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
@@ -98,3 +99,79 @@ def test_a_base_that_trains_is_in_storage_of_its_own():
     assert model.fingerprint() != given
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
     assert not any(p.requires_grad for p in model.requires_grad_(False).parameters())
+
+
+def varied(net, compressed=True):
+    """Tasks with dense deltas, without storage behind some gates, and with compressed ones."""
+    model = three_tasks(net)
+    paths = list(model.conversion.layers)
+    layers = model.conversion.layers
+    layers[paths[0]].close("cubs")
+    layers[paths[1]].close("cars")
+    if compressed:
+        for score in (layer.scores["cars"] for layer in layers.values()):
+            score.data.fill_(0.2)
+        model.compress("cars", "bits")
+        model.compress("dogs", "lowrank", rank=1)
+        layer = layers[paths[2]]
+        mask, tile = layer.base > 0, torch.randn_like(layer.base)
+        for task in ("cubs", "cars"):
+            layer.set_delta(task, MaskBits.from_mask(mask, tile))
+    return model
+
+
+@pytest.mark.parametrize("there", ["new", "varied", "compressed"])
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_a_state_dict_restores_whatever_storage_tasks_have(kind, there):
+    net = Transformer()
+    model = varied(net, kind == "compressed")
+    state = model.state_dict()
+    other = three_tasks(net) if there == "new" else varied(net, there == "compressed")
+    held = dict(other.named_parameters())
+    for parameter in other.parameters():
+        parameter.data = parameter.data + parameter.requires_grad
+    other.load_state_dict(state)
+    x, rows = images(4), ["cubs", "cars", None, "dogs"]
+    assert torch.equal(other(x, tasks=rows), model(x, tasks=rows)) and other.sharing() == model.sharing()
+    assert {k: v.dtype for k, v in other.state_dict().items()} == {k: v.dtype for k, v in state.items()}
+    assert all(
+        p.requires_grad == dict(model.named_parameters())[name].requires_grad for name, p in other.named_parameters()
+    )
+    if (kind, there) in (("dense", "new"), ("dense", "varied"), ("compressed", "compressed")):  # kept where it fits
+        assert all(p is held[name] for name, p in other.named_parameters())
+    own = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    assert not own & {p.data_ptr() for p in other.parameters()}
+    masks = [
+        d
+        for d in (
+            layer.deltas[t] for layer in other.conversion.layers.values() for t in ("cubs", "cars") if t in layer.deltas
+        )
+        if getattr(d, "kind", None) is MaskBits
+    ]
+    assert len(masks) == 2 * (kind == "compressed") and len({id(d.tile) for d in masks}) == (kind == "compressed")
+    assert all(d.tile.data_ptr() != e.data_ptr() for d in masks for e in state.values())
+    other.half().load_state_dict(state)
+    other.load_state_dict(varied(net, False).state_dict())
+
+
+@pytest.mark.parametrize("lacks", [".deltas.cubs", ".bias_deltas.cubs", ".scores.cubs"])
+def test_a_state_dict_that_lacks_a_task_or_a_part_of_it_is_refused(lacks):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model, other = TapsModel(net, ["cubs"]), TapsModel(net, ["cars"])
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\).*"model.0.deltas.cubs"'):
+        model.load_state_dict({k: v for k, v in other.state_dict().items() if "cars" not in k})
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith(lacks)}
+    with pytest.raises(RuntimeError, match=f'Missing key.*"model.0{lacks}"'):
+        model.load_state_dict(state)
+    layer = model.conversion.layers["1"]
+    with pytest.raises(RuntimeError, match="Unexpected key.*model.1.deltas.cubs.codes"):
+        model.load_state_dict(
+            {**other.state_dict(), "model.1.scores.cubs": layer.scores["cubs"], "model.1.deltas.cubs.codes": layer.base}
+        )
+
+
+def test_scores_alone_leave_deltas_as_they_are():
+    model = three_tasks(Transformer())
+    before = copy.deepcopy(model.state_dict())
+    model.load_state_dict({name: value for name, value in before.items() if ".scores." in name}, strict=False)
+    assert list(model.state_dict()) == list(before)

@@ -9,7 +9,7 @@ import torch
 from nets import TASKS, ConvNet, Transformer, images, three_tasks
 from torch import nn
 
-from taps_fast import TapsModel, TaskBatch
+from taps_fast import FastTapsConv2d, FastTapsLinear, TapsModel, TaskBatch
 
 ROWS = ["cars", "cubs", None, "dogs", "cars", "cubs"]
 
@@ -136,3 +136,17 @@ def test_ids_are_counted_whatever_they_are(count, grad):
         for ids in ([0] * count, [-1] * count, ([0, 1] * 4)[:count]):
             with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"{count} ids and an input of 6"):
                 model(x, tasks=ids)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tasks: TapsModel(nn.Linear(2, 2), tasks),
+        lambda tasks: FastTapsLinear(2, 2, tasks=tasks),
+        lambda tasks: FastTapsLinear.from_linear(nn.Linear(2, 2), tasks),
+        lambda tasks: FastTapsConv2d(2, 2, 1, tasks=tasks),
+        lambda tasks: FastTapsConv2d.from_conv2d(nn.Conv2d(2, 2, 1), tasks),
+    ],
+)
+def test_a_text_is_one_name(make):
+    assert make("cubs").context.tasks == make(["cubs"]).context.tasks == ["cubs"]

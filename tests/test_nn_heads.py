@@ -170,3 +170,20 @@ def test_losses_of_padded_outputs():
         assert loss.isfinite() and all(gradient.isfinite().all() for gradient in found)
         if not smoothing:
             torch.testing.assert_close(found, together)
+
+
+def test_a_head_that_is_given_is_copied():
+    """So one can be given to several tasks, even the base's own, and stays as it is."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).eval()
+    model, head = TapsModel(net, head="1").train(), mlp(3).eval()
+    computed = head[0].last = head[0].weight * 2  # has a graph, which deepcopy refuses
+    for task, given in (("a", head), ("b", head), ("c", net[1])):
+        model.add_task(task, head=given)
+    own = model.conversion.head.tasks
+    assert not head.training and not net.training and own["a"].training and head[0].last is computed
+    before = [p.clone() for p in (*head.parameters(), *net.parameters())]
+    with torch.no_grad():
+        for p in (*own["a"].parameters(), *own["c"].parameters()):
+            p.zero_()
+    assert all(torch.equal(p, q) for p, q in zip(before, (*head.parameters(), *net.parameters()), strict=True))
+    assert torch.equal(own["b"][0].weight, head[0].weight) and model.model[1].base.weight.any()

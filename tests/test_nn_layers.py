@@ -62,7 +62,7 @@ def by_hand(layer, task):
         return lambda x: F.linear(x, weight, bias)
     plain = nn.Conv2d(4, 8, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, device="meta")
     plain.__dict__.update({k: v for k, v in layer.__dict__.items() if k in ("padding", "padding_mode")})
-    plain._reversed_padding_repeated_twice = layer._reversed_padding
+    plain._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
     return lambda x: plain._conv_forward(x, weight, bias)
 
 

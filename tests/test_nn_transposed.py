@@ -45,6 +45,28 @@ class Block(nn.Module):
         return self.proj(torch.relu(self.fc(x)).to(self.proj.weight.dtype))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda module, args, y: y * 2),
+        lambda layer: layer.register_buffer("mask", torch.ones(3)),
+    ],
+)
+def test_one_with_hooks_or_buffers_is_refused(change):
+    net = nn.Sequential(Conv1D(6, 4))
+    change(net[0])
+    (row,) = TapsModel(net, ["cubs"]).conversion.rows
+    assert row.verdict == "refused" and "a Conv1D with hooks, buffers or children cannot be adapted" in row.reason
+
+
+def test_what_was_set_on_one_stays():
+    net = nn.Sequential(Conv1D(6, 4))
+    net[0].scale = 3.0
+    model = TapsModel(net, ["cubs"])
+    assert type(model.model[0]) is TransposedLinear and (model.model[0].scale, model.model[0].nf) == (3.0, 6)
+    assert model.merge("cubs")[0].scale == 3.0
+
+
 def adapted():
     torch.manual_seed(0)
     model = perturb(TapsModel(Block(), ["cubs", "cars"]))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from taps_fast.kernels import _arguments, _configs, conv2d
 from triton_shim import DEVICE, INTERPRETED, to_tf32
 
-from taps_fast import BackendError, _autograd, _dispatch, _ops, _tuned, delta_conv2d, testing
+from taps_fast import BackendError, _autograd, _dispatch, _fakes, _tuned, delta_conv2d, testing
 from taps_fast._problem import Problem
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import Case
@@ -146,7 +146,7 @@ def test_tracing_expects_what_comes(channels_last):
     n = testing.make_inputs(dataclasses.replace(MIXED, channels_last=channels_last), DEVICE)
     how = (n.x, n.base, n.deltas, n.coeffs, None, None, [2, 1], [1, 2], [1, 1], torch.tensor(IDS, device=DEVICE), 1)
     with torch.no_grad():
-        got, traced = conv2d.conv2d_implicit(*how), _ops.conv2d_implicit(*how)
+        got, traced = conv2d.conv2d_implicit(*how), _fakes.conv2d_implicit(*how)
     assert (got.shape, got.stride()) == (traced.shape, traced.stride())
     assert got.shape == F.conv2d(n.x, n.base, None, [2, 1], [1, 2]).shape
 

@@ -6,7 +6,7 @@ from .head import TaskHead
 from .linear import FastTapsLinear
 from .norm import TaskNorm
 from .transposed import TransposedLinear
-from .wrapped import WrappedLayer
+from .wrapped import WrappedConv2d, WrappedLayer, WrappedLinear
 
 __all__ = [
     "FastTapsConv2d",
@@ -15,5 +15,7 @@ __all__ = [
     "TaskHead",
     "TaskNorm",
     "TransposedLinear",
+    "WrappedConv2d",
     "WrappedLayer",
+    "WrappedLinear",
 ]

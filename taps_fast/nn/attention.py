@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
+from .stand_in import OF_EVERY_MODULE, fill
 
 
-class TaskAttention(nn.Module):
+class TaskAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` that calls its projections: the original reads their weights and never does.
 
     Args:
-        source: for its configuration.
+        source: for its configuration, and what else was set on it.
         in_proj: the layer of ``in_proj_weight`` [3·E, E].
         out_proj: the layer of ``out_proj.weight``.
 
@@ -21,14 +22,15 @@ class TaskAttention(nn.Module):
     runs once for each distinct one.
     """
 
-    # nn.TransformerEncoderLayer asks for these first; the answer keeps it off its path in C++, which reads weights.
-    _qkv_same_embed_dim = True
-    in_proj_bias = None
+    # nn.TransformerEncoderLayer asks for this first; the answer keeps it off its path in C++, which reads weights.
+    in_proj_bias = None  # type: ignore[assignment]
+    in_proj: TapsLayer
+    out_proj: TapsLayer  # type: ignore[assignment]
 
     def __init__(self, source: nn.MultiheadAttention, in_proj: TapsLayer, out_proj: TapsLayer) -> None:
-        super().__init__()
-        self.embed_dim, self.num_heads = source.embed_dim, source.num_heads
-        self.dropout, self.batch_first = source.dropout, source.batch_first
+        nn.Module.__init__(self)
+        self.taken = [name for name in vars(source) if name not in OF_EVERY_MODULE]
+        self.__dict__.update({name: vars(source)[name] for name in self.taken})
         self.in_proj, self.out_proj = in_proj, out_proj
         self.training = source.training
 
@@ -102,9 +104,11 @@ class TaskAttention(nn.Module):
         bare = nn.MultiheadAttention(
             self.embed_dim, self.num_heads, self.dropout, bias is not None, batch_first=self.batch_first, device="meta"
         )
+        bare.__dict__.update({name: vars(self)[name] for name in self.taken})
         bare.in_proj_weight = nn.Parameter(weight.detach().clone())
         bare.register_parameter("in_proj_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-        fill(bare.out_proj, *self.out_proj.effective(task), self.training)
+        weight, bias = self.out_proj.effective(task)
+        fill(bare.out_proj, weight, bias, self.training)
         return bare.train(self.training)
 
 

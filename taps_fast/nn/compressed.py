@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import Delta, Format
+from ..formats import FORMATS, Delta, Format
 from ..stacked import Stack, unlike
 
 
@@ -53,6 +53,14 @@ class CompressedDelta(nn.Module):
             elif name not in format.shared:
                 self._parameters[name].data = value  # type: ignore[union-attr]
 
+    def takes(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these can be copied into what is held: the same names, shapes, and codes of the same type."""
+
+        def sorts(held: dict[str, Tensor]) -> dict[str, Any]:
+            return {name: (t.shape, t.is_floating_point() or t.dtype) for name, t in held.items()}
+
+        return sorts(tensors) == sorts(self.state_dict())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedDelta:
         """Scales keep their dtype: in half precision a small one could be lost."""
 
@@ -68,6 +76,16 @@ class CompressedDelta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind.name}, {tuple(self.shape)}"
+
+
+def restored(shape: Sequence[int], tensors: dict[str, Tensor]) -> Format | None:
+    """The format that these tensors are of, by their names, types and shapes; None if there is none."""
+    for kind in FORMATS.values():
+        try:
+            return kind(tuple(shape), **tensors)
+        except (TypeError, ValueError):
+            continue
+    return None
 
 
 def value_of(held: Any) -> Delta:

@@ -26,6 +26,11 @@ PREPARED = (
 TaskNames = str | Sequence[str | int | None] | Tensor | TaskBatch
 
 
+def names_of(tasks: str | Iterable[str]) -> list[str]:
+    """Task names; a text is one name, not its letters."""
+    return [tasks] if isinstance(tasks, str) else list(tasks)
+
+
 class Mix(NamedTuple):
     """A batch of several tasks."""
 
@@ -68,7 +73,7 @@ class TaskContext:
         self.frozen = False
         """Whether layers hold tables of all tasks, made once: ids then count all tasks, not those present."""
         self._running = threading.local()
-        for task in tasks:
+        for task in names_of(tasks):
             self.add(task)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from ..functional import delta_conv2d, is_plain_conv2d
 from .context import TaskContext, TaskNames
 from .folded import Epilogue
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
 
 Pair = int | tuple[int, int]
 
 
-class FastTapsConv2d(TapsLayer):
+class FastTapsConv2d(TapsLayer, nn.Conv2d):
     """``nn.Conv2d`` that tasks adapt: a frozen base plus, for each task, a delta behind a gate.
 
     ::
 
         y_n = conv2d(x_n, base + I(s_t)·delta_t) + base_bias + I(s_t)·bias_delta_t        I(s) = 1[s >= threshold]
 
-    Loads the state dict of an ``nn.Conv2d`` as its base. ``weight`` and ``bias`` are the effective ones.
+    Is an ``nn.Conv2d``, and loads the state dict of one as its base. ``weight`` and ``bias`` are the effective ones.
 
     Args:
         in_channels … dtype: as ``nn.Conv2d``, every padding and padding mode included.
         tasks, threshold, initial_score, gate: as `FastTapsLinear`.
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
-            one or an initial score that is not finite.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, it
+            or an initial score that is not finite, or an initial score from which zero deltas would never train.
 
     Cost: `delta_conv2d`'s; images behind closed gates share the base convolution.
     Source: TAPS, arXiv 2203.16708.
@@ -58,12 +58,12 @@ class FastTapsConv2d(TapsLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self._start(None, threshold, initial_score, gate)
         sizes: Any = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         options: Any = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
@@ -74,23 +74,15 @@ class FastTapsConv2d(TapsLayer):
     def from_conv2d(
         cls,
         conv: nn.Conv2d,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         context: TaskContext | None = None,
     ) -> FastTapsConv2d:
         """A layer whose base is ``conv``'s kernel, in the same storage."""
         return cls._adapting(conv, tasks, context, threshold, initial_score, gate)
-
-    def _take(self, conv: nn.Conv2d) -> None:
-        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.padding_mode = conv.padding_mode
-        # What F.pad takes, last axis first; "same" and "valid" are numbers in it already.
-        self._reversed_padding = list(conv._reversed_padding_repeated_twice)
-        self._adopt(conv.weight, conv.bias)
 
     def forward(self, input: Tensor, tasks: TaskNames | None = None, *, after: Epilogue | None = None) -> Tensor:
         """y [N, O, H', W'] for input [N, C, H, W] ([C, H, W] with one task); ``tasks`` as in `FastTapsLinear`."""
@@ -99,7 +91,8 @@ class FastTapsConv2d(TapsLayer):
         batch, _ = self.place(input, gated, selection, None if tasks is None else 0)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding, mode=self.padding_mode), (0, 0)
+            # "same" and "valid" are numbers in it already.
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
         if after is None and not gated.deltas and is_plain_conv2d(input, gated.base, self.groups):
             # Checks are slow after a large layer, which leaves no Python in the caches.
@@ -108,11 +101,7 @@ class FastTapsConv2d(TapsLayer):
         return self.run(delta_conv2d, input, *gated.weight, *conv, **options)
 
     def merged(self, task: str | None) -> nn.Conv2d:
-        weight, bias = self.effective(task)
-        conv: Any = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        options: Any = {"bias": bias is not None, "padding_mode": self.padding_mode, "device": "meta"}
-        bare = nn.Conv2d(self.in_channels, self.out_channels, *conv, **options)
-        return fill(bare, weight, bias, self.training)  # type: ignore[return-value]
+        return self._ordinary(nn.Conv2d, task)
 
     def extra_repr(self) -> str:
         return (

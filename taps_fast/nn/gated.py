@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..formats import Delta
@@ -45,3 +47,25 @@ class Frozen(NamedTuple):
     single: dict[str | None, Gated]
     mixed: Gated
     """Of all tasks; lacks ``tasks``, which come with each batch."""
+
+
+@functools.lru_cache(maxsize=4096)
+def table_of(dtype: torch.dtype, tasks: int, places: tuple[int, ...]) -> Tensor:
+    """Coefficients [tasks, open ones], 1 where an open one is its own, in what `delta_linear` uses with ``dtype``.
+
+    Kept, and never written: layers whose gates are alike share it.
+    """
+    with torch.inference_mode(False):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        table = torch.zeros(tasks, len(places), dtype=wide, device="cpu")
+        for k, t in enumerate(places):
+            table[t, k] = 1.0
+    return table
+
+
+def rows_of(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
+    """A row for each of ``tasks`` from a table that has one for each of ``mine``; ``other`` for the rest."""
+    if len(mine) == len(tasks):
+        return table
+    rows = dict(zip(mine, table.unbind(), strict=True))
+    return torch.stack([rows.get(task, other) for task in tasks])

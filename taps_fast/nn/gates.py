@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,44 @@ def straight_through(scores: Tensor, threshold: float) -> Tensor:
 def coefficients(scores: Tensor, threshold: float, gate: str) -> Tensor:
     """What multiplies each delta: its gate ("ste"), or the score itself ("raw")."""
     return straight_through(scores, threshold) if gate == "ste" else scores
+
+
+def as_float32(number: float) -> float:
+    """The number that a float32 tensor holds: scores are compared with thresholds in float32."""
+    return ctypes.c_float(number).value
+
+
+def starting_score(owner: str, threshold: float, initial_score: float | None, gate: str) -> float:
+    """What scores start from: ``initial_score``, or for None 1.5·τ, the paper's 0.15 at its τ of 0.1.
+
+    Raises:
+        ValueError: an unknown gate, a threshold not above 0, it or a score that is not finite, and what `check_score`
+            refuses.
+    """
+    if gate not in GATES:
+        raise ValueError(f"{owner}: gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"{owner}: threshold must be finite and above 0, got {threshold}")
+    start = 1.5 * threshold if initial_score is None else initial_score
+    check_score(f"{owner}: initial_score", start, threshold, gate)
+    return start
+
+
+def check_score(what: str, score: float, threshold: float, gate: str) -> None:
+    """Refuses a score from which a zero delta would never train: times 0 it gets no gradient, and gives none.
+
+    Raises:
+        ValueError: a score that is not finite, is below the threshold with gate "ste", or is 0 with "raw".
+    """
+    if not math.isfinite(score):
+        raise ValueError(f"{what} must be finite, got {score} (threshold {threshold})")
+    if gate == "ste" and as_float32(score) < as_float32(threshold):
+        raise ValueError(
+            f"{what} must be at least the threshold, got {score} (threshold {threshold}): behind a closed gate a zero "
+            "delta gets no gradient, nor does its score"
+        )
+    if gate == "raw" and score == 0:
+        raise ValueError(f"{what} must not be 0 with gate 'raw', got 0: a zero delta times 0 gets no gradient")
 
 
 def penalty(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +12,17 @@ from ..formats import Delta, Format
 from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
-from .compressed import CompressedDelta, apart, side_by_side, value_of
-from .context import Layout, Located, Mix, Selection, TaskContext
-from .gated import Frozen, Gated
-from .mixed_weight import MixedWeight
+from .compressed import CompressedDelta, apart, restored, side_by_side, value_of
+from .context import Layout, Mix, Selection, TaskContext, names_of
+from .gated import Frozen, Gated, rows_of, table_of
 from .owned import Owned, Scores
+from .stand_in import StandIn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TapsLayer(Located, nn.Module):
+class TapsLayer(StandIn):
     """Base of `FastTapsLinear`, `FastTapsConv2d` and wrapped layers.
 
     ::
@@ -35,34 +32,34 @@ class TapsLayer(Located, nn.Module):
     Parameters: ``base`` and ``base_bias`` are frozen; each task trains ``deltas.<task>``,
     ``bias_deltas.<task>`` (where the layer has a bias) and ``scores.<task>``. A task loaded with a closed gate
     has a score and no delta, and costs nothing. A compressed delta (`set_delta`) is a module of that name, which holds
-    the tensors of its format.
+    the tensors of its format. Loading a state dict gives each task whose score is in it the storage that it has there,
+    dense, compressed or (if the base is in it too) none, so optimizers are to be made afterwards.
     """
 
-    base: Tensor
-    base_bias: Tensor | None
-    _stored = {"weight": "base", "bias": "base_bias"}
-    """Where the parameters of the ordinary layer are kept."""
     macs: int | None = None
     """Multiply-adds of the base for one sample, as seen by the probe."""
     frozen: Frozen | None = None
     """Set while the model is prepared for inference."""
 
-    def _start(self, context: TaskContext | None, threshold: float, initial_score: float, gate: str) -> None:
-        if gate not in gates.GATES:
-            raise ValueError(f"{type(self).__name__}: gate must be one of {', '.join(gates.GATES)}, got {gate!r}")
+    def _start(
+        self,
+        context: TaskContext | None,
+        threshold: float = 0.1,
+        initial_score: float | None = None,
+        gate: str = "ste",
+    ) -> None:
         name = type(self).__name__
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"{name}: threshold must be finite and above 0, got {threshold}")
-        if not math.isfinite(initial_score):
-            raise ValueError(f"{name}: initial_score must be finite, got {initial_score} (threshold {threshold})")
+        self.initial_score = gates.starting_score(name, threshold, initial_score, gate)
         self._locate_in(TaskContext(name, alone=True) if context is None else context, name)
-        self.threshold, self.initial_score, self.gate = threshold, initial_score, gate
+        self.threshold, self.gate = threshold, gate
         self.deltas, self.bias_deltas, self.scores = Owned(), Owned(), Scores()
         self.baked: dict[str, Callable[[], Tensor]] = {}
         """Tasks whose "delta" is, for inference, their whole weight; and what reads the delta that was there."""
 
     @classmethod
-    def _adapting(cls, module: nn.Module, tasks: Iterable[str], context: TaskContext | None, *settings: Any) -> Self:
+    def _adapting(
+        cls, module: nn.Module, tasks: str | Iterable[str], context: TaskContext | None, *settings: Any
+    ) -> Self:
         """A layer whose base is ``module``'s parameters, in the same storage; ``settings`` are `_start`'s."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -71,18 +68,9 @@ class TapsLayer(Located, nn.Module):
         layer.add_tasks(tasks)
         return layer.train(module.training)
 
-    def _take(self, module: Any) -> None:
-        """Takes over what the ordinary layer is: sizes, weight and bias."""
-        raise NotImplementedError
-
-    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes weight and bias as the frozen base, in the storage they are in."""
-        self.base = nn.Parameter(weight.detach(), requires_grad=False)
-        self.base_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    def add_tasks(self, tasks: Iterable[str]) -> None:
+    def add_tasks(self, tasks: str | Iterable[str]) -> None:
         """Registers new tasks with a layer that is used alone (a model's layers get theirs from the model)."""
-        for task in tasks:
+        for task in names_of(tasks):
             with self.context.adding(task, self._forget):
                 self.add_task(task)
 
@@ -119,9 +107,24 @@ class TapsLayer(Located, nn.Module):
                 parameter.data = parameter.detach().clone()
             parameter.requires_grad_(mode)
 
-    def base_parameters(self) -> list[Tensor]:
-        """``base`` and, where there is one, ``base_bias``."""
-        return [parameter for parameter in (self.base, self.base_bias) if parameter is not None]
+    def reset_parameters(self) -> None:
+        """Starts anew: the base as the ordinary layer initialises it, in storage of its own, zero deltas, first scores.
+
+        Closed gates without storage stay so; a compressed delta becomes a dense one.
+        """
+        self._unprepared("reset_parameters")
+        plain: Any = self.merged(None)
+        plain.reset_parameters()
+        for own, new in zip(self.base_parameters(), (plain.weight, plain.bias), strict=False):
+            own.data = new.data
+        for task, held in list(self.deltas.items()):
+            if isinstance(held, CompressedDelta):
+                self.set_delta(task, torch.zeros_like(self.base))
+        with torch.no_grad():
+            for delta in (*self.deltas.values(), *self.bias_deltas.values()):
+                delta.zero_()
+            for score in self.scores.values():
+                score.fill_(self.initial_score)
 
     def delta(self, task: str) -> Delta:
         """The task's delta, dense or in its format."""
@@ -151,7 +154,7 @@ class TapsLayer(Located, nn.Module):
         """Which of ``tasks``, which own ``deltas``, have an open gate; reads the scores."""
         if self.gate == "raw":
             return [t for t, delta in enumerate(deltas) if delta is not None]
-        least = ctypes.c_float(self.threshold).value  # float32 against float32, as in `gates.coefficients`
+        least = gates.as_float32(self.threshold)  # float32 against float32, as in `gates.coefficients`
         scores = self.scores.each(tasks)
         return [t for t, delta in enumerate(deltas) if delta is not None and scores[t].item() >= least]
 
@@ -159,32 +162,6 @@ class TapsLayer(Located, nn.Module):
     def fan_in(self) -> int:
         """Products that make one output."""
         return self.base[0].numel()
-
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight of the active task: differentiable, and materialised at each reading.
-
-        In a mixed batch, a tensor that has its shape and dtype and raises where its values are used.
-        """
-        selection = self.selected()
-        if selection.mixed is not None:
-            return self._differs("weight", self.base)
-        return self.effective(selection.task)[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The effective bias of the active task."""
-        selection = self.selected()
-        if selection.mixed is not None:
-            return None if self.base_bias is None else self._differs("bias", self.base_bias)
-        return self.effective(selection.task)[1]
-
-    def _differs(self, read: str, like: Tensor) -> Tensor:
-        return MixedWeight.of(
-            like,
-            f"{self.path}: {read} must be used with one task active, got a mixed batch, whose samples differ in it "
-            "(call the layer instead, or exclude it from the conversion)",
-        )
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``task`` (None: the base), summed in float32 and rounded once."""
@@ -269,6 +246,36 @@ class TapsLayer(Located, nn.Module):
             state[f"{prefix}deltas.{task}"] = original()
         return state
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._unprepared("load_state_dict")
+        if not hasattr(self.base, "full_tensor"):  # what is sharded already does not learn of new parameters
+            self._make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.inference_mode(False)
+    def _make_room(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Gives each task whose score is in a state dict the storage that it has there."""
+        whole = any(prefix + name in state_dict for name in (*self._stored, *self._stored.values()))  # not scores alone
+        copies: dict[tuple[int, torch.Size], Tensor] = {}  # a tensor that several deltas hold together stays one
+        for task in self.scores:
+            if f"{prefix}scores.{task}" not in state_dict:
+                continue
+            name, (held,) = f"{prefix}deltas.{task}", self.deltas.each([task])
+            parts = {key[len(name) + 1 :]: t for key, t in state_dict.items() if key.startswith(name + ".")}
+            if name in state_dict:
+                if isinstance(held, CompressedDelta):
+                    self._forget(task, self.deltas)
+                self.add_task(task)
+            elif not parts:
+                if whole and f"{prefix}bias_deltas.{task}" not in state_dict:
+                    self.close(task)
+            elif not (isinstance(held, CompressedDelta) and held.takes(parts)):
+                own = {key: copies.setdefault((t.data_ptr(), t.shape), t.clone()) for key, t in parts.items()}
+                found = restored(self.base.shape, own)
+                if found is not None:
+                    self.add_task(task)
+                    self.set_delta(task, found)
+
     def _open(self, selection: Selection) -> Gated:
         """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
         dtype, bias, mix = self.base.dtype, self.base_bias, selection.mixed
@@ -281,7 +288,7 @@ class TapsLayer(Located, nn.Module):
                 return self._single(None if task in self.scores else task)
             if bias is not None:
                 bias = bias + self.bias_deltas[task]
-            return Gated(self.base, [value_of(held[0])], _table(dtype, 1, (0,)).view(1), bias)
+            return Gated(self.base, [value_of(held[0])], table_of(dtype, 1, (0,)).view(1), bias)
         held = self.deltas.each(mix.tasks)
         places = self._places(mix.tasks, held)
         if not places:
@@ -292,7 +299,7 @@ class TapsLayer(Located, nn.Module):
                 rows[t] = more[t]
             bias = torch.stack(rows).add_(bias)
         deltas = [value_of(held[t]) for t in places]
-        return Gated(self.base, deltas, _table(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
+        return Gated(self.base, deltas, table_of(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
     def _coefficients(self, tasks: Sequence[str]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
@@ -329,8 +336,8 @@ class TapsLayer(Located, nn.Module):
         if bias is not None:
             deltas = torch.stack([self.bias_deltas[task] for task in mine])
             biases = (bias + coeffs[:, None] * deltas).to(bias.dtype)
-            bias = torch.cat([_rows(biases, mine, tasks, bias), bias[None]])
-        table = _rows(table, mine, tasks, coeffs.new_zeros(len(mine)))
+            bias = torch.cat([rows_of(biases, mine, tasks, bias), bias[None]])
+        table = rows_of(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(t, k) for k, t in enumerate(places)]
         return Gated(self.base, [self.delta(task) for task in mine], table, bias, batch, pairs)
 
@@ -353,47 +360,3 @@ class TapsLayer(Located, nn.Module):
             return operation(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.path}: {error}") from error
-
-    def merged(self, task: str | None) -> nn.Module:
-        """An ordinary layer with the effective weight of ``task``, in storage of its own."""
-        raise NotImplementedError
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also takes the state dict of the ordinary layer: ``weight`` and ``bias`` are the base's, tasks stay."""
-        if prefix + "weight" in state_dict:
-            for ordinary, own in self._stored.items():
-                if prefix + ordinary in state_dict:
-                    state_dict[prefix + own] = state_dict.pop(prefix + ordinary)
-            for name in ("deltas", "bias_deltas", "scores"):
-                for key, value in getattr(self, name).state_dict(prefix=f"{prefix}{name}.").items():
-                    state_dict.setdefault(key, value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@functools.lru_cache(maxsize=4096)
-def _table(dtype: torch.dtype, tasks: int, places: tuple[int, ...]) -> Tensor:
-    """Coefficients [tasks, open ones], 1 where an open one is its own, in what `delta_linear` uses with ``dtype``.
-
-    Kept, and never written: layers whose gates are alike share it.
-    """
-    with torch.inference_mode(False):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        table = torch.zeros(tasks, len(places), dtype=wide, device="cpu")
-        for k, t in enumerate(places):
-            table[t, k] = 1.0
-    return table
-
-
-def _rows(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:
-    """A row for each of ``tasks`` from a table that has one for each of ``mine``; ``other`` for the rest."""
-    if len(mine) == len(tasks):
-        return table
-    rows = dict(zip(mine, table.unbind(), strict=True))
-    return torch.stack([rows.get(task, other) for task in tasks])
-
-
-def fill(module: nn.Module, weight: Tensor, bias: Tensor | None, training: bool) -> nn.Module:
-    """``module`` (made without storage) with copies of weight and bias for its parameters."""
-    module.register_parameter("weight", nn.Parameter(weight.detach().clone()))
-    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-    return module.train(training)

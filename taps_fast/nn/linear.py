@@ -10,28 +10,28 @@ from torch import Tensor, nn
 from ..functional import delta_linear
 from .context import TaskContext, TaskNames
 from .folded import Epilogue
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
 
 
-class FastTapsLinear(TapsLayer):
+class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` that tasks adapt: a frozen base plus, for each task, a delta behind a gate.
 
     ::
 
         y_r = (base + I(s_t)·delta_t) x_r + base_bias + I(s_t)·bias_delta_t        I(s) = 1[s >= threshold]
 
-    Loads the state dict of an ``nn.Linear`` as its base. ``weight`` and ``bias`` are the effective ones.
+    Is an ``nn.Linear``, and loads the state dict of one as its base. ``weight`` and ``bias`` are the effective ones.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        tasks: names; each gets a zero delta and a score.
+        tasks: names, or one; each gets a zero delta and a score.
         threshold: τ of the gates.
-        initial_score: s at the start; at or above τ the gate starts open.
+        initial_score: s at the start, at least τ (with "raw": not 0), so that zero deltas train; None: 1.5·τ.
         gate: "ste" (a gate with a straight-through gradient) or "raw" (the score itself multiplies the delta).
 
     Raises:
-        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, or
-            one or an initial score that is not finite.
+        ValueError: a task name that cannot be a parameter's name, an unknown gate, a threshold that is not above 0, it
+            or an initial score that is not finite, or an initial score from which zero deltas would never train.
 
     Cost: `delta_linear`'s; a closed gate's rows share the base product in inference.
     Source: TAPS, arXiv 2203.16708.
@@ -49,12 +49,12 @@ class FastTapsLinear(TapsLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self._start(None, threshold, initial_score, gate)
         self._take(nn.Linear(in_features, out_features, bias, device, dtype))
         self.add_tasks(tasks)
@@ -63,19 +63,15 @@ class FastTapsLinear(TapsLayer):
     def from_linear(
         cls,
         linear: nn.Linear,
-        tasks: Iterable[str] = (),
+        tasks: str | Iterable[str] = (),
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
         context: TaskContext | None = None,
     ) -> FastTapsLinear:
         """A layer whose base is ``linear``'s weight, in the same storage."""
         return cls._adapting(linear, tasks, context, threshold, initial_score, gate)
-
-    def _take(self, linear: nn.Linear) -> None:
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._adopt(linear.weight, linear.bias)
 
     def forward(
         self, input: Tensor, tasks: TaskNames | None = None, batch_dim: int = 0, *, after: Epilogue | None = None
@@ -98,9 +94,7 @@ class FastTapsLinear(TapsLayer):
         return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
 
     def merged(self, task: str | None) -> nn.Linear:
-        weight, bias = self.effective(task)
-        bare = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        return fill(bare, weight, bias, self.training)  # type: ignore[return-value]
+        return self._ordinary(nn.Linear, task)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"

@@ -13,7 +13,8 @@ from ..functional import delta_linear
 from ..stacked import Stack
 from .context import TaskContext
 from .folded import Epilogue
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
+from .stand_in import fill
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -42,12 +43,12 @@ class TransposedLinear(TapsLayer):
         context: TaskContext | None = None,
         *,
         threshold: float = 0.1,
-        initial_score: float = 0.15,
+        initial_score: float | None = None,
         gate: str = "ste",
     ) -> None:
         super().__init__()
         self._start(context, threshold, initial_score, gate)
-        self._adopt(*module._parameters.values())  # type: ignore[arg-type]
+        self._take(module)
         bare = copy.copy(module)
         bare._parameters = dict.fromkeys(module._parameters)
         self._bare = [bare]  # in a list: not a submodule

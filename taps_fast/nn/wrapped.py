@@ -15,8 +15,9 @@ from ..functional import delta_conv2d, delta_linear
 from .context import Layout, TaskContext, task_by_task
 from .folded import Epilogue
 from .gated import Gated
-from .layer import TapsLayer, fill
+from .layer import TapsLayer
 from .mixed_weight import METADATA
+from .stand_in import fill
 
 
 class _OtherUse(Exception):
@@ -69,6 +70,8 @@ class WrappedLayer(TapsLayer):
     `delta_conv2d` or `delta_linear`: a mixed batch runs fused (``fused``). Otherwise the effective weight is
     materialised, and a mixed batch runs task by task.
 
+    Attributes it lacks are the module's own: what was set on it, its buffers and children.
+
     Args:
         module: the original, with frozen parameters; its weight stays its own and is ``base`` here.
     """
@@ -76,9 +79,8 @@ class WrappedLayer(TapsLayer):
     _stored = {"weight": "module.weight", "bias": "module.bias"}
 
     def __init__(self, module: nn.Linear | nn.Conv2d, context: TaskContext | None = None, **options: Any) -> None:
-        super().__init__()
-        settings = {"threshold": 0.1, "initial_score": 0.15, "gate": "ste", **options}
-        self._start(context, **settings)
+        nn.Module.__init__(self)
+        self._start(context, **options)
         self.module = module
         self.images_first = isinstance(module, nn.Conv2d)
         self.fused, self.why, self.last = trial(module)
@@ -176,6 +178,18 @@ class WrappedLayer(TapsLayer):
         plain = copy.deepcopy(self.module)
         return fill(plain, weight, bias, self.training)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is not None:
+                # Not what its class defines: methods and properties of the module would use the base's weight.
+                for held in (vars(module), module._buffers, module._modules, module._parameters):
+                    if name in held:
+                        return held[name]
+            raise
+
     @property
     def how(self) -> str:
         """One line for the conversion report."""
@@ -184,6 +198,14 @@ class WrappedLayer(TapsLayer):
 
     def extra_repr(self) -> str:
         return f"fused={self.fused}, tasks={list(self.scores)}"
+
+
+class WrappedLinear(WrappedLayer, nn.Linear):  # type: ignore[misc]
+    """Of a linear layer, and so one itself, though not of its subclass."""
+
+
+class WrappedConv2d(WrappedLayer, nn.Conv2d):  # type: ignore[misc]
+    """Of a convolution, and so one itself, though not of its subclass."""
 
 
 UNUSED = "its forward does not use its weight"
