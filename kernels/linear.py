@@ -99,6 +99,32 @@ def linear_dx(
 linear_dw = on_its_device(linear_dw)
 
 
+def linear_grad(
+    dy: Tensor,
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    coeffs: Tensor,
+    base_coeffs: Tensor | None,
+    ids: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    inner: int,
+    algorithm: str,
+    need_dx: bool,
+    pairs: Sequence[int],
+    ddeltas_for: Sequence[int],
+    need_dcoeffs: bool,
+    need_dbase: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    arguments = (base, deltas, coeffs, base_coeffs, ids, order, offsets, inner)
+    dx = linear_dx(dy, *arguments, algorithm) if need_dx else dy.new_empty(0)
+    if not (ddeltas_for or need_dcoeffs or need_dbase or need_dbias):
+        return dx, coeffs.new_empty(0), [], base.new_empty(0), coeffs.new_empty(0)
+    return dx, *linear_dw(dy, x, *arguments, pairs, ddeltas_for, need_dcoeffs, need_dbase, need_dbias)
+
+
 def _algorithm(algorithm: str) -> str:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"triton: algorithm must be {' or '.join(ALGORITHMS)}, got {algorithm!r}")

@@ -86,27 +86,19 @@ class Delta(torch.autograd.Function):
         x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
         index, deltas = rest[:3], rest[3:]
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
-        weight = (base, deltas, coeffs, base_coeffs)
         dx = dcoeffs = dbase = dbias = sums = None
         ddeltas: list[Tensor | None] = [None] * len(deltas)
 
         wanted = [k for k, need in enumerate(need_deltas) if need]
         asked = (call.pairs, wanted, need_coeffs, need_base)
-        of_weights = need_coeffs or need_base or bool(wanted)
         found: Sequence[Tensor] = ()
-        if call.conv and (need_x or of_weights):
-            how = (*call.conv, *index, call.inner, call.algorithm == "split", need_x)
-            dx, found, dcoeffs = ops.conv2d_grad.default(dy, x, *weight, *how, *asked)
-            if need_base:
-                *found, dbase = found
-        elif dy.device.type == "cpu" and not call.conv:
-            how = (*index, call.inner, call.algorithm, need_x)
-            dx, dcoeffs, found, dbase, sums = ops.linear_grad.default(dy, x, *weight, *how, *asked, need_bias)
-        elif not call.conv:
-            if need_x:
-                dx = ops.linear_dx(dy, *weight, *index, call.inner, call.algorithm)
-            if of_weights:
-                dcoeffs, found, dbase, sums = ops.linear_dw(dy, x, *weight, *index, call.inner, *asked, need_bias)
+        if need_x or need_coeffs or need_base or wanted:
+            arguments = (dy, x, base, deltas, coeffs, base_coeffs, *call.conv, *index, call.inner)
+            if call.conv:
+                dx, dweights, dcoeffs = ops.conv2d_grad.default(*arguments, call.algorithm == "split", need_x, *asked)
+                found, dbase = (dweights[:-1], dweights[-1]) if need_base else (dweights, None)
+            else:
+                dx, dcoeffs, found, dbase, sums = ops.linear_grad(*arguments, call.algorithm, need_x, *asked, need_bias)
         for k, ddelta in zip(wanted, found, strict=True):
             ddeltas[k] = ddelta
         if need_bias:

@@ -34,7 +34,7 @@ def kernels_take_cpu_tensors(monkeypatch):
     """Without a device, the public function is led to the interpreted kernels; with one, nothing is patched."""
     if INTERPRETED:
         operators = SimpleNamespace(
-            linear_fwd=linear.linear_fwd, linear_dx=linear.linear_dx, linear_dw=linear.linear_dw
+            linear_fwd=linear.linear_fwd, linear_dw=linear.linear_dw, linear_grad=linear.linear_grad
         )
         monkeypatch.setattr(_autograd, "ops", operators)
         monkeypatch.setitem(_dispatch._REASONS, "triton", linear.not_supported_reasons)

@@ -23,7 +23,7 @@ def small(monkeypatch):
     """Layers of 32 features on a CPU, in Triton's interpreter and the emulator; each contender runs and takes 1 ms."""
     for name, value in dict(DEVICE="cpu", SIZE=32, COLD_BYTES=1 << 13, SECONDS=0.001).items():
         monkeypatch.setattr(targets, name, value)
-    operators = SimpleNamespace(**{n: getattr(linear, n) for n in ("linear_fwd", "linear_dx", "linear_dw")})
+    operators = SimpleNamespace(**{n: getattr(linear, n) for n in ("linear_fwd", "linear_dw", "linear_grad")})
     operators.linear_stream = torch.ops.taps_fast.linear_stream
     monkeypatch.setattr(_autograd, "ops", operators)
     monkeypatch.setitem(_dispatch._REASONS, "triton", linear.not_supported_reasons)
