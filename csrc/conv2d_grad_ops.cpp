@@ -22,7 +22,7 @@ struct Wanted {
   bool dcoeffs, dbase;
 };
 
-/// (PyTorch 2.10 to 2.13 read a call's results in reverse by the types in order: they must be a palindrome.)
+/// The types of the results read the same both ways: PyTorch 2.13 takes the last result for one of the first type.
 Gradients uncompiled(const Conv2d& c, const Tensor& dy, bool split, bool need_dx, const Wanted& w) {
   std::array<StableIValue, 20> stack{from(dy),         from(c.x),           from(c.base),    from(c.deltas),
                                      from(c.coeffs),   from(c.base_coeffs), from(c.stride),  from(c.padding),
