@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -23,6 +24,12 @@ inline cpu::DType dtype_of(const char* op, torch::headeronly::ScalarType type, c
   }
   check(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got scalar type ", int(type));
   return {};
+}
+
+/// An element of a contiguous tensor of float or double.
+inline double number(const torch::stable::Tensor& t, int64_t i) {
+  return t.scalar_type() == torch::headeronly::ScalarType::Double ? static_cast<const double*>(t.const_data_ptr())[i]
+                                                                  : static_cast<const float*>(t.const_data_ptr())[i];
 }
 
 /// What a `TaskBatch` promises of its index, without which rows outside the tensors would be read.

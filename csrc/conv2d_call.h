@@ -73,11 +73,6 @@ struct Group {
   std::vector<int64_t> images;  // of all parts, ascending
 };
 
-inline double number(const Tensor& t, int64_t i) {
-  return t.scalar_type() == ScalarType::Double ? static_cast<const double*>(t.const_data_ptr())[i]
-                                               : static_cast<const float*>(t.const_data_ptr())[i];
-}
-
 /// The weight of task `task` (-1: the base), without images.
 inline Group weight_of(const Conv2d& c, int64_t task) {
   Group group;
@@ -216,15 +211,10 @@ inline Tensor weight(const Conv2d& c, const Group& group) {
   if (const Tensor* as_it_is = stored(c, group)) return *as_it_is;
   thread_local Scratch scratch;
   std::vector<const void*> terms;
-  std::vector<double> coeffs = group.coeffs;
   for (const int64_t k : group.used) terms.push_back(c.deltas[k].const_data_ptr());
-  if (group.scale != 0 && group.scale != 1) {
-    terms.push_back(c.base.const_data_ptr());
-    coeffs.push_back(group.scale);
-  }
   const cpu::DType dtype = dtype_of(c.op, c.base.scalar_type(), "base");
   void* out = scratch.at_least(c.op, c.base.numel() * cpu::element_size(dtype));
-  fold_one(dtype, c.base.numel(), group.scale == 1 ? c.base.const_data_ptr() : nullptr, terms, coeffs, out);
+  fold_one(dtype, c.base.numel(), c.base.const_data_ptr(), group.scale, terms, group.coeffs, out);
   return torch::stable::from_blob(out, c.base.sizes(), c.base.strides(), c.base.device(), c.base.scalar_type());
 }
 

@@ -94,7 +94,7 @@ class Sums {
       const bool owned = all.size() == 1;  // nobody else needs P
       if (!sum) sum = owned ? p : like_base(c_.wide());
       if (before || !owned || user.by != 1)
-        fold_one(wide_, size, before, {p.const_data_ptr()}, {user.by}, sum->mutable_data_ptr());
+        fold_one(wide_, size, before, 1, {p.const_data_ptr()}, {user.by}, sum->mutable_data_ptr());
     }
   }
 

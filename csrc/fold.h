@@ -8,10 +8,10 @@
 
 namespace taps_fast {
 
-/// out = in + Σ coeffs[k] · deltas[k], all of `size` elements in one order; in may be null: zeros. The sum is of the
-/// compute type and rounded once; out may be in.
-void fold_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas,
-              const std::vector<double>& coeffs, void* out);
+/// out = scale · in + Σ coeffs[k] · deltas[k], all of `size` elements in one order; in may be null: zeros. The sum is
+/// of the compute type and rounded once; out may be in.
+void fold_one(cpu::DType dtype, int64_t size, const void* in, double scale, std::vector<const void*> deltas,
+              std::vector<double> coeffs, void* out);
 
 /// <in, deltas[k]> for each k, likewise.
 std::vector<double> dots_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas);

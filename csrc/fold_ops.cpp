@@ -146,8 +146,13 @@ std::tuple<Tensor, Tensors> fold_grad(const Tensors& dweights, const Tensors& de
 
 }  // namespace
 
-void fold_one(cpu::DType dtype, int64_t size, const void* in, const std::vector<const void*>& deltas,
-              const std::vector<double>& coeffs, void* out) {
+void fold_one(cpu::DType dtype, int64_t size, const void* in, double scale, std::vector<const void*> deltas,
+              std::vector<double> coeffs, void* out) {
+  if (in && scale != 1) {
+    deltas.push_back(in);
+    coeffs.push_back(scale);
+    in = nullptr;
+  }
   const std::vector<float> narrow(coeffs.begin(), coeffs.end());
   const FoldTensor tensor{deltas.data(), in, out, nullptr, nullptr};
   std::vector<FoldItem> items;

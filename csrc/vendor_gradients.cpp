@@ -16,8 +16,8 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using cpu::DType;
 
-// From 256 rows on both gradients took 0.81 to 1.0 times as long as by our kernels, from 1024 on 0.77 to 0.93, from 384
-// x 384 to 4096 x 4096 weights on two Cascade Lake cores; with 64 and fewer up to 1.14 times.
+// Where both gradients are as fast as ours, or faster, from 384 x 384 to 4096 x 4096 weights on two Cascade Lake cores;
+// with fewer rows they are slower (`python -m benchmarks.cpu_linear rates` compares the products).
 constexpr int64_t kRows = 256;
 
 /// out = a b.
@@ -28,23 +28,17 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // is out, and freed
 }
 
-float number(const Tensor& t, int64_t i) { return static_cast<const float*>(t.const_data_ptr())[i]; }
-
 /// The weight, in `scratch` unless it is the base.
 Tensor summed(const OneWeight& w, Tensor& scratch) {
   const double scale = w.base_coeffs ? number(*w.base_coeffs, 0) : 1.0;
   std::vector<const void*> terms;
   std::vector<double> coeffs;
-  const auto add = [&](const Tensor& term, double coeff) {
-    if (coeff == 0) return;
-    terms.push_back(term.const_data_ptr());
-    coeffs.push_back(coeff);
-  };
-  if (scale != 1) add(w.base, scale);
-  for (size_t k = 0; k < w.deltas.size(); k++) add(w.deltas[k], number(w.coeffs, k));
-  if (scale == 1 && terms.empty()) return w.base;
-  const void* in = scale == 1 ? w.base.const_data_ptr() : nullptr;
-  fold_one(DType::kFloat32, w.base.numel(), in, terms, coeffs, scratch.mutable_data_ptr());
+  for (size_t k = 0; k < w.deltas.size(); k++) {
+    terms.push_back(w.deltas[k].const_data_ptr());
+    coeffs.push_back(number(w.coeffs, k));
+  }
+  if (scale == 1 && std::all_of(coeffs.begin(), coeffs.end(), [](double c) { return c == 0; })) return w.base;
+  fold_one(DType::kFloat32, w.base.numel(), w.base.const_data_ptr(), scale, terms, coeffs, scratch.mutable_data_ptr());
   return scratch;
 }
 
@@ -104,7 +98,7 @@ void vendor_gradients(const OneWeight& weight, const Tensor& dy, const Tensor& x
   for (size_t i = results.size(); i-- > 0;) {  // P last
     if (i == 0 && results[i].by == 1) continue;
     void* out = results[i].gradient.mutable_data_ptr();
-    fold_one(DType::kFloat32, size, nullptr, {p.const_data_ptr()}, {results[i].by}, out);
+    fold_one(DType::kFloat32, size, p.const_data_ptr(), results[i].by, {}, {}, out);
   }
 }
 

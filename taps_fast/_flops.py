@@ -77,7 +77,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register() -> None:
-    """Gives PyTorch's counter the formulas once it is imported: it imports Triton, which takes a third of a second."""
+    """Gives PyTorch's counter the formulas once it is imported: it imports Triton, which takes long."""
     if COUNTER in sys.modules:
         _add(sys.modules[COUNTER])
     else:

@@ -294,7 +294,7 @@ def load_lora(
     deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
     with adding(model, name, given_head(model, classes, head)):
         for path, layer in layers.items():
-            opened = 1.0 if model.gate == "raw" else max(layer.initial_score, model.threshold)
+            opened = 1.0 if model.gate == "raw" else layer.initial_score
             layer.add_task(name, score=opened if path in deltas else model.threshold - 1.0, delta=path in deltas)
             if path in deltas:
                 layer.set_delta(name, deltas[path])
