@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Call(NamedTuple):
     algorithm: str
     conv: tuple[Any, ...] = ()
     """stride, padding, dilation, groups; empty for a linear layer."""
+    places: tuple[int, ...] | None = None
+    """Where coeffs and bias are no variables, but made of leaves that are: the task of each delta."""
 
 
 def forward(
@@ -58,7 +60,11 @@ def forward(
 
 
 class Delta(torch.autograd.Function):
-    """y = (base_coeffs·base + Σ c·delta) x + bias, linear or convolution, for one task or a mixed batch."""
+    """y = (base_coeffs·base + Σ c·delta) x + bias, linear or convolution, for one task or a mixed batch.
+
+    After the K deltas may follow the leaves of ``coeffs`` and ``bias``, as `taps_fast._call.Sources` says: K scores,
+    and with a bias K bias deltas and the base's bias. A graph of the small operations between costs the host more.
+    """
 
     @staticmethod
     def forward(
@@ -73,7 +79,12 @@ class Delta(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = call
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.batch, *deltas)
+        bias_deltas: tuple[Tensor, ...] = ()
+        if call.places is not None:
+            count = len(call.places)
+            ctx.leaf_dtypes = [leaf.dtype for leaf in deltas[count:]]
+            deltas, bias_deltas = deltas[:count], deltas[2 * count : 3 * count]
+        ctx.save_for_backward(x, base, coeffs, base_coeffs, *call.batch, *deltas, *bias_deltas)
         return forward(
             x, base, list(deltas), coeffs, base_coeffs, bias, call.batch, call.inner, call.algorithm, call.conv
         )
@@ -84,8 +95,14 @@ class Delta(torch.autograd.Function):
         name = "delta_conv2d" if call.conv else "delta_linear"
         _no_second_derivatives(name, "backend='reference'")
         x, base, coeffs, base_coeffs, *rest = ctx.saved_tensors
-        index, deltas = rest[:3], rest[3:]
+        index, deltas, bias_deltas = rest[:3], rest[3:], []
         _, need_x, need_base, need_coeffs, _, need_bias, *need_deltas = ctx.needs_input_grad
+        need_leaves: list[bool] = []
+        if call.places is not None:
+            count = len(call.places)
+            deltas, bias_deltas = deltas[:count], deltas[count:]
+            need_deltas, need_leaves = need_deltas[:count], need_deltas[count:]
+            need_coeffs, need_bias = any(need_leaves[:count]), bool(bias_deltas) and any(need_leaves)
         dx = dcoeffs = dbase = dbias = sums = None
         ddeltas: list[Tensor | None] = [None] * len(deltas)
 
@@ -102,16 +119,57 @@ class Delta(torch.autograd.Function):
         for k, ddelta in zip(wanted, found, strict=True):
             ddeltas[k] = ddelta
         if need_bias:
-            dbias = _dbias(dy, sums, ctx.bias_shape, call)
+            sums = _sums_by_task(dy, ctx.bias_shape, call) if sums is None else sums
+        dleaves: Sequence[Tensor | None] = ()
+        if call.places is not None:
+            made = _leaf_gradients(call.places, dcoeffs, sums if need_bias else None, coeffs, bias_deltas, need_leaves)
+            dleaves = [None if d is None else d.to(dtype) for d, dtype in zip(made, ctx.leaf_dtypes, strict=True)]
+        elif need_bias:
+            dbias = _rows_as(cast(Tensor, sums), ctx.bias_shape).to(dy.dtype)
         return (
             None,
             dx if need_x else None,
             dbase if need_base else None,
-            dcoeffs if need_coeffs else None,
+            dcoeffs if need_coeffs and call.places is None else None,
             None,
             dbias,
             *ddeltas,
+            *dleaves,
         )
+
+
+def _leaf_gradients(
+    places: tuple[int, ...],
+    dcoeffs: Tensor | None,
+    sums: Tensor | None,
+    coeffs: Tensor,
+    bias_deltas: Sequence[Tensor],
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of scores, bias deltas and the base's bias.
+
+    Each delta is one task's own: of its column in ``coeffs`` and in ``dcoeffs`` all else is 0.
+    """
+    count = len(places)
+    dscores: Tensor | None = None
+    if dcoeffs is not None and any(need[:count]):
+        dscores = dcoeffs if dcoeffs.dim() == 1 else dcoeffs.sum(0)
+    found: list[Tensor | None] = [None] * len(need)
+    if sums is not None:
+        alone = len(sums) == count  # one task
+        rows = sums if alone else sums[:-1] if count == len(sums) - 1 else torch.stack([sums[t] for t in places])
+        if any(need[count:-1]):
+            gates = coeffs if alone else coeffs.sum(0)[:, None]
+            found[count:-1] = (gates * rows).unbind()
+        if need[-1]:
+            found[-1] = sums.sum(0)
+        if dscores is not None and count == 1:
+            dscores = torch.addmv(dscores, rows, bias_deltas[0].to(rows.dtype))  # one operation
+        elif dscores is not None:
+            dscores = dscores + (rows * torch.stack(list(bias_deltas))).sum(1)
+    if dscores is not None:
+        found[:count] = dscores.unbind()
+    return [gradient if wanted else None for gradient, wanted in zip(found, need, strict=True)]
 
 
 class Groups(NamedTuple):
@@ -316,12 +374,10 @@ def _no_second_derivatives(function: str, advice: str) -> None:
         )
 
 
-def _dbias(dy: Tensor, sums: Tensor | None, shape: torch.Size, call: Call) -> Tensor:
-    """Σ of dy over pixels and rows; for bias [T + 1, O], over the rows of each task. ``sums`` are those of the rows."""
+def _sums_by_task(dy: Tensor, shape: torch.Size, call: Call) -> Tensor:
+    """Σ of dy over pixels and rows, [1, O]; for bias [T + 1, O], over the rows of each task."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     pixels = list(range(2, dy.dim()))
-    if sums is None and len(shape) == 1:
-        return dy.sum([0, *pixels], dtype=wide).to(dy.dtype)
-    if sums is None:
-        sums = sums_of_rows(dy.sum(pixels, dtype=wide) if pixels else dy, call.batch, call.inner)
-    return _rows_as(sums, shape).to(dy.dtype)
+    if len(shape) == 1:
+        return dy.sum([0, *pixels], dtype=wide)[None]
+    return sums_of_rows(dy.sum(pixels, dtype=wide) if pixels else dy, call.batch, call.inner)

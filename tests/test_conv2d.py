@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from taps_fast import BackendError, _aten, _pointwise, delta_conv2d, testing
+from taps_fast._call import is_plain_conv2d
 from taps_fast._dispatch import PATCH_ROWS, ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
-from taps_fast.functional import is_plain_conv2d
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 ROWS = [

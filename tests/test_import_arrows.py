@@ -14,7 +14,7 @@ SOURCES = sorted([*(ROOT / "taps_fast").rglob("*.py"), *(ROOT / "kernels").glob(
 CALL = {
     "_autocast", "_autograd", "_compressed", "_dispatch", "_problem", "formats", "reference", "stacked", "tasks",
 }  # fmt: skip
-LAYERS = {"_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
+LAYERS = {"_call", "_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
     "_closures", "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_refusals", "_regions",
     "_slices", "_statistics", "_training", "convert", "model", "peft", "sharing", "store",
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     **dict.fromkeys(MODEL, {"__init__", *LAYERS, *MODEL}),
     "nn": LAYERS,
     "testing": {"functional", *CALL},
-    "functional": {"norms", *CALL},
+    "functional": {"_call", "_problem", "formats", "norms"},
+    "_call": {"norms", *CALL},
     "norms": {"_autograd", "_ext", "_problem", "tasks"},
     "reference": {"tasks"},
     "_autograd": {"_ops", "_problem", "reference", "tasks"},

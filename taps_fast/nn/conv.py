@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import delta_conv2d, is_plain_conv2d
+from .. import _call
 from .context import TaskContext, TaskNames
 from .folded import Epilogue
 from .layer import TapsLayer
@@ -94,11 +94,11 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
             # "same" and "valid" are numbers in it already.
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
-        if after is None and not gated.deltas and is_plain_conv2d(input, gated.base, self.groups):
+        if after is None and not gated.deltas and _call.is_plain_conv2d(input, gated.base, self.groups):
             # Checks are slow after a large layer, which leaves no Python in the caches.
             return F.conv2d(input, gated.base, gated.bias, *conv)
-        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
-        return self.run(delta_conv2d, input, *gated.weight, *conv, **options)
+        follows = {} if after is None else after.options(selection)
+        return self.run(_call.conv2d, input, *gated.weight, *conv, gated.how(batch, **follows))
 
     def merged(self, task: str | None) -> nn.Conv2d:
         return self._ordinary(nn.Conv2d, task)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._call import How, Sources
 from ..formats import Delta
 from ..stacked import Stack
 from ..tasks import TaskBatch
@@ -24,15 +25,16 @@ class Gated(NamedTuple):
     tasks: TaskBatch | None = None
     pairs: list[tuple[int, int]] | None = None
     base_coeffs: Tensor | None = None
+    sources: Sources | None = None
 
     @property
     def weight(self) -> tuple[Tensor, Sequence[Delta], Tensor, Tensor | None]:
         """base, deltas, coeffs and bias."""
         return self[:4]
 
-    def options(self, batch: TaskBatch | None) -> dict[str, Any]:
-        """The arguments by name, for the ids along the input's batch axis."""
-        return {"tasks": batch, "pairs": self.pairs, "base_coeffs": self.base_coeffs}
+    def how(self, batch: TaskBatch | None, axis: int = 0, **follows: Any) -> How:
+        """The arguments by name, for the ids along the input's batch axis; ``follows`` is an `Epilogue`'s options."""
+        return How(batch, self.base_coeffs, self.pairs, axis, **follows, sources=self.sources)
 
     def detached(self) -> Gated:
         """The same values, of which nothing is recorded."""
@@ -61,6 +63,13 @@ def table_of(dtype: torch.dtype, tasks: int, places: tuple[int, ...]) -> Tensor:
         for k, t in enumerate(places):
             table[t, k] = 1.0
     return table
+
+
+@functools.lru_cache(maxsize=4096)
+def vector_of(dtype: torch.dtype, opened: tuple[bool, ...]) -> Tensor:
+    """Coefficients [tasks], 1 where a gate is open and 0 elsewhere; kept as `table_of` is."""
+    with torch.inference_mode(False):
+        return torch.tensor(opened, dtype=dtype, device="cpu")
 
 
 def rows_of(table: Tensor, mine: Sequence[str], tasks: Sequence[str], other: Tensor) -> Tensor:

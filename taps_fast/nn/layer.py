@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._call import Sources
 from ..formats import Delta, Format
 from ..stacked import Stack
 from ..tasks import TaskBatch
 from . import gates
 from .compressed import CompressedDelta, apart, restored, side_by_side, value_of
 from .context import Layout, Mix, Selection, TaskContext, names_of
-from .gated import Frozen, Gated, rows_of, table_of
+from .gated import Frozen, Gated, rows_of, table_of, vector_of
 from .owned import Owned, Scores
 from .stand_in import StandIn
 
@@ -180,10 +181,9 @@ class TapsLayer(StandIn):
         if frozen is None:
             if self.baked:
                 raise self._half_undone()
-            host = self.base.device.type == "cpu" and not torch.compiler.is_compiling()
-            if host and self.gate == "ste" and not torch.is_grad_enabled():
-                return self._open(selection)
-            return self._single(selection.task) if mix is None else self._mixed(mix)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return self._sourced(selection)
+            return self._open(selection) if self._scores_at_hand() else self._made(selection)
         if mix is None:
             return frozen.single[selection.task]
         if not frozen.mixed.deltas and not grouped:
@@ -196,7 +196,7 @@ class TapsLayer(StandIn):
         opened = [task for task in tasks if self.is_open(task)]
         deltas = side_by_side([self.deltas[task] for task in opened])  # first: single tasks see the same storage
         single = {task: self._single(task if task in opened else None).detached() for task in (None, *tasks)}
-        coeffs = self._coefficients(opened)
+        coeffs = self._coefficients(self.scores.each(opened))
         baked = torch.tensor([task in self.baked for task in opened], device=coeffs.device)
         pairs = [(tasks.index(task), k) for k, task in enumerate(opened)]
         table, scales = coeffs.new_zeros(len(tasks), len(opened)), coeffs.new_ones(len(tasks))
@@ -276,8 +276,40 @@ class TapsLayer(StandIn):
                     self.add_task(task)
                     self.set_delta(task, found)
 
+    def _scores_at_hand(self) -> bool:
+        """Whether a score is read faster than computed with."""
+        if self.gate != "ste" or self.base.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return type(self.base) in (Tensor, nn.Parameter)  # a subclass may have no values
+
+    def _made(self, selection: Selection) -> Gated:
+        """What autograd can follow."""
+        return self._single(selection.task) if selection.mixed is None else self._mixed(selection.mixed)
+
+    def _sourced(self, selection: Selection) -> Gated:
+        """With gradients: what `_made` gives, but with the sources of coefficients and bias instead of a graph."""
+        with torch.no_grad():
+            gated = self._made(selection)
+        if not gated.deltas:
+            return gated._replace(base=self.base, bias=self.base_bias)
+        if any(isinstance(delta, Format) for delta in gated.deltas):
+            return self._made(selection)
+        tasks: Any = (selection.task,) if selection.mixed is None else selection.mixed.tasks
+        places = tuple([t for t, _ in gated.pairs or [(0, 0)]])
+        tasks = [tasks[t] for t in places]
+        # Read once more: what a parametrization makes of parameters must have its graph.
+        deltas, scores, base_bias = self.deltas.each(tasks), self.scores.each(tasks), self.base_bias
+        bias_deltas = [] if base_bias is None else self.bias_deltas.each(tasks)
+
+        def traced() -> tuple[Tensor, Tensor | None]:
+            again = self._made(selection)
+            return again.coeffs, again.bias
+
+        sources = Sources(places, scores, bias_deltas, base_bias, traced)
+        return gated._replace(base=self.base, deltas=deltas, sources=sources)
+
     def _open(self, selection: Selection) -> Gated:
-        """Without gradients, and where a score is read faster than computed with: the open deltas alone, times 1."""
+        """Without gradients, with scores at hand: the open deltas alone, times 1."""
         dtype, bias, mix = self.base.dtype, self.base_bias, selection.mixed
         if mix is None:
             task = selection.task
@@ -301,27 +333,32 @@ class TapsLayer(StandIn):
         deltas = [value_of(held[t]) for t in places]
         return Gated(self.base, deltas, table_of(dtype, len(mix.tasks), tuple(places)), bias, mix.batch)
 
-    def _coefficients(self, tasks: Sequence[str]) -> Tensor:
+    def _coefficients(self, scores: Sequence[Tensor]) -> Tensor:
         wide = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        if not tasks:
+        if not scores:
             return torch.zeros(0, dtype=wide, device=self.base.device)
+        if not torch.is_grad_enabled() and self._scores_at_hand():
+            least = gates.as_float32(self.threshold)
+            return vector_of(wide, tuple([score.item() >= least for score in scores]))
         # Compared as float32 in every model: in float64 the threshold would be another number.
-        first = self.scores[tasks[0]]
-        scores = first[None] if len(tasks) == 1 else torch.stack([self.scores[task] for task in tasks])
-        return gates.coefficients(scores, self.threshold, self.gate).to(wide)
+        table = scores[0][None] if len(scores) == 1 else torch.stack(list(scores))
+        return gates.coefficients(table, self.threshold, self.gate).to(wide)
 
     def _single(self, task: str | None) -> Gated:
-        if task is not None and task not in self.scores:
+        base, bias = self.base, self.base_bias
+        if task is None:
+            return Gated(base, [], self._coefficients([]), bias)
+        scores, held = self.scores.each((task,)), self.deltas.each((task,))
+        if scores[0] is None:
             raise ValueError(f"{self.path}: task must be one it has, got {task!r}")
-        if task is None or task not in self.deltas:
-            return Gated(self.base, [], self._coefficients([]), self.base_bias)
-        coeffs = self._coefficients([task])
-        bias = self.base_bias
+        if held[0] is None:
+            return Gated(base, [], self._coefficients([]), bias)
+        coeffs = self._coefficients(scores)
         if bias is not None:
-            bias = (bias + coeffs * self.bias_deltas[task]).to(bias.dtype)
+            bias = torch.addcmul(bias, coeffs, self.bias_deltas[task]).to(bias.dtype)
         if task in self.baked:
-            return Gated(self.deltas[task], [], self._coefficients([]), bias)
-        return Gated(self.base, [self.delta(task)], coeffs, bias)
+            return Gated(held[0], [], self._coefficients([]), bias)
+        return Gated(base, [value_of(held[0])], coeffs, bias)
 
     def _mixed(self, mix: Mix) -> Gated:
         """A row of coefficients for each task of the mix: its gate at its own delta, 0 elsewhere."""
@@ -330,12 +367,12 @@ class TapsLayer(StandIn):
         mine = [tasks[t] for t in places]
         if not mine:
             return self._single(None)
-        coeffs = self._coefficients(mine)
+        coeffs = self._coefficients(self.scores.each(mine))
         table = torch.diag(coeffs)
         bias = self.base_bias
         if bias is not None:
             deltas = torch.stack([self.bias_deltas[task] for task in mine])
-            biases = (bias + coeffs[:, None] * deltas).to(bias.dtype)
+            biases = torch.addcmul(bias, coeffs[:, None], deltas).to(bias.dtype)
             bias = torch.cat([rows_of(biases, mine, tasks, bias), bias[None]])
         table = rows_of(table, mine, tasks, coeffs.new_zeros(len(mine)))
         pairs = [(t, k) for k, t in enumerate(places)]

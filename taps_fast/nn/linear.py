@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..functional import delta_linear
+from .. import _call
 from .context import TaskContext, TaskNames
 from .folded import Epilogue
 from .layer import TapsLayer
@@ -90,8 +90,8 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
         selection = self.selected(tasks, input.device)
         gated = self.gated(selection, grouped=after is not None)
         batch, axis = self.place(input, gated, selection, None if tasks is None else batch_dim)
-        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
-        return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
+        follows = {} if after is None else after.options(selection)
+        return self.run(_call.linear, input, *gated.weight, gated.how(batch, axis, **follows))
 
     def merged(self, task: str | None) -> nn.Linear:
         return self._ordinary(nn.Linear, task)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import _call
 from ..formats import Delta, LowRank
-from ..functional import delta_linear
 from ..stacked import Stack
 from .context import TaskContext
 from .folded import Epilogue
@@ -64,8 +64,8 @@ class TransposedLinear(TapsLayer):
         gated = self.gated(selection, grouped=after is not None)
         batch, axis = self.place(x, gated, selection, None)
         deltas = _transposed(gated.deltas, x.dtype)
-        options = gated.options(batch) if after is None else {**gated.options(batch), **after.options(selection)}
-        return self.run(delta_linear, x, gated.base.t(), deltas, gated.coeffs, gated.bias, batch_dim=axis, **options)
+        how = gated.how(batch, axis, **({} if after is None else after.options(selection)))
+        return self.run(_call.linear, x, gated.base.t(), deltas, gated.coeffs, gated.bias, how)
 
     def merged(self, task: str | None) -> nn.Module:
         weight, bias = self.effective(task)

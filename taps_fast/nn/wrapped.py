@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..functional import delta_conv2d, delta_linear
+from .. import _call
 from .context import Layout, TaskContext, task_by_task
 from .folded import Epilogue
 from .gated import Gated
@@ -149,10 +149,10 @@ class WrappedLayer(TapsLayer):
                 )
             layout = self.layout(x, batch)
             batch = layout.spread(batch, x.shape[layout.axis], self.path)
-        options = {**gated.options(batch), **options}
+        how = gated.how(batch, layout.axis, **options)
         if linear:
-            return self.run(delta_linear, x, *gated.weight, batch_dim=layout.axis, **options)
-        return self.run(delta_conv2d, x, *gated.weight, *conv, **options)
+            return self.run(_call.linear, x, *gated.weight, how)
+        return self.run(_call.conv2d, x, *gated.weight, *conv, how)
 
     def _materialised(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = self.effective(task)
