@@ -74,6 +74,7 @@ def delta_linear(
     Cost: 2·M·I·O flops (blend) or up to 2·M·I·O for each open delta more (split); base and each open delta are
     read once. Source: TAPS, arXiv 2203.16708; the general sum covers AdaMerging and its kin.
 
+    >>> import torch
     >>> base, delta = torch.randn(8, 4), torch.randn(8, 4)
     >>> x = torch.randn(3, 4)
     >>> y = delta_linear(x, base, [delta], torch.tensor([[1.0], [0.0]]), tasks=[0, 1, -1])
@@ -135,10 +136,11 @@ def delta_conv2d(
     and for each delta that its task uses. Patches are at most 64 MiB unless "linear" is asked for.
     Source: TAPS, arXiv 2203.16708.
 
+    >>> import torch
     >>> base, delta = torch.randn(2, 8, 4, 3, 3)
     >>> x = torch.randn(2, 4, 5, 5)
     >>> y = delta_conv2d(x, base, [delta], torch.tensor([[1.0]]), padding=1, tasks=[0, -1])
-    >>> bool(torch.allclose(y[:1], F.conv2d(x[:1], base + delta, padding=1), atol=1e-4))
+    >>> bool(torch.allclose(y[:1], torch.conv2d(x[:1], base + delta, padding=1), atol=1e-4))
     True
     """
     how = How(tasks, base_coeffs, pairs, 0, scale, shift, activation, backend, algorithm)
