@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_grad(const Tensor& dy, const Tenso
           }
         }
       });
-  if (!need_dx) return {torch::stable::new_empty(x, {0}), dweight, dbias};
+  if (!need_dx) return {new_tensor(x.scalar_type(), {0}), dweight, dbias};
   Tensor dx = call.like_x();
   Pointwise p{call.rows,       Activation::kNone, of_x, of_dy, dx.mutable_data_ptr(), {scale, stride}, {nullptr, 0},
               {slope, stride}, {offset, stride},  0};

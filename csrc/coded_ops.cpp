@@ -101,7 +101,8 @@ void run(const Arguments& a, bool transposed, const Tensor& in, Tensor& out) {
   std::vector<Pass> passes;
   const auto add = [&](int64_t task, int64_t begin, int64_t end) {
     const int64_t code = a.which[task], term = terms.size();
-    check(code < int64_t(a.codes.size()), op, ": which must be in [-1, ", a.codes.size(), "), got ", code);
+    check(code < int64_t(a.codes.size()) && code >= -1, op, ": which must be in [-1, ", a.codes.size(), "), got ",
+          code);
     terms.push_back(like);
     terms.back().codes = static_cast<const uint8_t*>(a.codes[code].const_data_ptr());
     terms.back().scale =
@@ -144,7 +145,7 @@ Tensor coded_fwd(const Tensor& y, const Tensor& x, const Tensors& codes, const O
   matrix("coded_fwd", "y", y, x.size(0), factors.size(1), y.scalar_type());
   check(y.scalar_type() == x.scalar_type() || y.scalar_type() == factors.scalar_type(),
         "coded_fwd: y must have the scalar type of x or of factors, got ", int(y.scalar_type()));
-  Tensor out = torch::stable::new_empty(y, y.sizes());
+  Tensor out = new_tensor(y.scalar_type(), y.sizes());
   const int64_t size = y.scalar_type() == ScalarType::Double ? 8 : y.scalar_type() == ScalarType::Float ? 4 : 2;
   if (y.numel()) std::memcpy(out.mutable_data_ptr(), y.const_data_ptr(), y.numel() * size);
   run({"coded_fwd", codes, tile, factors, which, ids, order, offsets, inner, x.size(1), coding}, true, x, out);
@@ -156,7 +157,7 @@ Tensor coded_dx(const Tensor& dy, const Tensors& codes, const OptionalTensor& ti
                 const OptionalTensor& offsets, int64_t inner, StringHandle format, int64_t in_features) {
   const Coding coding = coding_of("coded_dx", format);
   check(dy.dim() == 2, "coded_dx: dy must have 2 dimensions");
-  Tensor out = torch::stable::new_zeros(dy, {dy.size(0), in_features});
+  Tensor out = new_zeros(dy.scalar_type(), {dy.size(0), in_features});
   run({"coded_dx", codes, tile, factors, which, ids, order, offsets, inner, in_features, coding}, false, dy, out);
   return out;
 }
@@ -180,14 +181,11 @@ void run_coded(CodedProduct& p, const std::vector<Pass>& passes) {
   p.passes = cut.data();
   p.num_passes = cut.size();
   p.col_block = signs && p.transposed ? kMostSignColumns : kMostColumns;
-  const int64_t threads = torch::stable::get_num_threads();
+  // A code takes as long as a number: it is smaller, but has to be decoded.
+  const double codes = double(p.out_features) * p.in_features;
+  const int64_t threads = threads_for(codes * p.num_passes, codes * cut.back().row_end);
   while (p.col_block > kFewestColumns && num_items(p) < kItemsPerThread * threads) p.col_block /= 2;
-  const int64_t bytes = kernels.workspace_bytes(p);
-  int64_t next_item = 0;
-  const auto worker = [&](int64_t, int64_t) { kernels.run(p, &next_item, workspace(bytes)); };
-  const int64_t workers = std::min(num_items(p), threads);
-  if (workers <= 1) return worker(0, 1);
-  torch::stable::parallel_for(0, workers, 1, worker);
+  run_queue(p, kernels.run, kernels.workspace_bytes(p), threads);
 }
 
 }  // namespace taps_fast

@@ -65,8 +65,8 @@ class Sums {
   Sums(const Conv2d& c, const Wanted& wanted)
       : c_(c), wanted_(wanted), wide_(dtype_of(c.op, c.wide())), sums_(wanted.ddeltas_for.size() + wanted.dbase) {
     const int64_t size = wanted.dcoeffs ? c.coeffs.numel() : 0;
-    dcoeffs_ = wanted.dcoeffs ? torch::stable::new_zeros(c.coeffs, c.coeffs.sizes())
-                              : torch::stable::new_empty(c.coeffs, {size});
+    dcoeffs_ = wanted.dcoeffs ? new_zeros(c.coeffs.scalar_type(), c.coeffs.sizes())
+                              : new_tensor(c.coeffs.scalar_type(), {size});
     for (const Tensor& delta : c.deltas) deltas_.push_back(wanted.dcoeffs ? in_type(delta, c.wide()) : delta);
   }
 
@@ -222,7 +222,7 @@ Gradients conv2d_grad(const Tensor& dy, const Tensor& x, const Tensor& base, con
       sums.add(group, part, Backward(c, out, images, shaped, false, true).p);
     }
   }
-  return sums.with(dx ? *dx : torch::stable::new_empty(x, {0}));
+  return sums.with(dx ? *dx : new_tensor(x.scalar_type(), {0}));
 }
 
 }  // namespace

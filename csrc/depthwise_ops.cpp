@@ -41,7 +41,7 @@ Tensor depthwise(const Tensor& x, const Tensor& weight, const Tensor& table, con
     return steps / stride[axis] + 1;
   };
   const int64_t out_h = length(0, h), out_w = length(1, w);
-  Tensor out = torch::stable::new_empty(x, {n, out_h, out_w, c});
+  Tensor out = new_tensor(x.scalar_type(), {n, out_h, out_w, c});
   const cpu::Depthwise p{.dtype = dtype_of(op, x.scalar_type()),
                          .images = n,
                          .channels = c,
@@ -61,7 +61,8 @@ Tensor depthwise(const Tensor& x, const Tensor& weight, const Tensor& table, con
                          .weight = weight.const_data_ptr(),
                          .table = tables,
                          .out = out.mutable_data_ptr()};
-  run_items(p, cpu::norm_kernels().depthwise);
+  const double results = double(out.numel());
+  run_items(p, cpu::norm_kernels().depthwise, threads_for(2 * results, results * kernel[0] * kernel[1]));
   return out;
 }
 

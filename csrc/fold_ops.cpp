@@ -118,7 +118,7 @@ class Plan {
 
 Tensors like(const Tensors& tensors) {
   Tensors made;
-  for (const Tensor& t : tensors) made.push_back(torch::stable::new_empty(t, t.sizes()));
+  for (const Tensor& t : tensors) made.push_back(new_tensor(t.scalar_type(), t.sizes()));
   return made;
 }
 
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensors> fold_grad(const Tensors& dweights, const Tensors& de
   Tensors dmasks = need_dmasks ? like(dweights) : Tensors{};
   Plan plan("fold_grad", dweights, deltas, coeffs, parts, masks, dmasks);
   Tensor dcoeffs =
-      need_dcoeffs ? torch::stable::new_empty(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
+      need_dcoeffs ? new_tensor(coeffs.scalar_type(), coeffs.sizes()) : new_tensor(coeffs.scalar_type(), {0});
   if (need_dcoeffs) plan.keep_partials();
   plan.run(fold_kernels().fold_gradient);
   if (need_dcoeffs) {

@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> normalise_groups(const char* op, bool keep, c
   check(groups >= 1 && call.rows.channels % groups == 0, op, ": groups must divide ", call.rows.channels,
         " channels, got ", groups);
   Tensor out = call.like_x();
-  Tensor mean = keep ? torch::stable::new_empty(x, {x.size(0), groups}, call.wide()) : out;
-  Tensor rstd = keep ? torch::stable::empty_like(mean) : out;
+  Tensor mean = keep ? new_tensor(call.wide(), {x.size(0), groups}) : out;
+  Tensor rstd = keep ? new_tensor(call.wide(), mean.sizes()) : out;
   if (call.is_empty()) return {out, mean, rstd};
   void *mean_of = keep ? mean.mutable_data_ptr() : nullptr, *rstd_of = keep ? rstd.mutable_data_ptr() : nullptr;
   if (call.is_channels_last()) {
@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_grad(const Tensor& dy, const Tenso
     check(t->dim() == 2 && t->size(0) == x.size(0) && t->scalar_type() == call.wide() && t->is_contiguous() &&
               t->size(1) >= 1 && t->size(1) == mean.size(1) && call.rows.channels % t->size(1) == 0,
           op, ": mean and rstd must be contiguous [", x.size(0), ", groups]");
-  Tensor dweight = torch::stable::new_zeros(x, {num_tables(call), call.rows.channels}, call.wide());
-  Tensor dbias = torch::stable::new_zeros(x, {num_tables(call), call.rows.channels}, call.wide());
-  Tensor dx = need_dx ? call.like_x() : torch::stable::new_empty(x, {0});
+  Tensor dweight = new_zeros(call.wide(), {num_tables(call), call.rows.channels});
+  Tensor dbias = new_zeros(call.wide(), {num_tables(call), call.rows.channels});
+  Tensor dx = need_dx ? call.like_x() : new_tensor(x.scalar_type(), {0});
   if (call.is_empty()) return {dx, dweight, dbias};
   with_compute_type(call.rows.dtype, [&](auto zero) {
     using C = decltype(zero);

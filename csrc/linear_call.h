@@ -65,12 +65,13 @@ class Inputs {
     return matrix(name, t, Layout(t), rows, cols);
   }
 
-  /// `turned`: the transposed matrix, as it lies in memory.
+  /// `turned`: the transposed matrix, as it lies in memory. Of one that is not read, all but its data is checked.
   Matrix matrix(const char* name, const Tensor& t, const Layout& layout, int64_t rows, int64_t cols,
-                bool turned = false) {
+                bool turned = false, bool read = true) {
     check(layout.dim == 2 && layout.sizes[0] == rows && layout.sizes[1] == cols, op_, ": ", name, " must have shape [",
           rows, ", ", cols, "], got ", layout);
     check(layout.dtype == dtype_, op_, ": ", name, " must have scalar type ", int(dtype_), ", got ", int(layout.dtype));
+    if (!read) return {nullptr, 0};
     if (turned) return {t.const_data_ptr(), layout.strides[1]};
     if (layout.strides[1] == 1 || cols <= 1) return {t.const_data_ptr(), layout.strides[0]};
     kept_.push_back(torch::stable::contiguous(t));
@@ -160,18 +161,22 @@ inline bool are_turned(const Layout& base, const std::vector<Tensor>& deltas) {
          std::all_of(deltas.begin(), deltas.end(), [&](const Tensor& delta) { return turned(Layout(delta)); });
 }
 
-inline Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, const std::vector<Tensor>& deltas,
-                          const Tensor& coeffs, const OptionalTensor& base_coeffs, int64_t tasks,
-                          const Codes* codes = nullptr, bool turned = false) {
+/// `read`: whether the matrix of delta k, or with -1 the base's, is of use.
+template <class Read>
+Weight read_weight(Inputs& inputs, const Tensor& base, const Layout& layout, const std::vector<Tensor>& deltas,
+                   const Tensor& coeffs, const OptionalTensor& base_coeffs, int64_t tasks, const Codes* codes,
+                   bool turned, const Read& read) {
   const int64_t rows = layout.sizes[0], cols = layout.sizes[1];
   Weight weight;
-  weight.base = inputs.matrix("base", base, layout, rows, cols, turned);
+  weight.base = inputs.matrix("base", base, layout, rows, cols, turned, read(-1));
   weight.deltas.reserve(deltas.size());
   weight.wide = layout.dtype == ScalarType::Double;
   for (size_t k = 0; k < deltas.size(); k++) {
     if (codes && codes->is_coded(deltas[k], layout.dtype))
       codes->add(weight.deltas, inputs, deltas[k], k, rows, cols, weight.wide);
-    else weight.deltas.push_back({inputs.matrix("deltas", deltas[k], Layout(deltas[k]), rows, cols, turned), 1.0});
+    else
+      weight.deltas.push_back(
+          {inputs.matrix("deltas", deltas[k], Layout(deltas[k]), rows, cols, turned, read(k)), 1.0});
   }
   const ScalarType dtype = weight.wide ? ScalarType::Double : ScalarType::Float;
   weight.coeffs = inputs.vector("coeffs", coeffs, tasks * weight.deltas.size(), dtype);

@@ -54,7 +54,7 @@ class NormCall {
   }
 
   /// A result like x, in its layout where that is dense.
-  Tensor like_x() const { return dense_ ? torch::stable::empty_like(x_) : torch::stable::new_empty(x_, x_.sizes()); }
+  Tensor like_x() const { return dense_ ? torch::stable::empty_like(x_) : new_tensor(x_.scalar_type(), x_.sizes()); }
 
   /// The elements of x or of a gradient, in the order that `rows` describes.
   const void* elements(const char* name, const Tensor& t) {
@@ -63,7 +63,7 @@ class NormCall {
       check(t.size(axis) == x_.size(axis), op_, ": ", name, " must have x's shape, got ", t.size(axis), " for ",
             x_.size(axis), " along axis ", axis);
     if (last_ ? channels_last(t) : t.is_contiguous()) return t.const_data_ptr();
-    Tensor dense = last_ ? torch::stable::empty_like(x_) : torch::stable::new_empty(t, t.sizes());
+    Tensor dense = last_ ? torch::stable::empty_like(x_) : new_tensor(t.scalar_type(), t.sizes());
     kept_.push_back(torch::stable::copy_(dense, t));
     return kept_.back().const_data_ptr();
   }
@@ -72,7 +72,7 @@ class NormCall {
   cpu::Matrix table(const char* name, const OptionalTensor& t, std::optional<double> fill) {
     if (!t) {
       if (!fill) return {nullptr, 0};
-      Tensor row = torch::stable::new_empty(x_, {rows.channels}, wide());
+      Tensor row = new_tensor(wide(), {rows.channels});
       kept_.push_back(torch::stable::fill_(row, *fill));
       return {kept_.back().const_data_ptr(), 0};
     }

@@ -28,21 +28,11 @@ Algorithm read_algorithm(const char* op, const std::string& name, bool coded = f
   return Algorithm::kSplit;
 }
 
-/// Items go to whichever thread is free; each item's result is its own, so the order changes nothing.
-template <class Problem>
-void run(const Problem& problem, void (*kernel)(const Problem&, int64_t*, void*), int64_t workspace_bytes,
-         int64_t threads) {
-  int64_t next_item = 0;
-  const auto worker = [&](int64_t, int64_t) { kernel(problem, &next_item, workspace(workspace_bytes)); };
-  threads = std::min(num_items(problem), threads);
-  if (threads <= 1) return worker(0, 1);
-  torch::stable::parallel_for(0, threads, 1, worker);
-}
-
 /// Runs a plan of which problem's matrices and sizes are filled. `onto`: what lies in `out` is added to.
 void run_rows(RowPlan& plan, const Weight& weight, const Groups& groups, Algorithm how, bool bias_by_task, bool onto) {
   RowProduct& p = plan.problem;
-  const int threads = torch::stable::get_num_threads();
+  const double weights = double(p.depth) * p.cols;
+  const int64_t threads = threads_for(weights * (1 + weight.deltas.size()), weights * p.rows);
   plan.finish(weight, groups, how, bias_by_task, threads, kernels());
   std::vector<int64_t> places;
   if (onto) {  // a bias that each row has its own of
@@ -53,7 +43,7 @@ void run_rows(RowPlan& plan, const Weight& weight, const Groups& groups, Algorit
   // What all threads share lies behind this thread's own workspace, which is then large enough, and stays where it is.
   const int64_t own = round_up(plan.workspace_bytes(kernels()), kLine), shared = plan.partials_bytes();
   if (shared) p.partials = static_cast<char*>(workspace(own + shared)) + own;
-  run(p, kernels().row_product, own, threads);
+  run_queue(p, kernels().row_product, own, threads);
 }
 
 Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tensor& base,
@@ -74,7 +64,8 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   p.in = inputs.matrix(transposed ? "x" : "dy", x, in, p.rows, p.depth);
   const Groups groups = read_groups(op, inputs, p.rows, coeffs, ids, order, offsets, inner);
   const int64_t tasks = ids ? groups.tasks : 1;
-  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks, codes, turned);
+  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks, codes, turned,
+                                    [](int64_t) { return true; });
   const bool bias_by_task = bias && bias->dim() == 2;
   if (bias_by_task) {
     check(ids.has_value(), op, ": bias must have shape [O] without tasks, got ", Layout(*bias));
@@ -197,40 +188,59 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> linear_dw(
   p.dtype = dtype_of(op, in.dtype);
   check(in.dim == 2 && weights.dim == 2, op, ": x and base must have 2 dimensions, got ", in, " and ", weights);
   const int64_t rows = in.sizes[0], out_features = weights.sizes[0], in_features = weights.sizes[1];
-  p.rows = out_features;
-  p.cols = in_features;
-  p.dy = inputs.matrix("dy", dy, rows, out_features);
-  p.x = inputs.matrix("x", x, in, rows, in_features);
+  // The gradients of weights that lie as [I, O] do so too, and are xᵀ dy.
+  const bool turned = are_turned(weights, deltas);
+  p.rows = turned ? in_features : out_features;
+  p.cols = turned ? out_features : in_features;
+  const Matrix of_dy = inputs.matrix("dy", dy, rows, out_features), of_x = inputs.matrix("x", x, in, rows, in_features);
+  p.dy = turned ? of_x : of_dy;
+  p.x = turned ? of_dy : of_x;
   const Groups groups = read_groups(op, inputs, rows, coeffs, ids, order, offsets, inner);
   const int64_t tasks = ids ? groups.tasks : 1, num_deltas = deltas.size();
-  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks);
-
-  Wanted wanted{need_dcoeffs, pairs, ddeltas_for, {}, {nullptr, in_features}, nullptr};
   for (int64_t pair : pairs)
     check(0 <= pair && pair < tasks * num_deltas, op, ": pairs must be in [0, ", tasks * num_deltas, "), got ", pair);
+  std::vector<bool> dotted(num_deltas, need_dcoeffs && pairs.empty());
+  for (int64_t pair : pairs) dotted[pair % num_deltas] = need_dcoeffs;
+  const Weight weight = read_weight(inputs, base, weights, deltas, coeffs, base_coeffs, tasks, nullptr, turned,
+                                    [&](int64_t k) { return k >= 0 && dotted[k]; });
+
+  Wanted wanted{need_dcoeffs, pairs, ddeltas_for, {}, {nullptr, p.cols}, nullptr};
   std::vector<Tensor> ddeltas;
   for (int64_t k : ddeltas_for) {
     check(0 <= k && k < num_deltas, op, ": ddeltas_for must be in [0, ", num_deltas, "), got ", k);
-    ddeltas.push_back(empty(in, out_features, in_features));
-    wanted.ddeltas.push_back({ddeltas.back().mutable_data_ptr(), in_features});
+    ddeltas.push_back(empty(in, p.rows, p.cols));
+    wanted.ddeltas.push_back({ddeltas.back().mutable_data_ptr(), p.cols});
   }
-  Tensor dbase = need_dbase ? empty(in, out_features, in_features) : torch::stable::new_empty(x, {0});
+  Tensor dbase = need_dbase ? empty(in, p.rows, p.cols) : new_tensor(in.dtype, {0});
   if (need_dbase) wanted.dbase.data = dbase.mutable_data_ptr();
-  Tensor dcoeffs =
-      need_dcoeffs ? torch::stable::new_zeros(coeffs, coeffs.sizes()) : torch::stable::new_empty(coeffs, {0});
   const ScalarType wide = weight.wide ? ScalarType::Double : ScalarType::Float;
-  Tensor dbias = need_dbias ? torch::stable::new_zeros(x, {ids ? tasks + 1 : 1, out_features}, wide)
-                            : torch::stable::new_empty(x, {0}, wide);
-  if (need_dbias) wanted.dbias = dbias.mutable_data_ptr();
-  if (in_features == 0) {  // there is nothing but dy to read
-    wanted = {false, {}, {}, {}, {nullptr, 0}, wanted.dbias};
-    p.cols = 1;
+  Tensor dcoeffs = need_dcoeffs ? new_zeros(wide, coeffs.sizes()) : new_tensor(wide, {0});
+  Tensor dbias = need_dbias ? new_zeros(wide, {ids ? tasks + 1 : 1, out_features}) : new_tensor(wide, {0});
+
+  const auto compute = [&](GradientPlan& some, const Wanted& of) {
+    const double weights_read = double(some.problem.rows) * some.problem.cols, targets = of.ddeltas.size() + 1.0;
+    const int64_t threads = threads_for(weights_read * (targets + (of.dcoeffs ? num_deltas : 0)), weights_read * rows);
+    some.finish(weight, groups, of, rows, threads, kernels());
+    run_queue(some.problem, kernels().weight_gradient, some.workspace_bytes(kernels()), threads);
+  };
+  if (need_dbias && out_features > 0 && (turned || in_features == 0)) {  // there is nothing but dy to read
+    GradientPlan sums;
+    sums.problem.dtype = p.dtype;
+    sums.problem.rows = out_features;
+    sums.problem.cols = 1;
+    sums.problem.dy = of_dy;
+    sums.problem.x = of_x;
+    compute(sums, {false, {}, {}, {}, {nullptr, 0}, dbias.mutable_data_ptr()});
+  } else if (need_dbias) {
+    wanted.dbias = dbias.mutable_data_ptr();
   }
-  if (out_features > 0 && (in_features > 0 || need_dbias)) {
-    const int threads = torch::stable::get_num_threads();
-    plan.finish(weight, groups, wanted, rows, threads, kernels());
-    run(p, kernels().weight_gradient, plan.workspace_bytes(kernels()), threads);
+  if (out_features > 0 && in_features > 0) {
+    compute(plan, wanted);
     if (need_dcoeffs) plan.reduce(dcoeffs.mutable_data_ptr(), weight.wide);
+  }
+  if (turned) {
+    for (Tensor& ddelta : ddeltas) ddelta = torch::stable::transpose(ddelta, 0, 1);
+    if (need_dbase) dbase = torch::stable::transpose(dbase, 0, 1);
   }
   return {dcoeffs, ddeltas, dbase, dbias};
 }
@@ -255,7 +265,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> linear_grad(
                             false, need_dbias)
                 : linear_dw(dy, x, base, deltas, coeffs, base_coeffs, ids, order, offsets, inner, pairs, ddeltas_for,
                             need_dcoeffs, need_dbase, need_dbias);
-  Tensor dx = torch::stable::new_empty(x, {0});
+  Tensor dx = new_tensor(x.scalar_type(), {0});
   if (by_vendor) {
     vendor_gradients(weight, dy, x, pairs, ddeltas_for, need_dx ? &dx : nullptr, need_dcoeffs ? &dcoeffs : nullptr,
                      ddeltas, need_dbase ? &dbase : nullptr);

@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments)
   const Rows& in = p.in;
   const int64_t groups = in.member.offsets ? in.member.tasks + 1 : 1;
   const ScalarType dtype = in.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor first = torch::stable::new_zeros(x, {groups, in.channels}, dtype);
-  Tensor second = torch::stable::new_zeros(x, {groups, in.channels}, dtype);
+  Tensor first = new_zeros(dtype, {groups, in.channels});
+  Tensor second = new_zeros(dtype, {groups, in.channels});
   if (in.channels == 0 || in.pixels == 0) return {first, second};
   // Spans depend on sizes alone, so that the number of threads changes no bit.
   const int64_t least = in.pixels > 1 ? 1 : 256;  // a row of planes is a whole image

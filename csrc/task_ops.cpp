@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, int64_t> sort_tasks(const Tensor& given, int64_t num_
   check(num_tasks >= 0, op, ": num_tasks must not be negative, got ", num_tasks);
   const Tensor ids = torch::stable::contiguous(given);
   const int64_t samples = ids.numel(), groups = num_tasks + 1;
-  Tensor order = torch::stable::new_empty(ids, {samples}), offsets = torch::stable::new_empty(ids, {groups + 1});
+  Tensor order = new_tensor(ScalarType::Long, {samples}), offsets = new_tensor(ScalarType::Long, {groups + 1});
   const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
   auto *place = static_cast<int64_t*>(order.mutable_data_ptr()),
        *offset = static_cast<int64_t*>(offsets.mutable_data_ptr());

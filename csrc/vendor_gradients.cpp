@@ -90,7 +90,7 @@ void vendor_gradients(const OneWeight& weight, const Tensor& dy, const Tensor& x
       check(0 <= k && k < num_deltas, "linear_grad: pairs must be in [0, ", num_deltas, "), got ", k);
       of.push_back(weight.deltas[k].const_data_ptr());
     }
-    *dcoeffs = torch::stable::new_zeros(weight.coeffs, weight.coeffs.sizes());
+    *dcoeffs = new_zeros(weight.coeffs.scalar_type(), weight.coeffs.sizes());
     const std::vector<double> dots = dots_one(DType::kFloat32, size, p.const_data_ptr(), of);
     for (size_t i = 0; i < asked.size(); i++)
       static_cast<float*>(dcoeffs->mutable_data_ptr())[asked[i]] = static_cast<float>(dots[i]);

@@ -32,7 +32,17 @@ def linear_dw(dy: Tensor, x: Tensor, base: Tensor, deltas: list[Tensor], coeffs:
     _, ids, _, _, _, *wanted, need_dbias = rest
     groups = 1 if ids is None else coeffs.shape[0] + 1
     dbias = coeffs.new_empty((groups, base.shape[0]) if need_dbias else (0,))
-    return *_weight_gradients(base, coeffs, *wanted), dbias
+    dcoeffs, ddeltas, dbase = _weight_gradients(base, coeffs, *wanted)
+    if base.device.type == "cpu" and all(map(_is_turned, (base, *deltas))):
+        ddeltas = [base.new_empty(base.shape[::-1]).t() for _ in ddeltas]
+        dbase = base.new_empty(base.shape[::-1]).t() if dbase.dim() > 1 else dbase
+    return dcoeffs, ddeltas, dbase, dbias
+
+
+def _is_turned(weight: Tensor) -> bool:
+    """Whether it lies in memory as its transpose does; what `are_turned` of csrc/linear_call.h asks of each weight."""
+    rows, cols = weight.shape
+    return weight.stride(0) == 1 and weight.stride(1) >= rows and rows > 1 and cols > 1
 
 
 def linear_grad(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from taps_fast import _coded
-from taps_fast.formats import pack_bits
+from taps_fast import _coded, delta_linear
+from taps_fast.formats import Int8, SignBits, pack_bits
 from taps_fast.tasks import TaskBatch
 from taps_fast.testing import assert_no_worse_than_torch
 
@@ -332,3 +332,20 @@ def test_operators_check_what_they_are_given(change, text):
     x, y, _, rest = arguments("bits", (9, 70), torch.float32, True, 1)
     with pytest.raises(RuntimeError, match=text):
         OPS.coded_fwd(*change([y, x, *rest]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [SignBits, Int8])
+def test_many_codes_are_rounded_once(kind, dtype):
+    """Not once a delta, in the result's 16 bits."""
+    torch.manual_seed(0)
+    x, base = torch.randn(4, 512).to(dtype), torch.randn(256, 512).to(dtype)
+    deltas = [kind.from_dense(0.5 * torch.randn(256, 512).to(dtype)) for _ in range(8)]
+    coeffs = torch.rand(8)
+    dense = [delta.dense(torch.float64) for delta in deltas]
+    truth = x.double() @ (base.double() + sum(c * d for c, d in zip(coeffs.double(), dense, strict=True))).t()
+    merged = base.float() + sum(c * d.float() for c, d in zip(coeffs, dense, strict=True))
+    plain = torch.nn.functional.linear(x, merged.to(dtype))
+    with torch.no_grad():
+        ours = delta_linear(x, base, deltas, coeffs, algorithm="split")
+    assert_no_worse_than_torch(ours, truth, plain)

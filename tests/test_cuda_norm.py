@@ -118,6 +118,17 @@ def test_variance_far_from_zero():
     torch.testing.assert_close(variance[0].double(), x.double().var((0, 2), correction=0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("far", (30.0, 300.0, -100.0))
+@pytest.mark.parametrize("layout", ("contiguous", "channels last"))
+def test_variance_beside_a_first_element_that_is_far_off(layout, far):
+    """As the corner of a padded image is."""
+    x = LAYOUTS[layout](torch.randn(128, 2, 7, 7))
+    x[0, :, 0, 0] = far
+    mean, variance = ops.moments(x, None, None, None, 1)
+    torch.testing.assert_close(mean[0].double(), x.double().mean((0, 2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(variance[0].double(), x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels last"))
 @pytest.mark.parametrize("order", ("backward", "random"))
 def test_splits_and_the_order_of_threads_change_nothing(settings, layout, order):

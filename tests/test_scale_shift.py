@@ -144,6 +144,18 @@ def test_activations_over_their_range(activation: str | None, dtype: torch.dtype
     assert activation == "gelu" or special[1] == (6.0 if activation == "relu6" else float("inf"))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_activations_of_the_largest_numbers(activation: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([[-math.inf, -3e38, -1e37, -1e5, -100, -88, -87.2, 100, 1e37, 3e38, math.nan]]).to(dtype)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, want = scale_shift(ours, activation=activation), getattr(torch.nn.functional, activation)(exact)
+    torch.testing.assert_close(y, want.to(dtype), atol=2e-36, rtol=1e-5, equal_nan=True)
+    dx, dexact = (torch.autograd.grad(out.sum(), leaf)[0] for out, leaf in ((y, ours), (want, exact)))
+    finite = x.isfinite()
+    torch.testing.assert_close(dx[finite], dexact[finite].to(dtype), atol=2e-36, rtol=1e-5)
+
+
 def test_gradcheck() -> None:
     x, scale, shift = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 3, 2), (5, 3), (3,)))
     for activation in ACTIVATIONS:

@@ -10,9 +10,9 @@
 namespace taps_fast::cpu {
 namespace {
 
-/// e^x for x <= 0.
-TAPS_INLINE FloatVec exp_negative(FloatVec x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
+/// e^x for x <= 0, and 0 for less than -87: times it no u, however large, becomes a number, and an infinite one is NaN.
+TAPS_INLINE FloatVec exp_negative(FloatVec given) {
+  const FloatVec x = given < -87.0f ? splat(-87.0f) : given;
   // Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
   const FloatVec shifted = x * 1.44269504f + 12582912.0f;
   const FloatVec n = shifted - 12582912.0f;
@@ -24,7 +24,7 @@ TAPS_INLINE FloatVec exp_negative(FloatVec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return p * (FloatVec)(((WordVec)shifted + 127) << 23);
+  return given < -87.0f ? FloatVec{} : p * (FloatVec)(((WordVec)shifted + 127) << 23);
 }
 TAPS_INLINE DoubleVec exp_negative(DoubleVec x) {
   for (unsigned i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = __builtin_exp(x[i]);

@@ -10,7 +10,7 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int kAxpyDepth = 4;
+constexpr int kAxpyDepth = kRegisters == 32 ? 8 : 4;
 /// Most rows that take this path: more, and pairs sooner, gain from a panel.
 template <class E>
 constexpr int64_t kAxpyRows = kDepths<E> == 2    ? 8

@@ -30,8 +30,9 @@ class CodedItem {
       : p_(p), pass_(pass), begin_(begin), rows_(pass.row_end - pass.row_begin), inputs_(static_cast<C*>(workspace)) {
     const int64_t depth = p.transposed ? p.in_features : p.out_features;
     size_ = min(p.col_block, (p.transposed ? p.out_features : p.in_features) - begin);
-    sums_ = inputs_ + max(kCodedRows * round_up(depth, lanes), kSignTables);
     stride_ = round_up(p.col_block, lanes);
+    sums_ = inputs_ + max(kCodedRows * round_up(depth, lanes), kSignTables);
+    total_ = sums_ + kCodedRows * stride_;
   }
 
   void run() {
@@ -41,10 +42,11 @@ class CodedItem {
         if (p_.transposed) forward<rows.value>(term);
         else backward<rows.value>(term);
       });
-      for (int64_t m = 0; m < rows_; m++) {
-        if (p_.wide_out) finish(term, static_cast<C*>(p_.out.data), m);
-        else finish(term, static_cast<S*>(p_.out.data), m);
-      }
+      for (int64_t m = 0; m < rows_; m++) scale(term, m, t == pass_.term_begin);
+    }
+    for (int64_t m = 0; m < rows_; m++) {
+      if (p_.wide_out) add(static_cast<C*>(p_.out.data), m);
+      else add(static_cast<S*>(p_.out.data), m);
     }
   }
 
@@ -140,31 +142,35 @@ class CodedItem {
   }
   const S* input(int64_t m) const { return static_cast<const S*>(p_.in.data) + row(m) * p_.in.stride; }
 
-  /// Adds the sums to a row of out; those of forward still lack the factor of each column.
-  template <class Out>
-  void finish(const Term& term, Out* base, int64_t m) {
-    Out* out = base + row(m) * p_.out.stride + begin_;
-    const C* sums = sums_ + m * stride_;
-    const C* scale = static_cast<const C*>(term.scale) + (p_.transposed ? term.scale_step * begin_ : 0);
+  /// Adds a term's sums to those of all; those of forward still lack the factor of each column.
+  void scale(const Term& term, int64_t m, bool first) {
+    const C *sums = sums_ + m * stride_, *factor = static_cast<const C*>(term.scale);
     const bool each = p_.transposed && term.scale_step;
-    const V same = splat(p_.transposed ? static_cast<C>(term.coeff) * (each ? C(1) : *scale) : C(1));
-    const auto put = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      const auto get = [&](const auto* q)
-                           __attribute__((always_inline)) { return n < lanes ? load_partial(q, n) : load(q); };
-      const V value = get(out + j) + (each ? same * get(scale + j) : same) * load(sums + j);
-      if (n < lanes) store_partial(out + j, value, n);
-      else store(out + j, value);
-    };
+    const V same = splat(p_.transposed ? static_cast<C>(term.coeff) * (each ? C(1) : *factor) : C(1));
+    C* total = total_ + m * stride_;
+    for (int64_t j = 0; j < size_; j += lanes) {
+      V by = same;
+      if (each) by *= j + lanes <= size_ ? load(factor + begin_ + j) : load_partial(factor + begin_ + j, size_ - j);
+      const V value = by * load(sums + j);
+      store(total + j, first ? value : load(total + j) + value);
+    }
+  }
+
+  /// Adds the sums of all terms to a row of out, which is rounded once.
+  template <class Out>
+  void add(Out* base, int64_t m) {
+    Out* out = base + row(m) * p_.out.stride + begin_;
+    const C* total = total_ + m * stride_;
     int64_t j = 0;
-    for (; j + lanes <= size_; j += lanes) put(j, lanes);
-    if (j < size_) put(j, size_ - j);
+    for (; j + lanes <= size_; j += lanes) store(out + j, load(out + j) + load(total + j));
+    if (j < size_) store_partial(out + j, load_partial(out + j, size_ - j) + load(total + j), size_ - j);
   }
 
   const CodedProduct& p_;
   const Pass& pass_;
   const int64_t begin_, rows_;
   int64_t size_, stride_;
-  C *inputs_, *sums_;
+  C *inputs_, *sums_, *total_;  // total_: of all terms, by their factors
 };
 
 template <class S>
@@ -187,7 +193,7 @@ void coded_product(const CodedProduct& p, int64_t* next_item, void* workspace) {
 int64_t coded_workspace_bytes(const CodedProduct& p) {
   const int64_t size = compute_size(p.dtype), step = kVectorBytes / size;
   const int64_t depth = p.transposed ? p.in_features : p.out_features;
-  return size * (max(kCodedRows * round_up(depth, step), kSignTables) + kCodedRows * round_up(p.col_block, step));
+  return size * (max(kCodedRows * round_up(depth, step), kSignTables) + 2 * kCodedRows * round_up(p.col_block, step));
 }
 
 constexpr CodedKernels make_coded_table() { return {kCodedRows, coded_product, coded_workspace_bytes}; }

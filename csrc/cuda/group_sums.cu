@@ -1,7 +1,8 @@
 // Two sums over the rows of each task, by channel: Σ du·(x - center) and Σ du, or mean and variance.
 //
-// Moments are sums too, of x - center and its square, where the center is the group's first element of the channel: of
-// the size of what is summed, it keeps the difference of squares at the end from cancelling. x is read once.
+// Moments are sums too, of x - center and its square, where the center is the mean of some elements that lie all over
+// the group: as near to the mean of all, it keeps the difference of squares at the end from cancelling, also where the
+// first element is far off, as a corner of padding is. x is read once.
 //
 // The host does not know how many rows a task has. So each group is cut into the same number of splits, whose sums
 // are added in order by a second kernel: no atomics, and the same bits each time.
@@ -19,6 +20,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPiece = 1024;  // pixels of a plane that a warp takes at a time
+constexpr int kSamples = 4;  // rows of a group that a warp looks at for the center
 
 /// The rows of one group: the k-th is row(k).
 struct Rows {
@@ -68,7 +70,23 @@ __global__ void __launch_bounds__(kThreads, 3) group_sums_kernel(const __grid_co
     const int64_t row = row_of_group(p.in, group);
     scale = entries<C, 1>(p.scale, row, channel, true, C(1)).values[0];
     shift = entries<C, 1>(p.shift, row, channel, true, C(0)).values[0];
-    center = kMoments ? C(to_wide(load(x + start_of(0)))) : entries<C, 1>(p.center, row, channel, true, C(0)).values[0];
+    if constexpr (!kMoments) center = entries<C, 1>(p.center, row, channel, true, C(0)).values[0];
+  }
+  C* sums = reinterpret_cast<C*>(dynamic_shared());  // [warp][lane][2]
+  const int64_t out = row_of_group(p.in, group) * p.in.channels + channel;
+  if constexpr (kMoments) {
+    C sampled(0);
+    for (int i = 0; i < kSamples && exists && rows.count > 0 && p.in.pixels > 0; i++) {
+      const int64_t row = (kSamples * warp + i) * rows.count / (kSamples * kWarps);
+      sampled += to_wide(load(x + start_of(row) + (plane ? lane * p.in.pixels / 32 : 0)));
+    }
+    for (int other = 16; plane && other > 0; other /= 2) sampled += __shfl_xor_sync(~0u, sampled, other);
+    sums[threadIdx.x] = sampled;
+    __syncthreads();
+    for (int other = lane; other < kThreads; other += 32) center += sums[other];
+    center /= C(kSamples * kWarps * (plane ? 32 : 1));
+    if (split == 0 && exists && warp == 0) store(static_cast<C*>(p.first) + out, center);
+    __syncthreads();
   }
   const auto add = [&](int64_t at) {
     const C value = to_wide(load(x + at));
@@ -97,7 +115,6 @@ __global__ void __launch_bounds__(kThreads, 3) group_sums_kernel(const __grid_co
     first += __shfl_xor_sync(~0u, first, other);
     second += __shfl_xor_sync(~0u, second, other);
   }
-  C* sums = reinterpret_cast<C*>(dynamic_shared());  // [warp][lane][2]
   sums[2 * threadIdx.x] = first;
   sums[2 * threadIdx.x + 1] = second;
   __syncthreads();
@@ -106,9 +123,9 @@ __global__ void __launch_bounds__(kThreads, 3) group_sums_kernel(const __grid_co
     first += sums[2 * n];
     second += sums[2 * n + 1];
   }
-  C* out = static_cast<C*>(p.partial) + ((split * groups + group) * p.in.channels + channel) * 2;
-  store(out, first);
-  store(out + 1, second);
+  C* partial = static_cast<C*>(p.partial) + ((split * groups + group) * p.in.channels + channel) * 2;
+  store(partial, first);
+  store(partial + 1, second);
 }
 
 /// One thread for each group and channel adds the splits.
@@ -125,17 +142,16 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
     second += load(partial + 2 * all * s + 1);
   }
   const int64_t group = n / p.in.channels, channel = n % p.in.channels;
+  const int64_t out = row_of_group(p.in, group) * p.in.channels + channel;
   if constexpr (kMoments) {
     const Rows rows(p.in, group);
     const C count = static_cast<C>(rows.count * p.in.pixels);
     if (count > C(0)) {
-      const int64_t start = (rows.row(p.in, 0) * p.in.channels + channel) * p.in.pixels;
       const C shifted = first / count, square = second / count - shifted * shifted;
-      first = to_wide(load(static_cast<const T*>(p.x) + start)) + shifted;
+      first = load(static_cast<const C*>(p.first) + out) + shifted;  // the center was left there
       second = square > C(0) || square != square ? square : C(0);
     }
   }
-  const int64_t out = row_of_group(p.in, group) * p.in.channels + channel;
   store(static_cast<C*>(p.first) + out, first);
   store(static_cast<C*>(p.second) + out, second);
 }
