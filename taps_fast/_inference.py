@@ -136,6 +136,7 @@ class PreparedModel(nn.Module):
 
         Also finds whether what a task changes of one sample would reach its neighbours, as in attention over the batch
         axis: mixed batches of such a model are refused, with the first module that shows it; one task a batch runs.
+        Batch norms without running statistics do not count where tasks have their own: each goes by its own rows.
 
         Runs the base six times on one and two samples made from this input, without gradients, in eval mode;
         buffers and random states stay as they are. The first mixed forward does this by itself, except under
