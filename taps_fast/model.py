@@ -181,7 +181,7 @@ class TapsModel(PreparedModel):
         Joint training takes the groups of every task, and those of `train_base`.
 
         Raises:
-            ValueError: an unknown task; RuntimeError: the model is prepared.
+            ValueError: an unknown task, or a pruned delta; RuntimeError: the model is prepared.
 
         >>> model = TapsModel(nn.Linear(2, 2), ["cubs"])
         >>> groups = model.task_parameters("cubs")
@@ -191,18 +191,12 @@ class TapsModel(PreparedModel):
         self._unprepared("task_parameters")
         self.context.check(task)
         layers = self.conversion.layers.values()
-        weights: list[nn.Parameter] = []
-        for layer in layers:
-            for held in (owned[task] for owned in (layer.deltas, layer.bias_deltas) if task in owned):
-                weights += (
-                    [held] if isinstance(held, nn.Parameter) else [p for p in held.parameters() if p.requires_grad]
-                )
+        owned = [(own, layer.path) for layer in layers for own in (layer.deltas, layer.bias_deltas) if task in own]
+        weights = [parameter for own, path in owned for parameter in own.trained(task, path)]
         for module in self.modules_of(task).values():
             weights += module.parameters()
-        return [
-            {"params": weights, "name": "weights"},
-            {"params": [layer.scores[task] for layer in layers], "name": "scores"},
-        ]
+        scores = [parameter for layer in layers for parameter in layer.scores.trained(task, layer.path)]
+        return [{"params": weights, "name": "weights"}, {"params": scores, "name": "scores"}]
 
     def train_base(self, mode: bool = True) -> list[dict[str, Any]]:
         """Joint TAPS: the tasks also train what they share, and all in one mixed batch; False: frozen again.
