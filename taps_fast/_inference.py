@@ -233,8 +233,12 @@ class PreparedModel(nn.Module):
         """As ``nn.Module.requires_grad_``; a base that trains is in storage of its own from then on.
 
         So the network that was given stays as it is. To train the tasks and what they share, `train_base`.
+
+        Raises:
+            RuntimeError: it is to train, and the model is prepared.
         """
         if requires_grad:
+            self._unprepared("requires_grad_")
             for _, parameter in base_tensors(self.model, head=True):
                 if type(parameter) is nn.Parameter and not parameter.requires_grad:
                     parameter.data = parameter.detach().clone()

@@ -156,7 +156,8 @@ class TapsModel(PreparedModel):
     def reopen(self, task: str, score: float | None = None) -> None:
         """Gives every closed layer of ``task`` a zero delta where it has none, and the score to train from again.
 
-        A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
+        A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training. Make
+        optimizers afterwards: one that was made before does not have the new deltas.
 
         Args:
             task: a name.
@@ -218,6 +219,9 @@ class TapsModel(PreparedModel):
         Returns:
             A parameter group, "base", for the optimizer; frozen: none.
 
+        Raises:
+            RuntimeError: the model is prepared.
+
         Cost: a copy of the adapted weights, the model given stays as it is; in training one more gradient a layer.
         Source: TAPS, arXiv 2203.16708.
 
@@ -226,6 +230,7 @@ class TapsModel(PreparedModel):
         >>> optimizer = torch.optim.Adam(groups, lr=1e-3)
         >>> loss = model(torch.randn(4, 2), tasks=[0, 1, 1, 0]).sum() + model.penalty(model.tasks)
         """
+        self._unprepared("train_base")
         layers = self.conversion.layers.values()
         for layer in layers:
             layer.train_base(mode)

@@ -98,6 +98,11 @@ def test_a_first_batch_without_samples(net, ids):
     with pytest.raises(ValueError, match="tasks must have one id a sample, got 0 ids"):
         model(x, tasks=ids)
     assert y.shape == model(x, tasks=[0, 1, 2, -1])[:0].shape
+    y.sum().backward()
+    for task in model.tasks:
+        parameters = [p for group in model.task_parameters(task) for p in group["params"]]
+        assert not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
+        assert any(p.grad is not None for p in parameters)
 
 
 class Weighs(nn.Module):
