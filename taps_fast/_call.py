@@ -236,7 +236,7 @@ def _run(
         batch = _problem.group(name, tasks, num_tasks, x)
         inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, axes)
         index = batch.tensors
-    flat = [] if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
+    flat = None if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
 
     # Without a delta one weight serves all rows, whatever their task.
     one = not deltas and base_coeffs is None and (bias is None or bias.dim() == 1)
@@ -276,6 +276,9 @@ def _run(
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         if sources is not None:
             coeffs, bias = sources.tables(bias)
+        elif flat is not None and coeffs.requires_grad:
+            wanted = torch.tensor([n in flat for n in range(coeffs.numel())], device=coeffs.device)
+            coeffs = torch.where(wanted.view(coeffs.shape), coeffs, coeffs.detach())
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     else:
