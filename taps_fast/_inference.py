@@ -16,6 +16,7 @@ from . import _prepare, _statistics, _training
 from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
+from ._problem import is_transformed, refuse_transforms
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion
 from .nn import TaskContext
@@ -196,6 +197,8 @@ class PreparedModel(nn.Module):
                 whose batch axis is not known, samples that would change each other (see `probe`).
             TypeError: tasks that are neither names nor integers.
         """
+        if is_transformed():
+            refuse_transforms("TapsModel")
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, None if first is None else first.device)
