@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
-from ._inference import PreparedModel
+from ._inference import PreparedModel, part
 from ._plain import plain_network
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
@@ -94,6 +94,7 @@ class TapsModel(PreparedModel):
         self.model, self.conversion = convert(
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
+        self.parting = self.model.register_load_state_dict_pre_hook(part)  # type: ignore[no-untyped-call]
         self.training = model.training
         _training.note_buffers(self)
         for task in names_of(tasks):
