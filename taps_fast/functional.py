@@ -42,7 +42,9 @@ def delta_linear(
 
     Args:
         x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
-            take its dtype, as in ``F.linear``; coeffs never do.
+            take its dtype, as in ``F.linear``; coeffs never do. Each call casts anew and keeps the copies for its
+            backward, where ``F.linear`` shares one of a trained weight: for a layer that runs many times a forward,
+            such as a recurrent one, cast the model itself.
         base: [O, I], the weight all tasks share.
         deltas: K tensors [O, I] or formats of `taps_fast.formats`, or one tensor [K, O, I] or one
             `taps_fast.stacked.Stack`. K = 0 is the base alone.
