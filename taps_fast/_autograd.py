@@ -23,7 +23,8 @@ class Call(NamedTuple):
 
     batch: Index
     inner: int
-    pairs: list[int]
+    pairs: list[int] | None
+    """Places in coeffs whose gradient is wanted; None: all."""
     algorithm: str
     conv: tuple[Any, ...] = ()
     """stride, padding, dilation, groups; empty for a linear layer."""
@@ -107,9 +108,10 @@ class Delta(torch.autograd.Function):
         ddeltas: list[Tensor | None] = [None] * len(deltas)
 
         wanted = [k for k, need in enumerate(need_deltas) if need]
-        asked = (call.pairs, wanted, need_coeffs, need_base)
+        dots = need_coeffs and call.pairs != []
+        asked = (call.pairs or [], wanted, dots, need_base)
         found: Sequence[Tensor] = ()
-        if need_x or need_coeffs or need_base or wanted:
+        if need_x or dots or need_base or wanted:
             arguments = (dy, x, base, deltas, coeffs, base_coeffs, *call.conv, *index, call.inner)
             if call.conv:
                 dx, dweights, dcoeffs = ops.conv2d_grad.default(*arguments, call.algorithm == "split", need_x, *asked)
@@ -118,6 +120,8 @@ class Delta(torch.autograd.Function):
                 dx, dcoeffs, found, dbase, sums = ops.linear_grad(*arguments, call.algorithm, need_x, *asked, need_bias)
         for k, ddelta in zip(wanted, found, strict=True):
             ddeltas[k] = ddelta
+        if need_coeffs and not dots:
+            dcoeffs = torch.zeros_like(coeffs)
         if need_bias:
             sums = _sums_by_task(dy, ctx.bias_shape, call) if sums is None else sums
         dleaves: Sequence[Tensor | None] = ()

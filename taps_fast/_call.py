@@ -20,6 +20,8 @@ from .norms import Tasks, follow, scale_shift, table
 from .stacked import Deltas, Stack
 from .tasks import Index
 
+REFERENCE = "backend='reference', or "
+
 
 class Sources(NamedTuple):
     """What an adapted layer made coeffs and bias of, without autograd; `Delta` gives their gradients with its own.
@@ -143,6 +145,8 @@ def _compressed_linear(
     tasks, base_coeffs, pairs, batch_dim, scale, shift, activation, backend, algorithm, sources = how
     if sources is not None:
         coeffs, bias = sources.tables(bias)
+    if backend != "reference" and _problem.is_transformed():
+        _problem.refuse_transforms(name, REFERENCE)
     num_tasks = _problem.check_coeffs(name, coeffs, base_coeffs, len(deltas), x, tasks is not None)
     batch = None if tasks is None or num_tasks is None else _problem.group(name, tasks, num_tasks, x)
     inner = 1 if batch is None else _problem.rows_per_sample(name, x, batch.size, batch_dim, x.dim() - 1)
@@ -236,15 +240,17 @@ def _run(
         batch = _problem.group(name, tasks, num_tasks, x)
         inner = _problem.rows_per_sample(name, x, batch.size, batch_dim, axes)
         index = batch.tensors
-    flat = [] if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
+    flat = None if pairs is None else _problem.check_pairs(name, pairs, num_tasks, len(deltas))
 
     # Without a delta one weight serves all rows, whatever their task.
     one = not deltas and base_coeffs is None and (bias is None or bias.dim() == 1)
     grad = torch.is_grad_enabled() and _any_requires_grad(rows, base, coeffs, bias, deltas, sources)
     area, last, weights_last, taps = 1, False, False, 0
+    transformed = _problem.is_transformed()
     if conv:
-        last = _is_channels_last(x)
-        weights_last = base.is_contiguous(memory_format=torch.channels_last)
+        if not transformed:  # vmap cannot say
+            last = _is_channels_last(x)
+            weights_last = base.is_contiguous(memory_format=torch.channels_last)
         taps = _problem.row_taps(shape, conv[1], conv[2], conv[3], last, weights_last)
         area = math.prod(_problem.output_size(x.shape[2:], shape[2:], *conv[:3]))
     problem = Problem(
@@ -276,8 +282,13 @@ def _run(
         oracle: Any = reference.delta_conv2d if conv else reference.delta_linear
         if sources is not None:
             coeffs, bias = sources.tables(bias)
+        elif flat is not None and coeffs.requires_grad:
+            wanted = torch.tensor([n in flat for n in range(coeffs.numel())], device=coeffs.device)
+            coeffs = torch.where(wanted.view(coeffs.shape), coeffs, coeffs.detach())
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
+    elif transformed:
+        _problem.refuse_transforms(name, REFERENCE)
     else:
         # The kernel for depthwise convolutions sums weights in float32 and rounds y alone: blend and split at once.
         own = {"cpu": "depthwise", "triton": "implicit"}.get(choice.backend) if conv else None

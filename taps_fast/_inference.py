@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from . import _prepare, _statistics, _training
 from ._folder import base_tensors, plain_name
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
+from ._problem import is_transformed, refuse_transforms
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion
 from .nn import TaskContext
@@ -34,6 +36,8 @@ class PreparedModel(nn.Module):
     model: nn.Module
     context: TaskContext
     conversion: Conversion
+    parting: RemovableHandle
+    """Of the hook `part` on ``model``."""
 
     def __init__(self, slice: int | str | None) -> None:
         super().__init__()
@@ -125,17 +129,16 @@ class PreparedModel(nn.Module):
         self._unprepared("to")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self._unprepared("load_state_dict")
-        if not metadata.get("assign_to_params_buffers", False):
-            _part(self.model, f"{prefix}model", state_dict)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        super()._load_from_state_dict(*args)
 
     def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
         """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
 
         Also finds whether what a task changes of one sample would reach its neighbours, as in attention over the batch
         axis: mixed batches of such a model are refused, with the first module that shows it; one task a batch runs.
+        Batch norms without running statistics do not count where tasks have their own: each goes by its own rows.
 
         Runs the base six times on one and two samples made from this input, without gradients, in eval mode;
         buffers and random states stay as they are. The first mixed forward does this by itself, except under
@@ -182,7 +185,8 @@ class PreparedModel(nn.Module):
             *args, **kwargs: what the model takes.
             tasks: one name for all samples ("base": none); a list of B names, ids or None (the base); a [B] tensor of
                 ids, which index `tasks` (-1: the base) and do not recompile a compiled model; or a `TaskBatch`.
-                Default: the task of `set_task`, else the only one, else (no task at all) the base.
+                Default: those of `running`, else the task of `set_task`, else the only one, else (there is none) the
+                base.
 
         Returns:
             What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
@@ -195,9 +199,13 @@ class PreparedModel(nn.Module):
                 whose batch axis is not known, samples that would change each other (see `probe`).
             TypeError: tasks that are neither names nor integers.
         """
+        if is_transformed():
+            refuse_transforms("TapsModel")
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
-        selection = self.context.resolve(tasks, None if first is None else first.device)
+        selection = self.context.active if tasks is None else None  # of `running`
+        if selection is None:
+            selection = self.context.resolve(tasks, None if first is None else first.device)
         compiling = torch.compiler.is_compiling()
         if self.training and not compiling and not self.settled:
             _training.settle(self, selection, args, kwargs)
@@ -217,6 +225,41 @@ class PreparedModel(nn.Module):
                 return self._in_slices(selection.mix, args, kwargs, axes, most)
         return self._run(selection, args, kwargs)
 
+    def running(self, tasks: TaskNames) -> contextlib.AbstractContextManager[None]:
+        """Within, all that runs the network runs it with ``tasks``, in this thread: methods such as ``generate`` too.
+
+        A mixed batch has one id a sample in each forward: for beam search, which repeats samples, repeat their ids.
+
+        Args:
+            tasks: as `forward` takes them.
+
+        Raises:
+            ValueError: an unknown task, or samples that would change each other (see `probe`).
+            RuntimeError: what a forward finds out first is not known: of a mixed batch call `probe`, and in training
+                mode run a forward of this kind once.
+
+        >>> import torch
+        >>> from taps_fast import TapsModel
+        >>> model = TapsModel(nn.Sequential(nn.Linear(4, 4)), ["cubs", "cars"]).eval()
+        >>> x = torch.randn(3, 4)
+        >>> model.probe(x)
+        >>> with model.running(["cubs", "cars", "cubs"]):
+        ...     for _ in range(2):
+        ...         x = x + model.model(x)
+        """
+        found = next((p.device for p in self.parameters()), None)
+        selection = self.context.resolve(tasks, found)
+        known = self.settled or not self.training
+        if selection.mixed is not None:
+            known = self.probed and (self.looked or not self.training)
+        if not known:
+            raise RuntimeError(
+                "TapsModel.running: the model must have been probed for a mixed batch, and in training mode have run "
+                "a forward of this kind, got one that has not (call model.probe(...), or model(..., tasks=...) once)"
+            )
+        self._apart(selection)
+        return _Running(self.context, selection)
+
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)
         try:
@@ -232,8 +275,12 @@ class PreparedModel(nn.Module):
         """As ``nn.Module.requires_grad_``; a base that trains is in storage of its own from then on.
 
         So the network that was given stays as it is. To train the tasks and what they share, `train_base`.
+
+        Raises:
+            RuntimeError: it is to train, and the model is prepared.
         """
         if requires_grad:
+            self._unprepared("requires_grad_")
             for _, parameter in base_tensors(self.model, head=True):
                 if type(parameter) is nn.Parameter and not parameter.requires_grad:
                     parameter.data = parameter.detach().clone()
@@ -300,23 +347,26 @@ class PreparedModel(nn.Module):
 
 
 @torch.no_grad()
-def _part(model: nn.Module, prefix: str, state_dict: dict[str, Any]) -> None:
-    """Gives base parameters that will change storage of their own: it is that of the network which was adapted."""
+def part(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
+    """Before a state dict is loaded into the network of a `TapsModel`: base parameters that will change get storage of
+    their own, as it is that of the network which was adapted."""
+    if metadata.get("assign_to_params_buffers", False):
+        return
     base = {id(t) for _, t in base_tensors(model, head=True) if type(t) is nn.Parameter}
     incoming = {plain_name(name): value for name, value in state_dict.items()}
-    for path, module in model.named_modules(prefix=prefix, remove_duplicate=False):
+    for path, module in model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         held = dict(module._parameters)
         if isinstance(module, TapsLayer):
             held |= {ordinary: operator.attrgetter(own)(module) for ordinary, own in module._stored.items()}
         for name, parameter in held.items():
-            new = incoming.get(plain_name(f"{path}.{name}"))
+            new = incoming.get(plain_name(f"{path}.{name}".removeprefix(".")))
             if parameter is None or id(parameter) not in base or not isinstance(new, Tensor):
                 continue
             if not (parameter.is_meta or new.is_meta or torch.equal(parameter, new.to(parameter))):
                 parameter.data = parameter.data.clone()
 
 
-class _Running:
+class _Running(contextlib.AbstractContextManager[None]):
     """A selection that is active within; every backward that recomputes the same forward enters it once more."""
 
     def __init__(self, context: TaskContext, selection: Selection | None) -> None:

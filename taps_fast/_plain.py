@@ -34,6 +34,7 @@ def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
     for adapted in (*model.conversion.layers.values(), *model.conversion.attentions.values()):
         carry(memo[id(adapted)], adapted.taken, memo)  # type: ignore[arg-type]
     give_modules()
+    plain._load_state_dict_pre_hooks.pop(model.parting.id, None)
     detach_regions(plain)
     for path, attribute, value in model.conversion.restored:
         setattr(plain.get_submodule(path), attribute, value)

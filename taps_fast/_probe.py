@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ._prepare import own_forwards
 from ._slices import Slicing, dims_of
 from .nn.context import Layout, Selection
 from .nn.layer import TapsLayer
+from .nn.per_task import PerTask
 
 if TYPE_CHECKING:
     from ._inference import PreparedModel
@@ -93,6 +95,8 @@ def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) 
     output_axes, apart = _outputs(single, double, differing, [output for output, _ in disturbed])
     given, made = (sum(t.nbytes for t in part if isinstance(t, Tensor)) for part in (one[0], tree_leaves(single)))
     work = largest.all_bytes / max(2 * given + 4 * made, 1)
+    if _by_their_batch(model):
+        output_axes = None  # a task's samples belong together
     model.slicing = Slicing(axes, dims_of(leaves), output_axes, largest.bytes / max(numel, 1), work)
     mixing = [path for path in shapes if _MIXED in (located[path].refusal or "")]
     mixing += [first for _, first in disturbed if first is not None]
@@ -307,13 +311,50 @@ def run(
         torch.manual_seed(seed)
         previous = model.context.enter(selection or Selection())
         try:
-            output = model.model(*args, **kwargs)
+            with _each_by_itself(_by_their_batch(model)):
+                output = model.model(*args, **kwargs)
         finally:
             model.context.enter(previous)
     finally:
         for handle in handles:
             handle.remove()
     return calls, output
+
+
+def _by_their_batch(model: PreparedModel) -> list[_BatchNorm]:
+    """The base's batch norms without running statistics where each task has its own."""
+    own = [module for module in model.conversion.located().values() if isinstance(module, PerTask)]
+    norms = [norm for module in own for norm in module.base.modules() if isinstance(norm, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is None]
+
+
+@contextlib.contextmanager
+def _each_by_itself(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """In this thread ``norms`` divide each entry by its own size: of a mixed batch a task's rows are by themselves."""
+    thread = threading.get_ident()
+
+    def forward_of(norm: nn.Module) -> Any:
+        ordinary = norm.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return ordinary(x, *args, **kwargs)
+            size = x.square().mean(list(range(1, x.dim())), keepdim=True).add(1.0).sqrt()
+            return (x / size).to(x.dtype)
+
+        return forward
+
+    held = [vars(norm).get("forward") for norm in norms]
+    try:
+        for norm in norms:
+            norm.__dict__["forward"] = forward_of(norm)
+        yield
+    finally:
+        for norm, before in zip(norms, held, strict=True):
+            if before is None:
+                norm.__dict__.pop("forward", None)
+            else:
+                norm.__dict__["forward"] = before
 
 
 def samples(leaf: Tensor, axis: int) -> tuple[Tensor, Tensor]:

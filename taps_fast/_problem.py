@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .formats import Delta, Format
 from .stacked import Deltas, Stack
@@ -230,6 +231,22 @@ def check_pairs(function: str, pairs: Sequence[tuple[int, int]], num_tasks: int 
             )
         flat.append(task * num_deltas + delta)
     return flat
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform is running, or forward-mode AD, which would lose tangents without a word."""
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() != torch._C._functorch.TransformType.Functionalize for level in stack)
+
+
+def refuse_transforms(function: str, reference: str = "") -> NoReturn:
+    """The kernels have no rules for `is_transformed`."""
+    raise RuntimeError(
+        f"{function}: torch.func and forward-mode AD need {reference}the network that TapsModel.merge(task) gives; the "
+        "kernels have no rules for them"
+    )
 
 
 def group(function: str, tasks: TaskBatch | Tensor | Sequence[int], num_tasks: int, x: Tensor) -> TaskBatch:

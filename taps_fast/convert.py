@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +89,7 @@ def convert(
 ) -> tuple[nn.Module, Conversion]:
     """An adapted copy of ``model``, whose parameters are frozen but in the same storage, and what was done."""
     paths = _check(model, head, norms)
+    _warn_of_tasks(model)
     plan = _Plan(
         context=context,
         head=head,
@@ -241,6 +244,20 @@ def _check(model: nn.Module, head: str | None, norms: str) -> dict[str, nn.Modul
     if norms not in ("task", "shared"):
         raise ValueError(f"TapsModel: norms must be 'task' or 'shared', got {norms!r}")
     return paths
+
+
+def _warn_of_tasks(model: nn.Module) -> None:
+    """The model's forward takes ``tasks=`` for itself."""
+    try:
+        own = "tasks" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # what cannot be looked at
+        return
+    if own:
+        warnings.warn(
+            "TapsModel: tasks= must say the tasks of a forward, got a network whose forward has a parameter of that "
+            "name (give it by position, or call model.model(...) within model.running(...))",
+            stacklevel=4,
+        )
 
 
 def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> list[str | type[nn.Module]]:

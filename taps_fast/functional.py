@@ -42,7 +42,9 @@ def delta_linear(
 
     Args:
         x: [..., I], any strides; float32, bfloat16, float16 or float64. Under autocast x, base, deltas and bias
-            take its dtype, as in ``F.linear``; coeffs never do.
+            take its dtype, as in ``F.linear``; coeffs never do. Each call casts anew and keeps the copies for its
+            backward, where ``F.linear`` shares one of a trained weight: for a layer that runs many times a forward,
+            such as a recurrent one, cast the model itself.
         base: [O, I], the weight all tasks share.
         deltas: K tensors [O, I] or formats of `taps_fast.formats`, or one tensor [K, O, I] or one
             `taps_fast.stacked.Stack`. K = 0 is the base alone.
@@ -52,8 +54,9 @@ def delta_linear(
             When the batch axis holds r·B entries, each id covers r consecutive ones.
         base_coeffs: [T] ([1] without tasks), what multiplies base; 0 for a baked task, whose delta is its whole
             weight. Default 1. Data: it has no gradient.
-        pairs: the (task, delta) pairs whose coefficient can be non-zero or needs a gradient; default all. With
-            one delta a task, naming them keeps the backward from computing T·K dot products where T are wanted.
+        pairs: the (task, delta) pairs whose coefficient can be non-zero or needs a gradient, others get 0; default
+            all. With one delta a task, naming them keeps the backward from computing T·K dot products where T are
+            wanted.
         batch_dim: the axis of x that carries the batch, any but the last; negative ones count from the last.
         scale, shift, activation: what follows the product, as in `scale_shift`: act(scale[t]·y + shift[t]), with
             tables of the shapes of bias. In inference it is applied to y where it lies.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
-from ._inference import PreparedModel
+from ._inference import PreparedModel, part
 from ._plain import plain_network
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
@@ -94,6 +94,7 @@ class TapsModel(PreparedModel):
         self.model, self.conversion = convert(
             model, self.context, head=head, include=include, exclude=exclude, norms=norms, options=options
         )
+        self.parting = self.model.register_load_state_dict_pre_hook(part)  # type: ignore[no-untyped-call]
         self.training = model.training
         _training.note_buffers(self)
         for task in names_of(tasks):
@@ -156,7 +157,8 @@ class TapsModel(PreparedModel):
     def reopen(self, task: str, score: float | None = None) -> None:
         """Gives every closed layer of ``task`` a zero delta where it has none, and the score to train from again.
 
-        A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training.
+        A task loaded from a folder has no storage behind closed gates. Such a gate stays closed in training. Make
+        optimizers afterwards: one that was made before does not have the new deltas.
 
         Args:
             task: a name.
@@ -181,7 +183,7 @@ class TapsModel(PreparedModel):
         Joint training takes the groups of every task, and those of `train_base`.
 
         Raises:
-            ValueError: an unknown task; RuntimeError: the model is prepared.
+            ValueError: an unknown task, or a pruned delta; RuntimeError: the model is prepared.
 
         >>> model = TapsModel(nn.Linear(2, 2), ["cubs"])
         >>> groups = model.task_parameters("cubs")
@@ -191,18 +193,12 @@ class TapsModel(PreparedModel):
         self._unprepared("task_parameters")
         self.context.check(task)
         layers = self.conversion.layers.values()
-        weights: list[nn.Parameter] = []
-        for layer in layers:
-            for held in (owned[task] for owned in (layer.deltas, layer.bias_deltas) if task in owned):
-                weights += (
-                    [held] if isinstance(held, nn.Parameter) else [p for p in held.parameters() if p.requires_grad]
-                )
+        owned = [(own, layer.path) for layer in layers for own in (layer.deltas, layer.bias_deltas) if task in own]
+        weights = [parameter for own, path in owned for parameter in own.trained(task, path)]
         for module in self.modules_of(task).values():
             weights += module.parameters()
-        return [
-            {"params": weights, "name": "weights"},
-            {"params": [layer.scores[task] for layer in layers], "name": "scores"},
-        ]
+        scores = [parameter for layer in layers for parameter in layer.scores.trained(task, layer.path)]
+        return [{"params": weights, "name": "weights"}, {"params": scores, "name": "scores"}]
 
     def train_base(self, mode: bool = True) -> list[dict[str, Any]]:
         """Joint TAPS: the tasks also train what they share, and all in one mixed batch; False: frozen again.
@@ -224,6 +220,9 @@ class TapsModel(PreparedModel):
         Returns:
             A parameter group, "base", for the optimizer; frozen: none.
 
+        Raises:
+            RuntimeError: the model is prepared.
+
         Cost: a copy of the adapted weights, the model given stays as it is; in training one more gradient a layer.
         Source: TAPS, arXiv 2203.16708.
 
@@ -232,6 +231,7 @@ class TapsModel(PreparedModel):
         >>> optimizer = torch.optim.Adam(groups, lr=1e-3)
         >>> loss = model(torch.randn(4, 2), tasks=[0, 1, 1, 0]).sum() + model.penalty(model.tasks)
         """
+        self._unprepared("train_base")
         layers = self.conversion.layers.values()
         for layer in layers:
             layer.train_base(mode)

@@ -67,6 +67,8 @@ def scale_shift(
         with torch.autocast(x.device.type, enabled=False):
             return scale_shift(x, scale, shift, tasks=tasks, batch_dim=batch_dim, channel_dim=channel_dim,
                                activation=activation, inplace=inplace)  # fmt: skip
+    if _problem.is_transformed():
+        _problem.refuse_transforms(name, "taps_fast.reference.scale_shift, or ")
     if x.dtype not in _problem.DTYPES:
         raise TypeError(f"{name}: x must be one of {', '.join(map(str, _problem.DTYPES))}, got {x.dtype}")
     last = channel_dim in (-1, x.dim() - 1)

@@ -188,6 +188,24 @@ def test_pairs_limit_the_coefficient_gradient_to_what_is_wanted() -> None:
         torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("pairs", [[], [(0, 1), (2, 0)]])
+@pytest.mark.parametrize("conv", [False, True])
+def test_coefficients_of_other_pairs_get_zeros(conv: bool, pairs: list[tuple[int, int]]) -> None:
+    n: Any = conv_inputs() if conv else linear_inputs()
+    function: Any = delta_conv2d if conv else delta_linear
+    wanted = torch.zeros_like(n.coeffs, dtype=torch.bool)
+    for pair in pairs:
+        wanted[pair] = True
+    every = [n.coeffs, n.x, *n.deltas]
+    for backend, algorithm in CONV2D if conv else LINEAR:
+        how = {"tasks": IDS, "backend": backend, "algorithm": algorithm}
+        full, some = (
+            torch.autograd.grad(function(n.x, n.base, n.deltas, n.coeffs, n.bias, **how, **only).sum(), every)
+            for only in ({}, {"pairs": pairs})
+        )
+        torch.testing.assert_close(some, (torch.where(wanted, full[0], 0.0), *full[1:]))
+
+
 # --- PyTorch around it ----------------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,8 @@ def test_refused():
         "add_task": lambda: model.add_task("birds"),
         "remove_task": lambda: model.remove_task("cubs"),
         "reopen": lambda: model.reopen("cubs"),
+        "train_base": lambda: model.train_base(),
+        "requires_grad_": lambda: model.requires_grad_(),
         "task_parameters": lambda: model.task_parameters("cubs"),
         "load_task": lambda: model.load_task("nowhere"),
         "to": lambda: model.double(),

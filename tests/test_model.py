@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from nets import TASKS, ConvNet, StdConv2d, Transformer, assert_rows_as_separate, images, three_tasks
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from taps_fast import TapsModel, TaskBatch
@@ -150,6 +151,32 @@ def test_task_parameters_are_all_of_a_task_once():
     found = [id(p) for group in (weights, scores) for p in group["params"]]
     assert set(found) == mine and len(found) == len(mine) and all(p.dim() == 0 for p in scores["params"])
     assert (weights["name"], scores["name"]) == ("weights", "scores")
+
+
+class Rows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, delta):
+        return delta * self.factors
+
+
+def test_task_parameters_of_deltas_that_are_computed():
+    model = TapsModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["cubs", "cars"])
+    layer = model.model[1]
+    parametrize.register_parametrization(layer.deltas, "cubs", Rows())
+    made = layer.deltas.parametrizations["cubs"]
+    weights, scores = model.task_parameters("cubs")
+    assert {id(p) for p in weights["params"]} >= {id(made.original), id(made[0].factors)} and len(scores["params"]) == 2
+    optimizer = torch.optim.SGD([weights, scores], lr=0.1)
+    for _ in range(2):  # the delta starts as 0, which gives the factors no gradient
+        model(torch.randn(3, 4), tasks="cubs").square().sum().backward()
+        optimizer.step()
+    assert bool(made.original.any()) and not torch.equal(made[0].factors, torch.ones(4, 1))
+    prune.random_unstructured(layer.deltas, "cars", 0.5)
+    with pytest.raises(ValueError, match="task 'cars' trains in '1' must be a parameter, .* got a Tensor that was"):
+        model.task_parameters("cars")
 
 
 def test_accumulated_gradients_are_sums():

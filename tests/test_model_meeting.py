@@ -80,6 +80,32 @@ def test_samples_apart_are_not_refused():
     assert model.slicing.output_axes is None
 
 
+def by_their_batch(in_head):
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    norm = nn.BatchNorm1d(8, affine=False, track_running_stats=False)
+    last = [nn.Sequential(norm, nn.Linear(8, 4))] if in_head else [norm, nn.Linear(8, 4)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("in_head", [False, True])
+def test_norms_by_their_batch_have_each_tasks_own_rows(in_head, training):
+    x, rows = torch.randn(7, 3, 9, 9).double(), [*ROWS, "cubs", None, "cubs"]
+    for slice in ("auto", 2):
+        model = adapt(by_their_batch(in_head), head="6" if in_head else "7", slice=slice).train(training)
+        assert_rows_as_separate(model, x, rows)
+    if not training:
+        model.prepare_inference(x)
+        assert_rows_as_separate(model, x, rows)
+    assert "forward" not in vars(model.model[1].base)
+
+
+def test_norms_by_their_batch_that_all_share_are_refused():
+    model = adapt(by_their_batch(in_head=False), exclude="1")
+    with pytest.raises(ValueError, match="samples must not change each other .* another's: 3 shows it"):
+        model(torch.randn(4, 3, 9, 9).double(), tasks=ROWS)
+
+
 def test_random_numbers_are_no_influence():
     class Noisy(nn.Module):
         def __init__(self):

@@ -86,6 +86,17 @@ def test_a_state_dict_of_the_same_base_costs_no_memory():
     assert model.model[0].weight.data_ptr() == net[0].weight.data_ptr()
 
 
+def test_a_state_dict_of_the_network_within_changes_it_alone():
+    net = tied()
+    before = copy.deepcopy(net.state_dict())
+    model = TapsModel(net, ["cubs"], head="4")
+    for loaded in (model, copy.deepcopy(model)):
+        loaded.model.load_state_dict(TapsModel(tied(), ["cubs"], head="4").model.state_dict())
+        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+        assert not torch.equal(loaded.model[3].base, net[3].weight)
+        assert not loaded.merge("cubs")._load_state_dict_pre_hooks  # nothing of taps_fast
+
+
 def test_a_base_that_trains_is_in_storage_of_its_own():
     net = ConvNet()
     before, given = copy.deepcopy(net.state_dict()), TapsModel(net, head="fc").fingerprint()

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from nets import TASKS, ConvNet, Transformer, images, three_tasks
+from nets import TASKS, ConvNet, Transformer, images, perturb, three_tasks
 from torch import nn
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TapsModel, TaskBatch
@@ -98,6 +98,11 @@ def test_a_first_batch_without_samples(net, ids):
     with pytest.raises(ValueError, match="tasks must have one id a sample, got 0 ids"):
         model(x, tasks=ids)
     assert y.shape == model(x, tasks=[0, 1, 2, -1])[:0].shape
+    y.sum().backward()
+    for task in model.tasks:
+        parameters = [p for group in model.task_parameters(task) for p in group["params"]]
+        assert not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
+        assert any(p.grad is not None for p in parameters)
 
 
 class Weighs(nn.Module):
@@ -150,3 +155,81 @@ def test_ids_are_counted_whatever_they_are(count, grad):
 )
 def test_a_text_is_one_name(make):
     assert make("cubs").context.tasks == make(["cubs"]).context.tasks == ["cubs"]
+
+
+class Writer(nn.Module):
+    """What has an outer loop of its own: each step takes what all steps before it wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.fc = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.layer(x)).relu())
+
+    @torch.no_grad()
+    def generate(self, x, steps=3, beams=1):
+        x = x.repeat_interleave(beams, 0)
+        for _ in range(steps):
+            x = torch.cat([x, self(x)[:, -1:]], 1)
+        return x
+
+
+def test_an_outer_call_runs_on_a_mixed_batch():
+    model = perturb(TapsModel(Writer().double().eval(), ["cubs", "cars"]))
+    x, rows = torch.randn(3, 2, 4).double(), ["cars", "cubs", None]
+    with pytest.raises(RuntimeError, match="running: the model must have been probed for a mixed batch"):
+        model.running(rows)
+    model.probe(x)
+    alone = [model.merge(task or "base") for task in rows]
+    with model.running(rows):
+        y, one = model.model.generate(x), model(x)
+        with model.running("cubs"):
+            torch.testing.assert_close(model.model.generate(x), model.merge("cubs").generate(x))
+        with pytest.raises(ValueError, match="layer: tasks must divide its batch: .* got 3 ids and 4 rows"):
+            model.model(torch.randn(4, 2, 4).double())
+        with pytest.raises(ValueError, match="the probe must have seen a like input, got 2 rows a sample"):
+            model.model.generate(x, beams=2)
+    with model.running([task for task in rows for _ in range(2)]):
+        beams = model.model.generate(x, beams=2)
+    for i, plain in enumerate(alone):
+        torch.testing.assert_close(y[i : i + 1], plain.generate(x[i : i + 1]))
+        torch.testing.assert_close(one[i : i + 1], plain(x[i : i + 1]))
+        torch.testing.assert_close(beams[2 * i : 2 * i + 2], plain.generate(x[i : i + 1], beams=2))
+    assert model.context.active is None
+
+
+def test_an_outer_call_in_training_mode_needs_a_forward_before():
+    model, x = TapsModel(Writer(), ["cubs", "cars"]).train(), torch.randn(3, 2, 4)
+    for tasks in ("cubs", [0, 1, 0]):
+        with pytest.raises(RuntimeError, match="in training mode have run a forward of this kind"):
+            model.running(tasks)
+        model(x, tasks=tasks)
+        with model.running(tasks):
+            assert torch.equal(model.model(x), model(x, tasks=tasks))
+    with pytest.raises(ValueError, match="task must be one of its tasks, got 'dogs'"):
+        model.running("dogs")
+
+
+def test_samples_that_meet_are_refused_in_an_outer_call_too():
+    class Mean(Writer):
+        def forward(self, x):
+            return super().forward(x - self.layer(x).mean(0))
+
+    model = TapsModel(Mean().eval(), ["cubs", "cars"])
+    model.probe(torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match="samples must not change each other in a mixed batch"):
+        model.running([0, 1])
+
+
+def test_a_network_that_takes_tasks_itself():
+    class Chooses(nn.Linear):
+        def forward(self, x, tasks=1):
+            return super().forward(x) * tasks
+
+    with pytest.warns(UserWarning, match="whose forward has a parameter of that name .give it by position") as seen:
+        model = TapsModel(Chooses(4, 4).eval(), ["cubs"])
+    assert seen[0].filename == __file__
+    x = torch.randn(2, 4)
+    with model.running("cubs"):
+        assert torch.equal(model.model(x, tasks=2), model(x, 2, tasks="cubs"))

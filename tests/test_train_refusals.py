@@ -135,6 +135,19 @@ def test_a_head_that_is_not_the_last_layer(capsys):
         backbone("two:needs")
 
 
+def test_a_head_of_several_layers(capsys):
+    Path("several.py").write_text(
+        "from torch import nn\n"
+        "def make(last=nn.Linear(3, 9)):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(432, 3), nn.Sequential(nn.ReLU(), last, nn.Identity()))\n"
+        "def bare(): return make(nn.ReLU())\n"
+    )
+    text = "train: --head must be a Linear or Conv2d, got '2', a Sequential ("
+    said = refused(capsys, "--backbone", "several:make", "--head", "2")
+    assert said == text + "its last one is --head 2.1)"
+    assert refused(capsys, "--backbone", "several:bare", "--head", "2") == text + "it holds none)"
+
+
 def test_a_backbone_that_is_a_head_alone(capsys):
     Path("alone.py").write_text(
         "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 9))\n"

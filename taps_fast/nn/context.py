@@ -159,7 +159,7 @@ class TaskContext:
         edges = batch.offsets.tolist()
         found = [g + BASE for g in range(len(edges) - 1) if edges[g] < edges[g + 1]]
         present = [t for t in found if t != BASE]
-        if self.frozen:
+        if self.frozen or not batch.size:  # without samples all tasks get gradients, of 0: else there is no graph
             present = list(range(batch.num_tasks))
         elif len(present) < batch.num_tasks:
             batch = batch.only(present)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class Owned(nn.ParameterDict):
@@ -25,6 +26,20 @@ class Owned(nn.ParameterDict):
             if own is None and tasks[t] in self:
                 found[t] = self[tasks[t]]
         return found
+
+    def trained(self, task: str, path: str) -> list[nn.Parameter]:
+        """The parameters that what ``task`` owns is made of; ``path``, the layer's, is for messages."""
+        parametrized = parametrize.is_parametrized(self, task)
+        held = cast(nn.ModuleDict, self.parametrizations)[task] if parametrized else self[task]
+        if isinstance(held, nn.Parameter):
+            return [held]
+        if isinstance(held, nn.Module):
+            return [parameter for parameter in held.parameters() if parameter.requires_grad]
+        raise ValueError(
+            f"TapsModel.task_parameters: what task {task!r} trains in {path!r} must be a parameter, or made of some by "
+            f"torch.nn.utils.parametrize, got a {type(held).__name__} that was made once (hooks, such as those of "
+            "torch.nn.utils.prune, do not run here)"
+        )
 
 
 class Scores(Owned):

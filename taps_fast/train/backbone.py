@@ -98,6 +98,20 @@ def head_of(model: nn.Module) -> str:
     return linear[-1]
 
 
+def check_head(model: nn.Module, path: str) -> None:
+    """A head must be a layer that can be made anew with other outputs.
+
+    Raises:
+        TrainError: it is another module, such as an nn.Sequential; the last layer inside is named.
+    """
+    head = dict(model.named_modules()).get(path)
+    if head is None or isinstance(head, (nn.Linear, nn.Conv2d)):
+        return
+    inside = [name for name, module in head.named_modules(prefix=path) if isinstance(module, (nn.Linear, nn.Conv2d))]
+    hint = f"its last one is --head {inside[-1]}" if inside else "it holds none"
+    raise TrainError(f"train: --head must be a Linear or Conv2d, got {path!r}, a {type(head).__name__} ({hint})")
+
+
 def logits_of(output: Any) -> Tensor:
     """The tensor itself, or the ``logits`` of what transformers returns."""
     logits = getattr(output, "logits", output)

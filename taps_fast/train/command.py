@@ -10,7 +10,7 @@ import torch
 from .._command import UserError, above_zero, at_least_zero, device, positive, share, whole
 from ..model import TapsModel
 from ..nn import TaskContext
-from .backbone import backbone, head_of, logits_of
+from .backbone import backbone, check_head, head_of, logits_of
 from .data import Images, TrainError, load
 from .loop import BEST, CHECKPOINT, CLASSES, LAST, LOG, Recipe, Training
 from .pieces import Point, tradeoff
@@ -137,6 +137,7 @@ def _train(args: argparse.Namespace, task: str, recipe: Recipe, images: Images, 
     torch.manual_seed(args.seed)
     base = backbone(args.backbone, pretrained=not args.random, weights=args.weights).to(args.device)
     head = args.head or head_of(base)
+    check_head(base, head)
     try:
         model = TapsModel(base, head=head, threshold=args.threshold, gate=args.gate)
         model.add_task(task, classes=len(images.names))
