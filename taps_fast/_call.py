@@ -283,8 +283,9 @@ def _run(
         if sources is not None:
             coeffs, bias = sources.tables(bias)
         elif flat is not None and coeffs.requires_grad:
-            wanted = torch.tensor([n in flat for n in range(coeffs.numel())], device=coeffs.device)
-            coeffs = torch.where(wanted.view(coeffs.shape), coeffs, coeffs.detach())
+            wanted = torch.zeros(coeffs.numel(), dtype=torch.bool)
+            wanted[flat] = True
+            coeffs = torch.where(wanted.view(coeffs.shape).to(coeffs.device), coeffs, coeffs.detach())
         y = oracle(rows, base, deltas, coeffs, base_coeffs, bias, *conv, index, inner, choice.algorithm)
         return reference.scale_shift(y, *tables, activation, index, inner) if follows else y
     elif transformed:
