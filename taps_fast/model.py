@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
-from ._inference import PreparedModel
 from ._plain import plain_network
+from ._running import RunningModel
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, names_of
 from .sharing import Sharing
 
 
-class TapsModel(PreparedModel):
+class TapsModel(RunningModel):
     """An adapted copy of ``model``: frozen base, and for each task gated deltas, norms and a head.
 
     Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and

@@ -16,7 +16,7 @@ CALL = {
 }  # fmt: skip
 LAYERS = {"_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
-    "_closures", "_compress", "_folder", "_inference", "_plain", "_prepare", "_probe", "_refusals", "_regions",
+    "_closures", "_compress", "_folder", "_plain", "_prepare", "_probe", "_refusals", "_regions", "_running",
     "_slices", "_statistics", "_training", "convert", "model", "peft", "sharing", "store",
 }  # fmt: skip
 MAY_IMPORT = {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PreparedModel(nn.Module):
+class RunningModel(nn.Module):
     """The part of `TapsModel` that runs forwards."""
 
     model: nn.Module
