@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> in
     try:
         from . import plots
     except ImportError as error:
-        print(f"no pictures: {error}; pip install 'taps-fast[plot]'", file=sys.stderr)
+        print(f"no pictures: {error}; pip install matplotlib", file=sys.stderr)
     else:
         for name, records in devices.items():
             for path in plots.draw(name, records, chosen.plots):

@@ -345,5 +345,5 @@ def describe_machine() -> str:
 
         lines.append(f"Triton {triton.__version__}")
     except ImportError as error:
-        lines.append(f"Triton: {error}; pip install 'taps-fast[triton]'")
+        lines.append(f"Triton: {error}; pip install 'triton>=3.6'")
     return "\n".join(lines)

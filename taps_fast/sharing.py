@@ -241,7 +241,7 @@ class Sharing:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError(f"Sharing.plot needs matplotlib: pip install 'taps-fast[plot]' ({error})") from None
+            raise ImportError(f"Sharing.plot needs matplotlib: pip install matplotlib ({error})") from None
         count, names = len(self.layers), list(self.tasks)
         size = (min(max(4.0, 1.5 + 0.16 * count), 400.0), min(1.2 + 0.3 * len(names), 400.0))
         figure = Figure(figsize=size, layout="constrained")

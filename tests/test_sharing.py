@@ -223,7 +223,7 @@ def test_plot_writes_nothing_without_a_path(tmp_path, monkeypatch):
 
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"^Sharing\.plot needs matplotlib: pip install 'taps-fast\[plot\]'"):
+    with pytest.raises(ImportError, match=r"^Sharing\.plot needs matplotlib: pip install matplotlib"):
         small().plot()
 
 
