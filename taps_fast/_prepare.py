@@ -97,7 +97,7 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass
+@dataclass(repr=False)
 class Preparation:
     """What `TapsModel.prepare_inference` made of a model; ``print`` shows one row a module.
 
@@ -157,6 +157,9 @@ class Preparation:
                 f"tables of scale and shift: {readable_bytes(self.table_bytes)} more",
             ]
         )
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
 
 
 def prepare(model: RunningModel, args: Any, kwargs: Any, *, bake: bool | None, originals: str) -> Preparation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _closures
-from ._names import covers, nearest
+from ._names import counted, covers, nearest
 from ._refusals import SHARED, is_bare, refusals
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedConv2d, WrappedLinear
 from .nn.attention import TaskAttention
@@ -37,7 +38,7 @@ class Row(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Conversion:
     """What `TapsModel` made of a network; ``print`` shows one row a module that has parameters."""
 
@@ -72,7 +73,11 @@ class Conversion:
         lines = [f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]}" for r in self.rows]
         counts = Counter(row.verdict for row in self.rows)
         total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("converted", "skipped", "refused"))
-        return "\n".join([*lines, f"{total}; {len(self.layers)} layers have gates"])
+        have = "has" if len(self.layers) == 1 else "have"
+        return "\n".join([*lines, f"{total}; {counted(len(self.layers), 'layer')} {have} gates"])
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
 
 
 def convert(
@@ -235,12 +240,20 @@ def _check(model: nn.Module, head: str | None, norms: str) -> dict[str, nn.Modul
                 f"TapsModel: model must be initialised, got a lazy {type(module).__name__} at {path!r}: run it once"
             )
     if head is not None and head not in paths:
+        last = last_linear(model)
+        near = difflib.get_close_matches(str(head), [path for path in paths if path])
+        hints = ([f"near: {', '.join(near)}"] if near else []) + ([f"the last Linear: {last}"] if last else [])
         raise ValueError(
-            f"TapsModel: head must name a module of the model, got {head!r} ({nearest(head, list(paths))})"
+            f"TapsModel: head must name a module of the model, got {head!r} ({'; '.join(hints) or 'it has no Linear'})"
         )
     if norms not in ("task", "shared"):
         raise ValueError(f"TapsModel: norms must be 'task' or 'shared', got {norms!r}")
     return paths
+
+
+def last_linear(model: nn.Module) -> str | None:
+    """The path of the last Linear, where most networks have their head; None where there is none inside."""
+    return next((path for path, m in reversed(list(model.named_modules())) if path and isinstance(m, nn.Linear)), None)
 
 
 def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> list[str | type[nn.Module]]:
@@ -248,7 +261,8 @@ def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> lis
     found = [patterns] if isinstance(patterns, (str, type)) else list(patterns)
     for pattern in found:
         if not any(_matches(path, module, [pattern]) for path, module in paths.items()):
-            hint = nearest(pattern, list(paths)) if isinstance(pattern, str) else "no module of this type"
+            known = [path for path in paths if path]
+            hint = nearest(pattern, known) if isinstance(pattern, str) else "no module of this type"
             raise ValueError(f"TapsModel: {name} must match a module, got {pattern!r} ({hint})")
     return found
 

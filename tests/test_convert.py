@@ -93,7 +93,7 @@ def test_include_and_exclude():
     [
         (
             lambda: TapsModel(ConvNet(), head="fcc"),
-            r"head must name a module of the model, got 'fcc' \(did you mean 'fc'",
+            r"head must name a module of the model, got 'fcc' \(near: fc; the last Linear: fc\)$",
         ),
         (lambda: TapsModel(ConvNet(), norms="own"), "norms must be 'task' or 'shared', got 'own'"),
         (lambda: TapsModel(nn.Sequential(nn.LazyLinear(3))), "model must be initialised, got a lazy LazyLinear at '0'"),

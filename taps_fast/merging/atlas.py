@@ -31,7 +31,9 @@ def atlas(
         model, vectors, head: as in `MergedModel`.
         batches: one item a step: (inputs, labels) by task.
         num_parts: P; 1 is plain aTLAS. With more, each tensor's elements are split at random.
-        lr, weight_decay: AdamW's. seed: of the split. progress: called with each step and its loss.
+        lr, weight_decay: AdamW's.
+        seed: of the split.
+        progress: called with each step and its loss.
 
     Returns:
         The trained `MergedModel`.

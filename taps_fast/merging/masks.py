@@ -15,7 +15,8 @@ class MaskedDelta:
 
     Attributes:
         vectors: the base and the one delta, as `TaskVectors` of K = 1.
-        masks: bool tensors by task and name. scales: one number for each task.
+        masks: bool tensors by task and name.
+        scales: one number for each task.
         own: the tensors of each task that are not merged.
     """
 

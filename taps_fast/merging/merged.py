@@ -33,7 +33,8 @@ class MergedModel(nn.Module):
             own, from 0, on top of the merged weight.
         coeffs: "tensor" (one a tensor and task; the papers' layer-wise), "task" (one a task), or "part" with parts.
         parts: uint8 tensors by name, values below ``num_parts``: the class of each element; see `random_parts`.
-        init: where coefficients start. clamp: the range they are clamped to, or None.
+        init: where coefficients start.
+        clamp: the range they are clamped to, or None.
         route: "whole" (weights are folded once a forward, in one pass), or "layer" (Linear and Conv2d sum their deltas
             as they run: memory is base, deltas and one layer).
 

@@ -107,5 +107,5 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, groups={self.groups}, bias={self.base_bias is not None}, "
-            f"tasks={list(self.scores)}"
+            f"tasks=[{self._opened()}]"
         )

@@ -97,4 +97,4 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
         return self._ordinary(nn.Linear, task)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"
+        return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks=[{self._opened()}]"
