@@ -100,7 +100,7 @@ def test_new_heads_are_like_the_base():
     head = new_head(nn.Conv2d(6, 2, (1, 2), stride=2, bias=False, dtype=torch.float64), 5, "fc")
     assert (head.out_channels, head.kernel_size, head.stride, head.bias) == (5, (1, 2), (2, 2), None)
     assert head.weight.dtype == torch.float64
-    with pytest.raises(ValueError, match="fc: classes must go with a Linear or Conv2d head, got Sequential"):
+    with pytest.raises(ValueError, match="classes must go with a Linear or Conv2d head, got Sequential at 'fc'"):
         new_head(mlp(3), 5, "fc")
 
 
