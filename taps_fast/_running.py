@@ -108,7 +108,8 @@ class RunningModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; training undoes `prepare_inference`.
 
-        Norms of the base rest in it, and other modules whose buffers it would move: the first forward in it finds them.
+        In training mode the base's norms stay in eval mode, and so do other modules of the base whose buffers it would
+        move: the first forward in it finds them.
         ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only of those that its loader
         shows, and leaves the base's as they are.
         """

@@ -169,12 +169,12 @@ class _Plan:
             return self._adapt_attention(path, module)
         if type(module) in (nn.Linear, nn.Conv2d) and is_bare(module):
             self.memo[id(module)] = self._layer(path, module, module._parameters)
-            return self._report(path, module, "converted", "a gated delta a task")
+            return self._report(path, module, "converted", "a gated delta per task")
         if is_transposed_linear(module):
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
             layer.path = path
             self.memo[id(module)] = self.found.layers[path] = layer
-            return self._report(path, module, "converted", "a gated delta a task, stored as [in, out]")
+            return self._report(path, module, "converted", "a gated delta per task, stored as [in, out]")
         # A subclass may have a forward of its own, and hooks, buffers and children belong to the module: wrapping keeps
         # them.
         kind = WrappedConv2d if isinstance(module, nn.Conv2d) else WrappedLinear
@@ -192,7 +192,7 @@ class _Plan:
         in_proj = self._layer(f"{dot}in_proj", shape.train(module.training), own)
         out_proj = self._layer(f"{dot}out_proj", module.out_proj, module.out_proj._parameters)
         self.memo[id(module)] = self.found.attentions[path] = TaskAttention(module, in_proj, out_proj)
-        return self._report(path, module, "converted", "a gated delta a task for in_proj and for out_proj")
+        return self._report(path, module, "converted", "a gated delta per task for in_proj and for out_proj")
 
     def _layer(
         self, path: str, shape: nn.Linear | nn.Conv2d, parameters: Mapping[str, nn.Parameter | None]

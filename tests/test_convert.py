@@ -31,7 +31,7 @@ def test_the_report_has_a_row_a_module():
         "converted",
     )
     text = str(model.conversion)
-    assert "block.qkv    Linear       converted  a gated delta a task" in text
+    assert "block.qkv    Linear       converted  a gated delta per task" in text
     assert text.endswith("9 converted, 1 skipped, 0 refused; 5 layers have gates")
     assert "Transformer is not adapted" in reason(model, "(root)")
 

@@ -11,7 +11,7 @@ from .vectors import TaskVectors, copies
 
 
 class MaskedDelta:
-    """W_t = W0 + scales[t]·masks[t] ∘ Δ: what TALL-masks and EMR store, one bit a weight for each further task.
+    """W_t = W0 + scales[t]·masks[t] ∘ Δ: what TALL-masks and EMR store, one bit per weight for each further task.
 
     Attributes:
         vectors: the base and the one delta, as `TaskVectors` of K = 1.

@@ -101,6 +101,7 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
         return self.run(delta_conv2d, input, *gated.weight, *conv, **options)
 
     def merged(self, task: str | None) -> nn.Conv2d:
+        """An ordinary ``nn.Conv2d`` with the effective weight of ``task`` (None: the base), in storage of its own."""
         return self._ordinary(nn.Conv2d, task)
 
     def extra_repr(self) -> str:

@@ -151,7 +151,7 @@ class TaskHead(PerTask):
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches pad with -inf to the widest"
+        return "one per task; mixed batches pad with -inf to the widest"
 
 
 def _columns(table: Tensor, members: list[int]) -> Tensor:

@@ -80,7 +80,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
 
         Args:
             input: [..., I].
-            tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
+            tasks: a name, one name or id per sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
             batch_dim: the axis of input that ``tasks`` given here goes along, as in `delta_linear`.
 
@@ -94,6 +94,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
         return self.run(delta_linear, input, *gated.weight, batch_dim=axis, **options)
 
     def merged(self, task: str | None) -> nn.Linear:
+        """An ordinary ``nn.Linear`` with the effective weight of ``task`` (None: the base), in storage of its own."""
         return self._ordinary(nn.Linear, task)
 
     def extra_repr(self) -> str:
