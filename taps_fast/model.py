@@ -328,7 +328,8 @@ class TapsModel(RunningModel):
             How many tensors matched and how many layers are open; ``print`` it.
 
         Raises:
-            taps_fast.TaskFolderError (a ValueError): not a whole task folder, another base, threshold, gate or conversion.
+            taps_fast.TaskFolderError (a ValueError): not a whole task folder, or another base, threshold, gate,
+                conversion.
             ValueError: a name in use; RuntimeError: the model is prepared.
 
         Cost: one read of the task, and `fingerprint`'s, each time: of 64 tasks the base is hashed 64 times.
