@@ -117,15 +117,23 @@ def masks(shape: tuple[int, int], dtype: torch.dtype, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", default=["formats", "masks"], help="formats, masks")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compressed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tables = {"formats": formats, "masks": masks}
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", default=list(tables), help="of formats, masks; default: both"
+    )
     parser.add_argument("--shapes", nargs="+", default=["768x768", "768x3072"], help="I x O")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in each cell")
     args = parser.parse_args()
+    if wrong := [name for name in args.tables if name not in tables]:
+        parser.error(f"TABLE must be of {', '.join(tables)}, got {wrong[0]!r}")
     torch.manual_seed(0)
     keep_memory()
-    tables = {"formats": formats, "masks": masks}
     print(f"{torch.__version__=} {torch.get_num_threads()=} isa={torch.ops.taps_fast.cpu_isa()}")
     with torch.inference_mode():
         for name in args.tables:

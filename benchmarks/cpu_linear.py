@@ -335,9 +335,14 @@ def overhead(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def main() -> None:
     tables = {f.__name__: f for f in (forward, mixed, backward, closed, overhead, rates)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_linear",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    usual = [name for name in tables if name != "rates"]
     parser.add_argument(
-        "tables", nargs="*", choices=[*tables, []], default=[name for name in tables if name != "rates"]
+        "tables", nargs="*", metavar="TABLE", default=usual, help=f"of {', '.join(tables)}; default: all but rates"
     )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -346,6 +351,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cold", action="store_true", help="cycle through more weights than the caches hold")
     args = parser.parse_args()
+    if wrong := [name for name in args.tables if name not in tables]:
+        parser.error(f"TABLE must be of {', '.join(tables)}, got {wrong[0]!r}")
     torch.manual_seed(0)
     timing.pin(args.threads)
     print(f"{torch.__version__=} {torch.get_num_threads()=} isa={OPS.cpu_isa()}")

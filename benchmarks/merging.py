@@ -156,7 +156,9 @@ def contenders(num_deltas: int, images: int, size: int) -> dict[str, Callable[[]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.merging", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--deltas", type=int, default=8)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="of each task")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 64], help="pixels a side")

@@ -159,7 +159,11 @@ def norm(seconds: float, images_a_task: list[int], pattern: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mixed_conv",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=("conv", "norm"))
     parser.add_argument("--images", nargs="+", type=int, default=[1, 4], help="of each task")
     parser.add_argument("--size", nargs="+", type=int, default=[112, 224])

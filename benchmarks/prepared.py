@@ -63,7 +63,9 @@ def profile(run: Callable[[], Tensor]) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prepared", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", nargs="?", default="resnet50", help="resnet50 or resnet50.112")
     parser.add_argument("--gates", choices=("cubs", "cars"), default="cubs")
     parser.add_argument("--samples", type=int, default=32)

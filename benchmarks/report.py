@@ -315,9 +315,15 @@ def main(argv: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> in
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, help="results (default: all of benchmarks/results)")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if a table is stale")
-    parser.add_argument("--plots", type=Path, default=FOLDER, metavar="FOLDER", help="where pictures go")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="what benchmarks.run wrote (default: all results in benchmarks/results)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a table is not what the results say"
+    )
+    parser.add_argument(
+        "--plots", type=Path, default=FOLDER, metavar="FOLDER", help="where pictures go (default: %(default)s)"
+    )
     chosen = parser.parse_args(argv)
     try:
         devices = load(chosen.files or sorted(FOLDER.glob("*.jsonl")))
@@ -336,7 +342,7 @@ def main(argv: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> in
     try:
         from . import plots
     except ImportError as error:
-        print(f"no pictures: {error}; pip install 'taps-fast[plot]'", file=sys.stderr)
+        print(f"no pictures: {error}; pip install matplotlib", file=sys.stderr)
     else:
         for name, records in devices.items():
             for path in plots.draw(name, records, chosen.plots):

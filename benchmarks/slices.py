@@ -42,7 +42,9 @@ def measure(network: str, samples: int, sizes: list[int], rounds: int, kept: boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.slices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", nargs="?", default="resnet50", choices=[n for n in NETWORKS if n.startswith("res")])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 16, 8, 4, 2])

@@ -5,7 +5,7 @@
 Beside each method runs the way it is published, written out in plain PyTorch in this file: whole state dicts or flat
 vectors for the static methods; for the trained ones a chain of K sums a tensor in autograd, one task after the other.
 Accuracy is on the test images; trained methods see those without labels, as in their papers (aTLAS: training labels).
-Needs the demo's packages: pip install 'taps-fast[demo]'. Norms keep the pretrained statistics while fine-tuning.
+Needs the demo's packages: pip install '.[demo]' in a checkout. Norms keep the pretrained statistics while fine-tuning.
 """
 
 from __future__ import annotations

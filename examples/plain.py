@@ -41,7 +41,7 @@ def train(model: TapsModel, task: str, data: DataLoader, options: argparse.Names
     gates = GateLog(model, task)
     for epoch in range(options.epochs):
         model.train()
-        lam = penalty_weight(options.lam, epoch, options.warmup_epochs)
+        lam = penalty_weight(options.lam, epoch, options.warmup_epochs)  # λ: 0 in the first epochs
         losses = []
         for micro_batches in accumulate(data, options.accumulate):
             total = 0.0
@@ -61,8 +61,8 @@ def train(model: TapsModel, task: str, data: DataLoader, options: argparse.Names
 def main(argv: list[str] | None = None) -> tuple[TapsModel, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=16, help="images a micro-batch")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--batch", type=int, default=16, help="images per micro-batch")
+    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--score-lr", type=float, default=6e-3, help="Adam closes a gate in 9 steps that nothing holds")
     parser.add_argument("--lam", type=float, default=0.3, help="more closes more gates")

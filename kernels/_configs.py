@@ -7,7 +7,6 @@ tests compile each one for its chip.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,14 +89,6 @@ def fitted(config: Config, kernel: str, itemsize: int, capability: Capability) -
         else:
             config = replace(config, block_i=config.block_i // 2)
     return config
-
-
-def shipped(capability: Capability) -> Iterator[tuple[str, int, Config]]:
-    """(kernel, bytes an element, config) of everything `choose` can return on a chip."""
-    for kernel in KERNELS:
-        for itemsize in (4,) if kernel.endswith(IEEE) else (2, 4):
-            for _, config in entries(kernel, itemsize, capability):
-                yield kernel, itemsize, fitted(config, kernel, itemsize, capability)
 
 
 def splits(programs: int, steps: int, processors: int, resident: int = 2) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .formats import Format, compress
+from ._names import counted
+from .formats import Format, check_format, compress
 from .sharing import readable_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class LayerCompression:
     bytes_after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compression:
     """What `TapsModel.compress` measured; ``print`` shows it.
 
@@ -59,8 +60,8 @@ class Compression:
             for layer in self.layers
         ]
         total = (
-            f"{self.task} as {self.format}: {len(self.layers)} layers, {readable_bytes(self.bytes_before)} -> "
-            f"{readable_bytes(self.bytes_after)}"
+            f"{self.task} as {self.format}: {counted(len(self.layers), 'layer')}, "
+            f"{readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}"
         )
         if self.kept:
             total += f"; kept dense, which is as small: {', '.join(self.kept)}"
@@ -68,8 +69,12 @@ class Compression:
             total += f"; output changed by {self.output_change:.2%}"
         return "\n".join([*lines, total])
 
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
+
 
 def compress_task(model: TapsModel, task: str, format: str, rank: int | None, inputs: Tensor | None) -> Compression:
+    check_format("TapsModel.compress: format", format, rank)
     found: dict[str, tuple[Format, LayerCompression]] = {}
     kept: list[str] = []
     before = None if inputs is None else _output(model, task, inputs)
@@ -84,7 +89,7 @@ def compress_task(model: TapsModel, task: str, format: str, rank: int | None, in
         try:
             small = compress(delta, format, rank=rank)
         except ValueError as error:
-            raise ValueError(f"TapsModel.compress: {path}: {error}") from None
+            raise ValueError(f"TapsModel.compress: layer {path!r}: {error}") from None
         if small.bytes >= delta.nbytes:
             kept.append(path)
             continue

@@ -258,6 +258,8 @@ TABLE = (
     _Row("reference", "blend", lambda p: True, "plain PyTorch: right, not fast"),
 )
 
+_OTHER_OP = {"linear": ("linear", "aten"), "conv2d": ("cuda",)}
+"""Backends that have nothing for an operation: no error offers them."""
 BACKENDS = tuple(_REASONS)
 ALGORITHMS = tuple(dict.fromkeys(row.algorithm for row in TABLE))
 
@@ -283,9 +285,11 @@ def select(problem: Problem, backend: str | None = None, algorithm: str = "auto"
 
 def _select(problem: Problem, backend: str | None, algorithm: str) -> Choice:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"delta_{problem.op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        known = dict.fromkeys(row.backend for row in TABLE if row.backend not in _OTHER_OP[problem.op])
+        raise ValueError(f"delta_{problem.op}: backend must be one of {', '.join(known)}, got {backend!r}")
     if algorithm != "auto" and algorithm not in ALGORITHMS:
-        raise ValueError(f"delta_{problem.op}: algorithm must be auto, {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        known = dict.fromkeys(row.algorithm for row in TABLE if row.backend not in _OTHER_OP[problem.op])
+        raise ValueError(f"delta_{problem.op}: algorithm must be auto, {', '.join(known)}, got {algorithm!r}")
     usable: dict[tuple[str, object], bool] = {}
     able: Choice | None = None
     for row in TABLE:
@@ -345,5 +349,5 @@ def describe_machine() -> str:
 
         lines.append(f"Triton {triton.__version__}")
     except ImportError as error:
-        lines.append(f"Triton: {error}; pip install 'taps-fast[triton]'")
+        lines.append(f"Triton: {error}; pip install 'triton>=3.6'")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Loads the compiled extensions, and remembers why one is not there.
 
 Loading registers the extension's kernels for the operators of `taps_fast._ops`. ``TAPS_FAST_EXT`` means here what it
-means to setup.py: ``require`` makes a missing CPU extension an ImportError, ``off`` loads none.
+means to setup.py: ``require`` makes a missing CPU extension an ImportError, ``off`` loads none, and what is neither of
+these nor ``auto`` is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+MODE = os.environ.get("TAPS_FAST_EXT", "auto")
+if MODE not in ("auto", "require", "off"):
+    raise ImportError(f"TAPS_FAST_EXT must be auto, require or off, got {MODE!r}")
+
 
 def _how_to_build() -> str:
     checkout = Path(__file__).parents[1]
@@ -25,7 +30,7 @@ def _how_to_build() -> str:
 
 def _load(name: str) -> str | None:
     """Loads ``taps_fast.<name>``; what stood in the way, or None."""
-    if os.environ.get("TAPS_FAST_EXT") == "off":
+    if MODE == "off":
         return f"taps_fast.{name} is not loaded: TAPS_FAST_EXT=off is set"
     note = Path(__file__).with_name(f"{name}_error.txt")  # left by setup.py
     # Only beside this file: an ordinary import may find the extension of another checkout that is installed.
@@ -63,9 +68,9 @@ def cuda_refusal(index: int | None = None) -> str | None:
 
 
 if CPU_ERROR is not None:
-    if os.environ.get("TAPS_FAST_EXT") == "require":
+    if MODE == "require":
         raise ImportError(CPU_ERROR)
-    if os.environ.get("TAPS_FAST_EXT") != "off":
+    if MODE != "off":
         warnings.warn(
             f"taps_fast has no CPU kernels, so tensors on the CPU take slower paths in plain PyTorch. {CPU_ERROR}",
             RuntimeWarning,

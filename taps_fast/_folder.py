@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import peft, store
-from .convert import computed
+from ._names import counted
+from .convert import computed, last_linear
 from .formats import FORMATS, Format
 from .nn import TaskHead, TransposedLinear, WrappedLayer
 from .nn.attention import TaskAttention
@@ -45,7 +46,11 @@ class Loaded(NamedTuple):
     layers: int
 
     def __str__(self) -> str:
-        return f"{self.task}: {self.tensors} tensors matched, {self.open_layers} of {self.layers} layers open"
+        matched, layers = counted(self.tensors, "tensor"), counted(self.layers, "layer")
+        return f"{self.task}: {matched} matched, {self.open_layers} of {layers} open"
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
 
 
 def base_tensors(module: nn.Module, prefix: str = "", *, head: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -101,14 +106,19 @@ def given_head(model: TapsModel, classes: int | None, head: nn.Module | None) ->
     """By path: the head of a new task, if one is said."""
     own = model.conversion.head
     if own is None and (classes is not None or head is not None):
-        raise ValueError("TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got no path")
+        last = last_linear(model.model)
+        found = f"its last Linear is {last!r}" if last is not None else "it has no Linear"
+        raise ValueError(
+            "TapsModel.add_task: classes and head must go with TapsModel(..., head=<path>), got a model without a head "
+            f"({found})"
+        )
     if own is None:
         return {}
     if classes is not None:
         if head is not None:
             raise ValueError("TapsModel.add_task: classes or head must be given, got both")
         head = new_head(own.base, classes, own.path)
-    check_head(head, own.path)
+    check_head("TapsModel.add_task", head, own.path)
     # The user's own stays as it is, and another task may be given it too.
     return {} if head is None else {own.path: copy.deepcopy(head, computed(head))}
 
@@ -198,7 +208,7 @@ def build_modules(model: TapsModel, meta: dict[str, Any], head: nn.Module | None
         raise TaskFolderError(f"load_task: head must be in both, got one in {with_head} and none in {without}")
     if own is None or recipe is None:
         return modules
-    check_head(head, own.path)
+    check_head("load_task", head, own.path)
     if head is None and recipe["kind"] == "copy":
         head = own_copy(own.base)
     elif head is None and recipe["kind"] == "classes":
@@ -271,6 +281,11 @@ def load(model: TapsModel, folder: str | os.PathLike[str], name: str | None, hea
         names = {key: tensors[f"{path}.{key}"] for key in module.state_dict()}
         module.load_state_dict(names)
     task = meta["task"] if name is None else name
+    if task in model.context.tasks:
+        raise ValueError(
+            f"load_task: name must be new, got {task!r} (tasks: {', '.join(model.context.tasks)}; "
+            "load_task(folder, name=...) loads it under another)"
+        )
     opened = 0
     with adding(model, task, modules):
         for path, layer in model.conversion.layers.items():

@@ -1,4 +1,4 @@
-"""What a glob of dotted names covers, and what to say after a name that is not known."""
+"""What a glob of dotted names covers, what to say after a name that is not known, and one or more of a thing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def counted(number: int, what: str) -> str:
+    """``"1 layer"``, ``"2 layers"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+MOST_NAMED = 20
+"""Names that an error lists: a network may have thousands of modules."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The same, and all names that are known."""
-    return f"{did_you_mean(name, known)} known: {', '.join(known) or 'none'}".lstrip("; ")
+    """The same, and the names that are known, the first of them if they are many."""
+    more = f", … ({len(known)} in all)" if len(known) > MOST_NAMED else ""
+    return f"{did_you_mean(name, known)} known: {', '.join(known[:MOST_NAMED]) or 'none'}{more}".lstrip("; ")

@@ -14,10 +14,10 @@ from .nn.per_task import PerTask, released
 from .nn.stand_in import carry
 
 if TYPE_CHECKING:
-    from ._inference import PreparedModel
+    from ._running import RunningModel
 
 
-def plain_network(model: PreparedModel, task: str | None) -> nn.Module:
+def plain_network(model: RunningModel, task: str | None) -> nn.Module:
     """A copy of ``model.model`` with the weights of ``task`` (None: the base) in modules of their original types."""
     memo = computed(model.model)
     give_modules = _closures.follow(model.model, memo)

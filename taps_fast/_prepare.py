@@ -28,7 +28,7 @@ from .nn.layer import TapsLayer
 from .sharing import readable_bytes
 
 if TYPE_CHECKING:
-    from ._inference import PreparedModel
+    from ._running import RunningModel
 
 ORIGINALS = ("disk", "memory", "discard")
 
@@ -97,7 +97,7 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass
+@dataclass(repr=False)
 class Preparation:
     """What `TapsModel.prepare_inference` made of a model; ``print`` shows one row a module.
 
@@ -158,8 +158,11 @@ class Preparation:
             ]
         )
 
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
 
-def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, originals: str) -> Preparation:
+
+def prepare(model: RunningModel, args: Any, kwargs: Any, *, bake: bool | None, originals: str) -> Preparation:
     """Bakes, folds and freezes; see `TapsModel.prepare_inference`."""
     if originals not in ORIGINALS:
         raise ValueError(f"TapsModel.prepare_inference: originals must be {', '.join(ORIGINALS)}, got {originals!r}")
@@ -185,7 +188,7 @@ def prepare(model: PreparedModel, args: Any, kwargs: Any, *, bake: bool | None, 
     return report
 
 
-def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
+def _change(model: RunningModel, report: Preparation, bake: bool | None) -> None:
     _bake(model, report, bake)
     tasks = model.context.tasks
     model.context.frozen = True
@@ -200,7 +203,7 @@ def _change(model: PreparedModel, report: Preparation, bake: bool | None) -> Non
             report.found.append(Row(path or "(root)", type(model.model.get_submodule(path)).__name__, "left", why))
 
 
-def unprepare(model: PreparedModel) -> None:
+def unprepare(model: RunningModel) -> None:
     """Deltas, norms and forwards as they were."""
     report = model.prepared
     if report is None:
@@ -218,7 +221,7 @@ def unprepare(model: PreparedModel) -> None:
     model.prepared = None
 
 
-def watch_backward(model: PreparedModel, report: Preparation, output: Any) -> None:
+def watch_backward(model: RunningModel, report: Preparation, output: Any) -> None:
     """Warns once if a backward comes through the output of a prepared model whose parameters want gradients."""
 
     def warn(_: Tensor) -> None:
@@ -236,7 +239,7 @@ def watch_backward(model: PreparedModel, report: Preparation, output: Any) -> No
 
 
 @contextlib.contextmanager
-def own_forwards(model: PreparedModel) -> Iterator[None]:
+def own_forwards(model: RunningModel) -> Iterator[None]:
     """Every module runs its own forward meanwhile, so that hooks see all calls."""
     paused = [] if model.prepared is None else model.prepared.regions
     try:
@@ -255,7 +258,7 @@ def detach_regions(module: nn.Module) -> None:
             del part.__dict__["forward"]
 
 
-def _bake(model: PreparedModel, report: Preparation, bake: bool | None) -> None:
+def _bake(model: RunningModel, report: Preparation, bake: bool | None) -> None:
     """The rule: a gate is baked if it is open and its delta dense, but not in 16 bits, where a sum loses part of one.
 
     A product with one whole weight reads half the bytes of base and delta and does no more arithmetic, so there is no

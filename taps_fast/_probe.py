@@ -29,7 +29,7 @@ from .nn.layer import TapsLayer
 from .nn.per_task import PerTask
 
 if TYPE_CHECKING:
-    from ._inference import PreparedModel
+    from ._running import RunningModel
 
 ONE_AT_A_TIME = threading.RLock()
 _MIXED = "samples are mixed in its input"
@@ -62,14 +62,14 @@ def batch_of(args: Any, kwargs: Any, batch: int, batch_dim: int | None = None) -
     return axes
 
 
-def probe_first(model: PreparedModel, args: Any, kwargs: Any, batch: int) -> None:
+def probe_first(model: RunningModel, args: Any, kwargs: Any, batch: int) -> None:
     """Probes a model with its first mixed batch; threads that bring one meanwhile wait."""
     with ONE_AT_A_TIME:
         if not model.probed:
             probe(model, args, kwargs, batch_of(args, kwargs, batch))
 
 
-def probe(model: PreparedModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
+def probe(model: RunningModel, args: Any, kwargs: Any, axes: list[int | None]) -> None:
     """Sets the layouts (and the multiply-adds) of every module of ``model`` that tells tasks apart, and `meeting`."""
     leaves, spec = tree_flatten((args, kwargs))
     located = model.conversion.located()
@@ -223,7 +223,7 @@ class Neighbour:
         return torch.where(rows.to(y.device), y + noise.to(y.dtype), y)
 
 
-def disturb(model: PreparedModel, inputs: Any, neighbour: Neighbour, seed: int = 0) -> tuple[Any, str | None]:
+def disturb(model: RunningModel, inputs: Any, neighbour: Neighbour, seed: int = 0) -> tuple[Any, str | None]:
     """The model's output, and the first module that shows the change."""
     _, output = run(model, inputs, neighbour.see, neighbour.change, seed=seed)
     return output, neighbour.first
@@ -273,7 +273,7 @@ def _outputs(single: Any, double: Any, differing: Any, disturbed: list[Any]) -> 
 
 
 def run(
-    model: PreparedModel,
+    model: RunningModel,
     inputs: Any,
     see: Any,
     change: Any = None,
@@ -321,7 +321,7 @@ def run(
     return calls, output
 
 
-def _by_their_batch(model: PreparedModel) -> list[_BatchNorm]:
+def _by_their_batch(model: RunningModel) -> list[_BatchNorm]:
     """The base's batch norms without running statistics where each task has its own."""
     own = [module for module in model.conversion.located().values() if isinstance(module, PerTask)]
     norms = [norm for module in own for norm in module.base.modules() if isinstance(norm, _BatchNorm)]

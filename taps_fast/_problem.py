@@ -110,7 +110,9 @@ def check_weight(function: str, x: Tensor, base: Tensor, deltas: Sequence[Delta]
             continue
         name = f"deltas[{k - 1}]" if k else "base"
         if weight.dtype != dtype:
-            raise TypeError(f"{function}: {name} must be {dtype} like x, got {weight.dtype}")
+            alike = all(isinstance(w, Format) or w.dtype == weight.dtype for w in (base, *_checked(deltas)))
+            why = f" (all weights are: convert the input, or the model with .to({dtype}))" if alike else ""
+            raise TypeError(f"{function}: {name} must be {dtype} like x, got {weight.dtype}{why}")
         if weight.device != device:
             raise ValueError(f"{function}: {name} must be on {device} like x, got {weight.device}")
         raise ValueError(f"{function}: {name} must be {tuple(shape)} like base, got {tuple(weight.shape)}")
@@ -293,6 +295,11 @@ def check_conv(
     function: str, x: Tensor, base: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, groups: int
 ) -> tuple[Tensor, list[int], list[int], list[int], int]:
     """x [N, C, H, W] and the four settings of a convolution as lists; "same" may have padded x."""
+    if groups >= 1 and x.shape[1] != base.shape[1] * groups and not (x.shape[1] % groups or base.shape[0] % groups):
+        raise ValueError(
+            f"{function}: x must have {base.shape[1] * groups} channels, got {x.shape[1]} (x {tuple(x.shape)}, "
+            f"base {tuple(base.shape)}, groups={groups})"
+        )
     if groups < 1 or x.shape[1] != base.shape[1] * groups or base.shape[0] % groups:
         raise ValueError(
             f"{function}: groups must split x's {x.shape[1]} channels into base's {base.shape[1]} and divide its "

@@ -11,11 +11,11 @@ from .nn.norm import STATISTICS
 from .nn.per_task import PerTask
 
 if TYPE_CHECKING:
-    from ._inference import PreparedModel
+    from ._running import RunningModel
 
 
 @torch.no_grad()
-def share(model: PreparedModel, group: Any = None) -> None:
+def share(model: RunningModel, group: Any = None) -> None:
     """What `TapsModel.share_statistics` does: one sum over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -22,14 +22,14 @@ from .nn.context import Layout, Selection
 from .nn.per_task import of_base
 
 if TYPE_CHECKING:
-    from ._inference import PreparedModel
+    from ._running import RunningModel
 
 _LOOKS = ([0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1])
 """Which samples are changed. Of random orders 1 in 70 leaves all that are, or are not, among themselves in the first,
 1 in 20 in the second."""
 
 
-def settle(model: PreparedModel, selection: Selection, args: Any, kwargs: Any) -> None:
+def settle(model: RunningModel, selection: Selection, args: Any, kwargs: Any) -> None:
     """Lets modules of the base whose buffers training would move rest in eval mode, and says so.
 
     Where no module of the base has buffers, as in most networks, it runs nothing.
@@ -54,7 +54,7 @@ def settle(model: PreparedModel, selection: Selection, args: Any, kwargs: Any) -
             warnings.warn(f"{what} in training; from now on it runs in eval mode", stacklevel=5)
 
 
-def _moving(model: PreparedModel, inputs: Any, selection: Selection) -> dict[str, str]:
+def _moving(model: RunningModel, inputs: Any, selection: Selection) -> dict[str, str]:
     """By path: which buffers of each module of the base one forward moves. A cache that grows does not count."""
     held = {
         (path, name): (module, buffer.clone())
@@ -72,7 +72,7 @@ def _moving(model: PreparedModel, inputs: Any, selection: Selection) -> dict[str
     return {path: ", ".join(names) for path, names in found.items()}
 
 
-def look(model: PreparedModel, args: Any, kwargs: Any, count: int) -> None:
+def look(model: RunningModel, args: Any, kwargs: Any, count: int) -> None:
     """Sets `meeting_in_training`: as `probe`, in the modes that the modules are in, with random orders in mind.
 
     Eight samples and six: what is changed of some, in the input and in all that a task could change, must be seen at
@@ -109,7 +109,7 @@ def look(model: PreparedModel, args: Any, kwargs: Any, count: int) -> None:
         model.looked = True
 
 
-def _seen(model: PreparedModel, inputs: Any, seed: int) -> tuple[dict[str, list[Any]], Any]:
+def _seen(model: RunningModel, inputs: Any, seed: int) -> tuple[dict[str, list[Any]], Any]:
     """What `Neighbour` compares with, and the output, where nothing is changed."""
     located = model.conversion.located()
 
@@ -143,12 +143,12 @@ def _repeats(first: tuple[dict[str, list[Any]], Any], second: tuple[dict[str, li
     return all(a.shape == b.shape and equal(a, b) for a, b in tensors)
 
 
-def note_buffers(model: PreparedModel, _: object = None) -> None:
+def note_buffers(model: RunningModel, _: object = None) -> None:
     """Notes which buffers the base has now, as it was given or loaded."""
     model.given = _checksums(model)
 
 
-def check_buffers(model: PreparedModel) -> None:
+def check_buffers(model: RunningModel) -> None:
     """Warns of buffers of the base that are not what was given: another dtype alone does not count."""
     now = _checksums(model)
     moved = [name for name, was in model.given.items() if name in now and _differ(was, now[name])]
@@ -164,7 +164,7 @@ def _differ(was: dict[str, Any], now: dict[str, Any]) -> bool:
     return was["dtype"] == now["dtype"] and was != now
 
 
-def _checksums(model: PreparedModel) -> dict[str, Any]:
+def _checksums(model: RunningModel) -> dict[str, Any]:
     found = {
         name: tensor
         for name, tensor in base_tensors(model.model)

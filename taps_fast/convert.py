@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import warnings
 from collections import Counter
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _closures
-from ._names import covers, nearest
+from ._names import counted, covers, nearest
 from ._refusals import SHARED, is_bare, refusals
 from .nn import FastTapsConv2d, FastTapsLinear, TaskContext, TaskHead, TransposedLinear, WrappedConv2d, WrappedLinear
 from .nn.attention import TaskAttention
@@ -39,7 +40,7 @@ class Row(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Conversion:
     """What `TapsModel` made of a network; ``print`` shows one row a module that has parameters."""
 
@@ -74,7 +75,11 @@ class Conversion:
         lines = [f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]}" for r in self.rows]
         counts = Counter(row.verdict for row in self.rows)
         total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("converted", "skipped", "refused"))
-        return "\n".join([*lines, f"{total}; {len(self.layers)} layers have gates"])
+        have = "has" if len(self.layers) == 1 else "have"
+        return "\n".join([*lines, f"{total}; {counted(len(self.layers), 'layer')} {have} gates"])
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
 
 
 def convert(
@@ -167,12 +172,12 @@ class _Plan:
             return self._adapt_attention(path, module)
         if type(module) in (nn.Linear, nn.Conv2d) and is_bare(module):
             self.memo[id(module)] = self._layer(path, module, module._parameters)
-            return self._report(path, module, "converted", "a gated delta a task")
+            return self._report(path, module, "converted", "a gated delta per task")
         if is_transposed_linear(module):
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
             layer.path = path
             self.memo[id(module)] = self.found.layers[path] = layer
-            return self._report(path, module, "converted", "a gated delta a task, stored as [in, out]")
+            return self._report(path, module, "converted", "a gated delta per task, stored as [in, out]")
         # A subclass may have a forward of its own, and hooks, buffers and children belong to the module: wrapping keeps
         # them.
         kind = WrappedConv2d if isinstance(module, nn.Conv2d) else WrappedLinear
@@ -190,7 +195,7 @@ class _Plan:
         in_proj = self._layer(f"{dot}in_proj", shape.train(module.training), own)
         out_proj = self._layer(f"{dot}out_proj", module.out_proj, module.out_proj._parameters)
         self.memo[id(module)] = self.found.attentions[path] = TaskAttention(module, in_proj, out_proj)
-        return self._report(path, module, "converted", "a gated delta a task for in_proj and for out_proj")
+        return self._report(path, module, "converted", "a gated delta per task for in_proj and for out_proj")
 
     def _layer(
         self, path: str, shape: nn.Linear | nn.Conv2d, parameters: Mapping[str, nn.Parameter | None]
@@ -238,8 +243,11 @@ def _check(model: nn.Module, head: str | None, norms: str) -> dict[str, nn.Modul
                 f"TapsModel: model must be initialised, got a lazy {type(module).__name__} at {path!r}: run it once"
             )
     if head is not None and head not in paths:
+        last = last_linear(model)
+        near = difflib.get_close_matches(str(head), [path for path in paths if path])
+        hints = ([f"near: {', '.join(near)}"] if near else []) + ([f"the last Linear: {last}"] if last else [])
         raise ValueError(
-            f"TapsModel: head must name a module of the model, got {head!r} ({nearest(head, list(paths))})"
+            f"TapsModel: head must name a module of the model, got {head!r} ({'; '.join(hints) or 'it has no Linear'})"
         )
     if norms not in ("task", "shared"):
         raise ValueError(f"TapsModel: norms must be 'task' or 'shared', got {norms!r}")
@@ -260,12 +268,18 @@ def _warn_of_tasks(model: nn.Module) -> None:
         )
 
 
+def last_linear(model: nn.Module) -> str | None:
+    """The path of the last Linear, where most networks have their head; None where there is none inside."""
+    return next((path for path, m in reversed(list(model.named_modules())) if path and isinstance(m, nn.Linear)), None)
+
+
 def _patterns(name: str, patterns: Patterns, paths: dict[str, nn.Module]) -> list[str | type[nn.Module]]:
     """Module paths (globs) or types; each must match something."""
     found = [patterns] if isinstance(patterns, (str, type)) else list(patterns)
     for pattern in found:
         if not any(_matches(path, module, [pattern]) for path, module in paths.items()):
-            hint = nearest(pattern, list(paths)) if isinstance(pattern, str) else "no module of this type"
+            known = [path for path in paths if path]
+            hint = nearest(pattern, known) if isinstance(pattern, str) else "no module of this type"
             raise ValueError(f"TapsModel: {name} must match a module, got {pattern!r} ({hint})")
     return found
 

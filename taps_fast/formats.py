@@ -4,17 +4,16 @@ A format is a small immutable object with a `shape`. What it means is its `dense
 is tested against that. `delta_linear` and `delta_conv2d` take formats wherever they take a delta, beside dense ones,
 and a `taps_fast.stacked.Stack` of many alike in place of a list.
 
-    SignBits   scale · (bit ? +1 : -1)         1 bit a weight          BitDelta, arXiv 2402.10193
-    MaskBits   scale · (bit ? tile : 0)        1 bit a weight a task   TALL-masks, arXiv 2405.07813; EMR, 2405.17461
-    Int8       scale[o] · code[o, i]           1 byte a weight
-    LowRank    scale · B A                     r·(O + I) numbers       LoRA, arXiv 2106.09685; truncated SVD
+    SignBits   scale · (bit ? +1 : -1)     1 bit per weight            BitDelta, arXiv 2402.10193
+    MaskBits   scale · (bit ? tile : 0)    1 bit per weight and task   TALL-masks, arXiv 2405.07813; EMR, 2405.17461
+    Int8       scale[o] · code[o, i]       1 byte per weight
+    LowRank    scale · B A                 r·(O + I) numbers           LoRA, arXiv 2106.09685; truncated SVD
 
 Below, I is all that follows the first axis: for a convolution C/groups·kh·kw.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -22,8 +21,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-_WORD = 64
-"""Rows of bits end on a whole word of so many, the rest being 0: kernels then read words without a tail."""
+from ._bits import WORD, matrix_of
+from ._bits import pack_bits as pack_bits
+from ._bits import unpack_bits as unpack_bits
 
 _Self = TypeVar("_Self", bound="Format")
 
@@ -55,6 +55,7 @@ class Format:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return next(iter(self.tensors.values())).device
 
     def to(self: _Self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> _Self:
@@ -137,6 +138,7 @@ class SignBits(Format):
         return cls(tuple(delta.shape), pack_bits(wide >= 0), scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The delta itself, [O, …]: ±scale; differentiable in the scale."""
         wide = self.scale.dtype if dtype is None else dtype
         return _scaled(self.scale, unpack_bits(self.codes, self.shape, wide))
 
@@ -149,7 +151,7 @@ class MaskBits(Format):
         shape, codes, scale: as in `SignBits`.
         tile: like the delta; the same tensor for all tasks that share it. Data: it has no gradient here.
 
-    Source: TALL-masks, arXiv 2405.07813, equation 3 (scale 1); EMR-Merging, arXiv 2405.17461 (a scale a task).
+    Source: TALL-masks, arXiv 2405.07813, equation 3 (scale 1); EMR-Merging, arXiv 2405.17461 (a scale per task).
 
     >>> tile = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> MaskBits.from_mask(tile > 2, tile, 0.5).dense().tolist()
@@ -185,13 +187,14 @@ class MaskBits(Format):
         return cls(tuple(tile.shape), pack_bits(mask), tile, scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The delta itself, [O, …]: scale · tile where a bit is set, else 0; differentiable in the scale."""
         tile = self.tile if dtype is None else self.tile.to(dtype)
         return _scaled(self.scale, torch.where(unpack_bits(self.codes, self.shape), tile, 0))
 
 
 @dataclass(frozen=True, eq=False)
 class Int8(Format):
-    """scale[o] · codes[o, i]: a byte a weight, and a scale for each output.
+    """scale[o] · codes[o, i]: a byte per weight, and a scale for each output.
 
     Args:
         shape: of the delta.
@@ -210,7 +213,7 @@ class Int8(Format):
     scale: Tensor
 
     def __post_init__(self) -> None:
-        out, into = _matrix(self.shape)
+        out, into = matrix_of(self.shape)
         if self.codes.dtype != torch.int8:
             raise TypeError(f"Int8: codes must be torch.int8, got {self.codes.dtype}")
         self._check("codes", self.codes, (out, into))
@@ -229,6 +232,7 @@ class Int8(Format):
         return cls(tuple(delta.shape), codes, scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The delta itself, [O, …]: a code times its output's scale; differentiable in the scale."""
         wide = self.scale.dtype if dtype is None else dtype
         return _scaled(self.scale, self.codes.to(wide).view(self.shape))
 
@@ -239,7 +243,8 @@ class LowRank(Format):
 
     Args:
         shape: of the delta.
-        b: [O, r]. a: [r, I].
+        b: [O, r].
+        a: [r, I].
         scale: []; LoRA's α/r.
 
     Source: LoRA, arXiv 2106.09685.
@@ -257,7 +262,7 @@ class LowRank(Format):
     scale: Tensor
 
     def __post_init__(self) -> None:
-        out, into = _matrix(self.shape)
+        out, into = matrix_of(self.shape)
         rank = self.b.shape[-1] if self.b.dim() else 0
         self._check("b", self.b, (out, rank))
         self._check("a", self.a, (rank, into))
@@ -267,6 +272,7 @@ class LowRank(Format):
 
     @property
     def rank(self) -> int:
+        """r, the columns of b and rows of a."""
         return self.b.shape[1]
 
     def t(self) -> LowRank:
@@ -304,6 +310,7 @@ class LowRank(Format):
         return cls.of(b.to(delta.dtype), a.to(delta.dtype).contiguous(), shape=delta.shape)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The delta itself, [O, …]: scale · B A; differentiable in B and A."""
         b, a = (self.b, self.a) if dtype is None else (self.b.to(dtype), self.a.to(dtype))
         return (self.scale.to(b.dtype) * (b @ a)).view(self.shape)
 
@@ -329,53 +336,26 @@ def compress(delta: Tensor, name: str, *, rank: int | None = None) -> Format:
     >>> compress(torch.ones(4, 6), "int8").error(torch.ones(4, 6)) < 1e-6
     True
     """
-    if name not in ("bits", "int8", "lowrank"):
-        raise ValueError(f"compress: name must be bits, int8 or lowrank, got {name!r}")
-    if (rank is None) == (name == "lowrank"):
-        raise ValueError(f"compress: rank must be given for lowrank and for nothing else, got {rank} for {name!r}")
+    check_format("compress: name", name, rank)
     if name == "bits":
         return SignBits.from_dense(delta)
     return Int8.from_dense(delta) if rank is None else LowRank.from_dense(delta, rank)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """uint8 [O, 8·ceil(I / 64)] of a boolean [O, …]: bit i % 8 of byte i // 8 is entry i of the row; the rest is 0.
-
-    >>> pack_bits(torch.tensor([[True, False, True]])).tolist()
-    [[5, 0, 0, 0, 0, 0, 0, 0]]
-    """
-    flat = mask.flatten(1) if mask.dim() > 1 else mask[:, None]
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % _WORD))
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(flat.shape[0], padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(codes: Tensor, shape: Sequence[int], signs: torch.dtype | None = None) -> Tensor:
-    """The boolean tensor that `pack_bits` was given, or ±1 in its place.
-
-    Args:
-        codes, shape: uint8 [O, 8·ceil(I / 64)], and the tensor's, [O, …].
-        signs: the dtype of ±1; None: a boolean tensor.
-    """
-    out, into = _matrix(shape)
-    byte = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None]
-    bits = byte >> torch.arange(8, dtype=torch.int32, device=codes.device) & 1
-    # A row of eight for each byte there is: one pass, where shifts take four.
-    table = bits.to(torch.uint8) if signs is None else (2 * bits - 1).to(signs)
-    found = torch.nn.functional.embedding(codes.to(torch.int32), table).view(out, codes.shape[1] * 8)
-    found = found[:, :into].reshape(tuple(shape))
-    return found.bool() if signs is None else found
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
+def check_format(what: str, name: str, rank: int | None) -> None:
+    """Whether `compress` has this format, and a rank where it wants one."""
+    if name not in ("bits", "int8", "lowrank"):
+        raise ValueError(f"{what} must be bits, int8 or lowrank, got {name!r}")
+    if (rank is None) == (name == "lowrank"):
+        function = what.partition(":")[0]
+        raise ValueError(f"{function}: rank must be given for lowrank and for nothing else, got {rank} for {name!r}")
 
 
 def _check_bits(format: Format, codes: Tensor) -> None:
     if codes.dtype != torch.uint8:
         raise TypeError(f"{type(format).__name__}: codes must be torch.uint8, got {codes.dtype}")
-    out, into = _matrix(format.shape)
-    format._check("codes", codes, (out, 8 * -(-into // _WORD)))
+    out, into = matrix_of(format.shape)
+    format._check("codes", codes, (out, 8 * -(-into // WORD)))
 
 
 def _checked(name: str, delta: Tensor) -> Tensor:

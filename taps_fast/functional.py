@@ -122,11 +122,11 @@ def delta_conv2d(
         coeffs, bias, tasks, base_coeffs, pairs, scale, shift, activation: as in `delta_linear`, with images for
             rows. Scale and shift are what an evaluated batch norm is: weight / √(var + eps) and what remains.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
-        backend: "cpu" (depthwise on channels last), "linear" (algorithm "rows": on channels last a convolution is
+        backend, algorithm: "cpu" (depthwise on channels last), "linear" ("rows": on channels last a convolution is
             `delta_linear` on its pixels if it is 1 × 1, else on a copy of patches), "aten" ("merge": kernel summed
             into scratch, vendor convolution; "split": base convolution for all images, then one for each open delta),
             "triton" ("split", in inference: each image with its own task's deltas in one kernel, fastest on channels
-            last) or "reference" ("split", "blend"); default: what is fastest.
+            last) or "reference" ("split", "blend"); default: the fastest ("auto").
 
     Returns:
         y [N, O, H', W'] ([O, H', W'] for an unbatched x) in x's dtype and memory format.

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
-from ._inference import PreparedModel, part
 from ._plain import plain_network
+from ._running import RunningModel, part
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, names_of
 from .sharing import Sharing
 
 
-class TapsModel(PreparedModel):
+class TapsModel(RunningModel):
     """An adapted copy of ``model``: frozen base, and for each task gated deltas, norms and a head.
 
     Sequential TAPS trains one task after the other, each alone (`task_parameters`); joint TAPS trains all of them and
@@ -31,9 +31,9 @@ class TapsModel(PreparedModel):
     changes both: give a copy for that.
 
     Args:
-        model: any module, on the device and in the dtype it shall have.
+        model: any module, already on the device and in the dtype you want.
         tasks: names to add at once, or one, with heads like the base's (see `add_task`).
-        head: the path of the module each task replaces; None: none is.
+        head: the path of the module that each task replaces (for example "fc"); None: the network keeps one head.
         include: which Linear and Conv2d modules get gates: paths (globs; a path covers what is below it) or types;
             None: all.
         exclude: which modules, norms too, stay shared.
@@ -205,16 +205,16 @@ class TapsModel(PreparedModel):
 
         ::
 
-            W_t = W0 + delta_shared + I(s_t)·delta_t
+            W_t = base + I(s_t)·delta_t,   base = W0 + delta_shared
 
-        The shared delta has no gate and multiplies every row, so it needs no tensor of its own: the base of each
-        adapted layer starts as W0 and is W0 + delta_shared from the first step on. Its gradient is the shared delta's,
-        the sum over all tasks. So the base is what it belongs to everywhere: a task folder holds none of it and is of
-        the trained base (`fingerprint`), ``merge("base")`` is the shared backbone, which ``TapsModel`` adapts again.
+        W0 is the network's weight. The shared delta has no gate and multiplies every row, so it needs no tensor of its
+        own: the base of each adapted layer starts as W0 and is trained. Its gradient is the shared delta's, the sum
+        over all tasks. So the base is what it belongs to everywhere: a task folder holds none of it and is of the
+        trained base (`fingerprint`), ``merge("base")`` is the shared backbone, which ``TapsModel`` adapts again.
 
         Weight decay draws the base to 0 where it would draw a separate delta to 0; leave it out to stay near W0.
 
-        Two steps take less memory, one delta a task at a time: train the base alone (``add_task(..., deltas=False)``
+        Two steps take less memory, one delta per task at a time: train the base alone (``add_task(..., deltas=False)``
         for each task), freeze it, then `reopen` and train task after task.
 
         Returns:
@@ -302,7 +302,7 @@ class TapsModel(PreparedModel):
         are not those that were given.
 
         Raises:
-            ValueError: an unknown task; `TaskFolderError`: ``folder`` is a file; OSError: the disk refuses.
+            ValueError: an unknown task; `taps_fast.TaskFolderError`: ``folder`` is a file; OSError: the disk refuses.
 
         Cost: `fingerprint`'s; a copy of the task's tensors on the host, hashed and written.
         """
@@ -328,7 +328,8 @@ class TapsModel(PreparedModel):
             How many tensors matched and how many layers are open; ``print`` it.
 
         Raises:
-            TaskFolderError (a ValueError): not a whole task folder, another base, threshold, gate or conversion.
+            taps_fast.TaskFolderError (a ValueError): not a whole task folder, or another base, threshold, gate,
+                conversion.
             ValueError: a name in use; RuntimeError: the model is prepared.
 
         Cost: one read of the task, and `fingerprint`'s, each time: of 64 tasks the base is hashed 64 times.
@@ -345,8 +346,9 @@ class TapsModel(PreparedModel):
         too: `task_parameters`. Signs and bytes do not change, only their scales do.
 
         Args:
-            format: "bits" (BitDelta: signs and one scale, 1 bit a weight), "int8" (a byte a weight, a scale for each
-                output) or "lowrank" (two factors, by singular value decomposition).
+            task: a name.
+            format: "bits" (BitDelta: signs and one scale, 1 bit per weight), "int8" (a byte per weight, a scale for
+                each output) or "lowrank" (two factors, by singular value decomposition).
             rank: of "lowrank"; a layer whose dense delta is no larger than its factors keeps it.
             inputs: what the model takes, to measure how far its output moves; None: not measured.
 
@@ -357,7 +359,7 @@ class TapsModel(PreparedModel):
             ValueError: an unknown task or format, a rank that is missing or out of place, a delta that is not finite
                 or compressed already; RuntimeError: the model is prepared. Then nothing has changed.
 
-        Cost: one pass over the deltas; "lowrank" one singular value decomposition a layer.
+        Cost: one pass over the deltas; "lowrank" one singular value decomposition per layer.
         Source: BitDelta, arXiv 2402.10193; LoRA, arXiv 2106.09685.
         """
         self._unprepared("compress")
@@ -378,7 +380,7 @@ class TapsModel(PreparedModel):
             classes, head: as in `add_task`.
 
         Raises:
-            AdapterError (a ValueError): not a plain LoRA adapter, or one for other layers than this model's.
+            taps_fast.AdapterError (a ValueError): not a plain LoRA adapter, or one for other layers than this model's.
             ValueError: a name in use; RuntimeError: the model is prepared.
         """
         self._unprepared("load_lora")

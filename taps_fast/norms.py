@@ -239,6 +239,7 @@ def group_norm(
         x: [N, C, …]; float32, bfloat16, float16 or float64; keeps its layout if that is dense.
         weight, bias: T + 1 tensors of C elements, those of the base last; none at all: 1 and 0.
         groups: how many; they divide C. A layer norm of rows [M, C] has one.
+        eps: what is added to the variance.
         tasks: the task of each of B samples.
         center: False: mean is 0, as in an RMS norm.
         inner: consecutive rows of a sample; default N / B.

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from ._names import counted
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -51,7 +53,7 @@ class TaskRecord:
     head_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Sharing:
     """The layer × task table; ``print`` shows it, `plot` draws it.
 
@@ -59,7 +61,7 @@ class Sharing:
         layers: in the order of the network; each says for every task whether it is open.
         tasks: by name, in the order of the columns.
         base_parameters, base_bytes: of the base model, its own head and (bytes) buffers included.
-        base_head_bytes: of the head that a task's head replaces; a separate model would not have both.
+        base_head_bytes: of the head that a task's head replaces; not counted in `bytes` and `separate_bytes`.
 
     >>> layers = [LayerRecord(f"fc{i}", "linear", 100, 400, 100, {"cubs": i > 2, "cars": i > 3}) for i in range(5)]
     >>> tasks = {"cubs": TaskRecord(head_parameters=50, head_bytes=200), "cars": TaskRecord(norm_parameters=5)}
@@ -115,12 +117,12 @@ class Sharing:
 
     @property
     def bytes(self) -> int:
-        """One base and what every task adds."""
-        return self.base_bytes + sum(map(self.added_bytes, self.tasks))
+        """One base and what every task adds; like `separate_bytes` without the base's head, which tasks replace."""
+        return self.base_bytes - self.base_head_bytes + sum(map(self.added_bytes, self.tasks))
 
     @property
     def separate_bytes(self) -> int:
-        """The same tasks as one whole model each."""
+        """The same tasks as one whole model each, with the task's head in place of the base's."""
         return sum(self.base_bytes - self.base_head_bytes + task.head_bytes for task in self.tasks.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -186,6 +188,9 @@ class Sharing:
     def __str__(self) -> str:
         return "\n".join([*self._layer_lines(), "", *self._task_lines(), "", self._total()])
 
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows
+
     def _layer_lines(self) -> list[str]:
         """One line a layer, or a run of layers that the same tasks opened; a column a task, by number."""
         width = len(str(len(self.tasks)))
@@ -221,10 +226,16 @@ class Sharing:
 
     def _total(self) -> str:
         parameters = 1 + sum(map(self.fraction, self.tasks))
+        own_head = (
+            f"{readable_bytes(self.base_head_bytes)} of the base's own head apart" if self.base_head_bytes else ""
+        )
+        unknown = any(layer.macs is None for layer in self.layers) and self.tasks
         return (
-            f"{OPEN} open, {CLOSED} closed (runs on the base's weight). Base and {len(self.tasks)} tasks: "
+            f"{OPEN} open, {CLOSED} closed (runs on the base's weight). Base and {counted(len(self.tasks), 'task')}: "
             f"{parameters:.3f} times the base's {self.base_parameters:,} parameters, heads apart; "
-            f"{readable_bytes(self.bytes)} against {readable_bytes(self.separate_bytes)} in separate models."
+            f"{readable_bytes(self.bytes)} against {readable_bytes(self.separate_bytes)} in separate models"
+            f"{', ' if own_head else ''}{own_head}."
+            f"{' ?: known after model.probe(...), or a first mixed batch.' if unknown else ''}"
         )
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -241,7 +252,7 @@ class Sharing:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError(f"Sharing.plot needs matplotlib: pip install 'taps-fast[plot]' ({error})") from None
+            raise ImportError(f"Sharing.plot needs matplotlib: pip install matplotlib ({error})") from None
         count, names = len(self.layers), list(self.tasks)
         size = (min(max(4.0, 1.5 + 0.16 * count), 400.0), min(1.2 + 0.3 * len(names), 400.0))
         figure = Figure(figsize=size, layout="constrained")

@@ -166,7 +166,8 @@ def check_against(
     if meta["fingerprint"] != base:
         raise TaskFolderError(
             f"load_task: task {task!r} must be of this model's base, {base}, got one of "
-            f"{meta['fingerprint']} (saved by {meta['library']})"
+            f"{meta['fingerprint']} (saved by {meta['library']}; build TapsModel from the same weights, in the same "
+            "dtype, as when it was saved)"
         )
     _same_names(f"load_task: task {task!r} must hold this model's tensors", expected, tensors)
     for name, want in expected.items():

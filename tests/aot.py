@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -335,14 +335,22 @@ def unlaunched(launches: Sequence[Launch]) -> set[str]:
     return named - {launch.kernel for launch in launches}
 
 
+def shipped(capability: tuple[int, int]) -> Iterator[tuple[str, int, _configs.Config]]:
+    """(kernel, bytes an element, config) of everything `choose` can return on a chip."""
+    for kernel in _configs.KERNELS:
+        for itemsize in (4,) if kernel.endswith(_configs.IEEE) else (2, 4):
+            for _, config in _configs.entries(kernel, itemsize, capability):
+                yield kernel, itemsize, _configs.fitted(config, kernel, itemsize, capability)
+
+
 def unseen(chip: tuple[int, int], launches: Sequence[Launch]) -> list[_configs.Config]:
     """Configs that the table can choose on this chip and that no recorded launch uses."""
     seen = set()
     for launch in launches:
         constants = dict(launch.constants)
         seen.add((*(constants.get(n) for n in ("BLOCK_M", "BLOCK_O", "BLOCK_I")), launch.warps))
-    shipped = (config for _, _, config in _configs.shipped(chip))
-    return [c for c in shipped if (c.block_m, c.block_o, c.block_i, c.warps) not in seen]
+    configs = (config for _, _, config in shipped(chip))
+    return [c for c in configs if (c.block_m, c.block_o, c.block_i, c.warps) not in seen]
 
 
 def main() -> int:

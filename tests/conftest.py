@@ -22,6 +22,7 @@ NOT_RUN = pytest.StashKey[dict[str, int]]()
 MISSING = {
     "gpu": ("GPU tests not run: no CUDA device", lambda: not torch.cuda.is_available()),
     "nvcc": ("compilations for GPUs not run: no CUDA toolkit for all", lambda: not cuda_build.compiles_for_all()),
+    "mypy": ("checks of types not run: mypy is not installed", lambda: importlib.util.find_spec("mypy") is None),
 }
 """Markers of what a machine may lack: how that is said, and whether this one does."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,26 @@ def one_thread():
 def small_layers(monkeypatch):
     for name, layer in SMALL.items():
         monkeypatch.setitem(workloads.LAYERS, name, layer)
+
+
+COMMANDS = ("cpu_linear", "slices", "mixed_conv", "compressed", "merging", "prepared", "report", "run", "gpu", "tune")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_are_called_as_they_run(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main()
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and text.startswith(f"usage: python -m benchmarks.{name} ") and "[]" not in text
+
+
+@pytest.mark.parametrize("name", ["cpu_linear", "compressed"])
+def test_unknown_tables_are_refused(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "backwards"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert "TABLE must be of " in capsys.readouterr().err
 
 
 # Providers.

@@ -171,8 +171,11 @@ def test_refusals():
     with pytest.raises(ValueError, match="TapsModel: task must be one of its tasks, got 'birds'"):
         model.compress("birds", "int8")
     for options, text in (
-        ({"format": "int4"}, "name must be bits, int8 or lowrank, got 'int4'"),
-        ({"format": "lowrank"}, "rank must be given for lowrank and for nothing else, got None for 'lowrank'"),
+        ({"format": "int4"}, "^TapsModel.compress: format must be bits, int8 or lowrank, got 'int4'"),
+        (
+            {"format": "lowrank"},
+            "^TapsModel.compress: rank must be given for lowrank and for nothing else, got None for 'lowrank'",
+        ),
         ({"format": "bits", "rank": 2}, "rank must be given for lowrank and for nothing else, got 2 for 'bits'"),
         ({"format": "lowrank", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"format": "lowrank", "rank": 2.5}, "rank must be a whole number of at least 1, got 2.5"),
@@ -183,7 +186,7 @@ def test_refusals():
     with torch.no_grad():
         layer.deltas["dogs"][1, 0, 2, 2] = torch.nan
     with pytest.raises(
-        ValueError, match=r"TapsModel.compress: conv3: Int8: delta must be finite, got nan at \(1, 20\)|finite"
+        ValueError, match=r"TapsModel.compress: layer 'conv3': Int8: delta must be finite, got nan at \(1, 20\)|finite"
     ):
         model.compress("dogs", "int8")
     assert not any(isinstance(layer.delta("dogs"), Format) for layer in model.conversion.layers.values())

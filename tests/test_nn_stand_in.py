@@ -165,3 +165,13 @@ def test_reset_parameters_starts_anew(name):
     assert layer.base_bias is None or torch.equal(layer.base_bias, ordinary.bias)
     assert layer.deltas["cubs"] is held and all(not delta.any() for delta in layer.deltas.values())
     assert all(layer.is_open(task) for task in ("cubs", "bits"))
+
+
+def test_layers_show_scores_and_gates():
+    layer = FastTapsLinear(4, 2, tasks=["cubs", "cars"])
+    layer.scores["cars"].data.fill_(0.025)
+    text = repr(layer)
+    assert "4, 2, bias=True, tasks=[cubs open, cars closed]" in text
+    assert "(cubs): 0.15\n" in text and "(cars): 0.025\n" in text
+    text = repr(layer.to("meta"))
+    assert "tasks=[cubs, cars]" in text and "(cubs): ?\n" in text

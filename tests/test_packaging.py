@@ -134,6 +134,12 @@ def test_required_extension_is_an_error(copy):
     assert "ImportError: taps_fast._C is not loaded: it has not been built. To build it: cd" in result.stderr
 
 
+def test_unknown_word_for_the_extension_is_an_error():
+    result = run("import taps_fast", TAPS_FAST_EXT="on")
+    assert result.returncode == 1
+    assert "ImportError: TAPS_FAST_EXT must be auto, require or off, got 'on'" in result.stderr
+
+
 def test_extension_can_be_turned_off():
     result = run(FORWARD, TAPS_FAST_EXT="off")
     assert result.returncode == 0, result.stderr
@@ -190,4 +196,4 @@ def test_plot_without_matplotlib():
     code = "from taps_fast.sharing import Sharing\nSharing([], [], 0, 0).plot('sharing.png')"
     result = run(code, without=("matplotlib", "matplotlib.figure"))
     assert result.returncode == 1
-    assert "pip install 'taps-fast[plot]'" in result.stderr
+    assert "pip install matplotlib" in result.stderr

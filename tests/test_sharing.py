@@ -99,7 +99,7 @@ def test_totals_by_hand():
     assert sharing.fraction("y") == (30 + 4) / 100
     assert sharing.added_parameters("x") == 20 + 30 + 4 + 6
     assert sharing.added_bytes("y") == 120 + 32 + 36
-    assert sharing.bytes == 432 + (80 + 120 + 32 + 24) + (120 + 32 + 36)
+    assert sharing.bytes == 432 - 40 + (80 + 120 + 32 + 24) + (120 + 32 + 36)
     assert sharing.separate_bytes == (432 - 40 + 24) + (432 - 40 + 36)
     assert sharing.macs_open("x") == 33 / 40
 
@@ -108,7 +108,12 @@ def test_unknown_macs_are_not_guessed():
     layers = [LayerRecord("a", "linear", 10, 40, None, {"x": True}), LayerRecord("b", "linear", 10, 40, 5, {"x": True})]
     sharing = Sharing(layers, {"x": TaskRecord()}, 20, 80)
     assert sharing.macs_open("x") is None
-    assert "?" in str(sharing)
+    assert str(sharing).endswith("in separate models. ?: known after model.probe(...), or a first mixed batch.")
+    assert "Base and 1 task: " in str(sharing) and "?:" not in str(small())
+
+
+def test_shows_itself_in_a_notebook():
+    assert repr(small()) == str(small())
 
 
 def test_text_of_a_small_network():
@@ -123,7 +128,7 @@ def test_text_of_a_small_network():
         "2  y             1/3       30      4     9        34.0%     50.0%        188 B",
         "",
         "# open, . closed (runs on the base's weight). Base and 2 tasks: 1.880 times the base's 100 parameters, "
-        "heads apart; 876 B against 844 B in separate models.",
+        "heads apart; 836 B against 844 B in separate models, 40 B of the base's own head apart.",
     ]
 
 
@@ -223,7 +228,7 @@ def test_plot_writes_nothing_without_a_path(tmp_path, monkeypatch):
 
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"^Sharing\.plot needs matplotlib: pip install 'taps-fast\[plot\]'"):
+    with pytest.raises(ImportError, match=r"^Sharing\.plot needs matplotlib: pip install matplotlib"):
         small().plot()
 
 

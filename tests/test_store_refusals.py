@@ -178,7 +178,7 @@ def test_another_base():
     with pytest.raises(
         TaskFolderError,
         match=r"^load_task: task 'cubs' must be of this model's base, sha256:cd, got one of sha256:(ab){32} "
-        r"\(saved by taps_fast 0\.1\.0\)$",
+        r"\(saved by taps_fast 0\.1\.0; build TapsModel from the same weights, in the same dtype, as when .*saved\)$",
     ):
         fits(base="sha256:cd")
 

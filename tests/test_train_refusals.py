@@ -102,16 +102,15 @@ def test_bad_backbones(spec, text):
 def test_what_is_not_installed(monkeypatch, tmp_path, capsys):
     for name in ("torchvision", "timm", "PIL"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        TrainError, match=r"needs torchvision, which is not installed: pip install 'taps-fast\[train\]' "
-    ):
-        backbone("torchvision:resnet18")
-    with pytest.raises(TrainError, match=r"needs timm, which is not installed \("):
-        backbone("timm:resnet18")
+    for name in ("torchvision", "timm"):
+        with pytest.raises(TrainError, match=rf"needs {name}, which is not installed: pip install {name} \("):
+            backbone(f"{name}:resnet18")
+    with pytest.raises(TrainError, match=r"needs mine, which is not installed \("):
+        backbone("mine:resnet18")
     for name in "abcdef":
         Path("folder", name).mkdir(parents=True)
         Path("folder", name, "1.png").touch()
-    text = "train: Pillow must be installed to read images: pip install 'taps-fast[train]' ("
+    text = "train: Pillow must be installed to read images: pip install pillow ("
     assert refused(capsys, data="folder").startswith(text)
 
 

@@ -69,7 +69,7 @@ def test_chips_without_entries_of_their_own_compile():
 
 
 def test_a_chip_that_is_like_another_has_its_tiles():
-    shipped = {chip: list(aot._configs.shipped(chip)) for chip in ((10, 0), (10, 3), (8, 9))}
+    shipped = {chip: list(aot.shipped(chip)) for chip in ((10, 0), (10, 3), (8, 9))}
     assert shipped[10, 3] == shipped[10, 0] != shipped[8, 9]
 
 
@@ -96,7 +96,7 @@ def test_direct_launches_hand_on_what_triton_would():
 
 def test_a_config_that_nobody_compiles_is_found():
     """Without launches every config of the table is unseen; the script itself refuses to run with one."""
-    (first, *_) = shipped = [config for _, _, config in aot._configs.shipped((9, 0))]
+    (first, *_) = shipped = [config for _, _, config in aot.shipped((9, 0))]
     assert aot.unseen((9, 0), []) == shipped
     blocks = {"BLOCK_M": first.block_m, "BLOCK_O": first.block_o, "BLOCK_I": first.block_i}
     launch = replace(LAUNCH, constants=tuple(blocks.items()), warps=first.warps)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in PACKAGES:
             raise
-        raise UserError(f"demo: {error.name} must be installed: pip install 'taps-fast[demo]'") from None
+        raise UserError(f"demo: {error.name} must be installed: pip install '.[demo]' in a checkout") from None
     except OSError as error:
         raise UserError(f"demo: --out must be a folder that can be written, got {args.out} ({error})") from None
     start = time.perf_counter()

@@ -35,7 +35,8 @@ def adamerging(
         batches: one item a step: unlabelled inputs by task. All tasks run as one mixed batch where shapes allow it.
         coeffs: "tensor" (layer-wise AdaMerging) or "task" (task-wise).
         plus_plus: trim deltas to their largest 20 % and drop the signs that lose first (AdaMerging++).
-        lr: Adam's learning rate. progress: called with each step and its loss.
+        lr: Adam's learning rate.
+        progress: called with each step and its loss.
 
     Returns:
         The trained `MergedModel`; ``.state(task)`` is a plain state dict.

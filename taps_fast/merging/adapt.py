@@ -32,7 +32,8 @@ def agreement(logits: Tensor, teacher: Tensor, confident: bool = False) -> Tenso
     """The mean cross-entropy against the teacher's labels; 0 where no row is left.
 
     Args:
-        logits, teacher: [N, C]. confident: leave out the rows where the labels differ and the student's largest
+        logits, teacher: [N, C].
+        confident: leave out the rows where the labels differ and the student's largest
             probability exceeds the teacher's.
     """
     labels = teacher.argmax(-1)

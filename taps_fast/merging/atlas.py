@@ -31,7 +31,9 @@ def atlas(
         model, vectors, head: as in `MergedModel`.
         batches: one item a step: (inputs, labels) by task.
         num_parts: P; 1 is plain aTLAS. With more, each tensor's elements are split at random.
-        lr, weight_decay: AdamW's. seed: of the split. progress: called with each step and its loss.
+        lr, weight_decay: AdamW's.
+        seed: of the split.
+        progress: called with each step and its loss.
 
     Returns:
         The trained `MergedModel`.
@@ -39,7 +41,7 @@ def atlas(
     Raises:
         ValueError: as `MergedModel` and `random_parts`.
 
-    Cost: as `adamerging`; parts cost a byte a weight. Source: aTLAS, arXiv 2407.02880, equations of anisotropic
+    Cost: as `adamerging`; parts cost a byte per weight. Source: aTLAS, arXiv 2407.02880, equations of anisotropic
     scaling and of aTLAS x K (here P: K is the number of deltas).
     """
     parts = random_parts(vectors, num_parts, seed) if num_parts > 1 else None

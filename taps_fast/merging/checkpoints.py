@@ -59,9 +59,11 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
+        """Of all tensors."""
         return list(self._get)
 
     def get(self, name: str) -> Tensor:
+        """Reads one tensor; of a state dict the tensor itself, not to be written to (`own`)."""
         return self._get[name]()
 
     def own(self, name: str) -> Tensor:

@@ -20,7 +20,9 @@ class ConcreteModel(MergedModel):
 
     Args:
         model, vectors: as in `MergedModel`, with its keyword arguments.
-        temperature: of the relaxed Bernoulli variables. logit: where the mask's logits start. seed: of the noise.
+        temperature: of the relaxed Bernoulli variables.
+        logit: where the mask's logits start.
+        seed: of the noise.
 
     Raises:
         ValueError: as `MergedModel`; another route than "whole", or parts.
@@ -81,7 +83,8 @@ def concrete(
 
     Args:
         model, vectors, head, coeffs, batches, lr, progress: as in `adamerging`.
-        mask_lr: of the mask's logits. temperature, seed: as in `ConcreteModel`.
+        mask_lr: of the mask's logits.
+        temperature, seed: as in `ConcreteModel`.
 
     Returns:
         The trained model, whose mask is now without noise.

@@ -30,7 +30,10 @@ def doge(
 
     Args:
         vectors: base and K deltas. Tensors of fewer than two axes stay the base's; a convolution is [O, C·kh·kw].
-        scale: λ. density: in (0, 1]. subspace, steps, lr: of `modification`. progress: called with each tensor's name.
+        scale: λ.
+        density: in (0, 1].
+        subspace, steps, lr: of `modification`.
+        progress: called with each tensor's name.
 
     Returns:
         A state dict without the tasks' own tensors.
@@ -76,7 +79,8 @@ def modification(tau: Tensor, coeffs: Tensor, subspace: int, steps: int, lr: flo
         L(δ) = Σ_k Σ_o ⟨τ_k[o], τ_k[o] - Σ_i λ_i (τ_i + δ)[o]⟩²
 
     Args:
-        tau: [K, O, I]. coeffs: λ [K].
+        tau: [K, O, I].
+        coeffs: λ [K].
         subspace: the gradient's part in the columns' shared space is taken away: that of the leading
             min(O, I) // subspace left singular vectors of the K deltas' own leading min(O, I) // K.
         steps, lr: of Adam.

@@ -23,8 +23,10 @@ def from_generator(
     """Task vectors with Δ_t = scale·B_t A_t, the pairs made by ``generate(task)``.
 
     Args:
-        base: the base's state dict. generate: for a task's name, (B [O, r], A [r, I]) by the names of weights [O, I].
-        tasks: the names to ask for. scale: α / r of LoRA.
+        base: the base's state dict.
+        generate: for a task's name, (B [O, r], A [r, I]) by the names of weights [O, I].
+        tasks: the names to ask for.
+        scale: α / r of LoRA.
 
     Returns:
         `TaskVectors`; a weight that a task's pairs leave out has delta 0 there.

@@ -17,7 +17,9 @@ def lines(
     """W0 + (alpha + beta·l / (L - 1))·Σ_k Δ_k, l the depth of a tensor among L.
 
     Args:
-        vectors: base and K deltas. alpha: the scale of the first layer; alpha + beta: of the last.
+        vectors: base and K deltas.
+        alpha: the scale of the first layer.
+        beta: what is added up to the last one, whose scale is alpha + beta.
         depths: l for each merged tensor; default: `block_depths` of their names.
 
     Returns:

@@ -11,11 +11,12 @@ from .vectors import TaskVectors, copies
 
 
 class MaskedDelta:
-    """W_t = W0 + scales[t]·masks[t] ∘ Δ: what TALL-masks and EMR store, one bit a weight for each further task.
+    """W_t = W0 + scales[t]·masks[t] ∘ Δ: what TALL-masks and EMR store, one bit per weight for each further task.
 
     Attributes:
         vectors: the base and the one delta, as `TaskVectors` of K = 1.
-        masks: bool tensors by task and name. scales: one number for each task.
+        masks: bool tensors by task and name.
+        scales: one number for each task.
         own: the tensors of each task that are not merged.
     """
 

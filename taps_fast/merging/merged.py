@@ -31,11 +31,12 @@ class MergedModel(nn.Module):
         head: the path of the module that each task has its own of; its tensors are ``vectors.own``.
         own: the path of one more layer (Linear, Conv2d or attention) in which each task gets a trainable delta of its
             own, from 0, on top of the merged weight.
-        coeffs: "tensor" (one a tensor and task; the papers' layer-wise), "task" (one a task), or "part" with parts.
+        coeffs: "tensor" (one a tensor and task; the papers' layer-wise), "task" (one per task), or "part" with parts.
         parts: uint8 tensors by name, values below ``num_parts``: the class of each element; see `random_parts`.
-        init: where coefficients start. clamp: the range they are clamped to, or None.
-        route: "whole" (weights are folded once a forward, in one pass), or "layer" (Linear and Conv2d sum their deltas
-            as they run: memory is base, deltas and one layer).
+        init: where coefficients start.
+        clamp: the range they are clamped to, or None.
+        route: "whole" (weights are folded once per forward, in one pass), or "layer" (Linear and Conv2d sum their
+            deltas as they run: memory is base, deltas and one layer).
 
     Raises:
         ValueError: tensors that the model has not, own tensors without ``head``, init outside the clamp, a route

@@ -13,7 +13,7 @@ class ScaLearn(nn.Module):
 
     Args:
         adapters: S modules, each from [..., D] to [..., D]; they are frozen here.
-        width: D; None makes one ω an adapter (the uniform form).
+        width: D; None makes one ω per adapter (the uniform form).
         init: where ω starts; default 1 / S.
 
     ``omega`` is a Parameter [S, D] or [S, 1].
@@ -22,7 +22,7 @@ class ScaLearn(nn.Module):
         ValueError: no adapters.
 
     Cost: the adapters' forwards and one sum. Source: ScaLearn, arXiv 2310.01217, equation of the scaled sum of source
-    adapters' outputs; uniform: one number a source.
+    adapters' outputs; uniform: one number per source.
 
     >>> layer = ScaLearn([nn.Linear(4, 4), nn.Linear(4, 4)], width=4)
     >>> layer(torch.randn(3, 4)).shape, layer.omega.shape
@@ -38,5 +38,6 @@ class ScaLearn(nn.Module):
         self.omega = nn.Parameter(torch.full((len(adapters), width or 1), start))
 
     def forward(self, h: Tensor) -> Tensor:
+        """h + Σ_s ω_s ∘ o_s(h), [..., D], for h [..., D]."""
         outputs = torch.stack([adapter(h) for adapter in self.adapters], -1)  # [..., D, S]
         return h + (outputs * self.omega.t().to(outputs.dtype)).sum(-1)

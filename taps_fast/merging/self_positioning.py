@@ -19,7 +19,8 @@ def slerp_coefficients(gram: Tensor, weights: Tensor) -> Tensor:
         slerp(a, b; s) = sin((1 - s)·Ω)/sin Ω·a + sin(s·Ω)/sin Ω·b,   cos Ω = <a, b> / (|a|·|b|)
 
     Args:
-        gram: [K, K] of <Δ_i, Δ_j>, float64. weights: [K], positive; the share of each vector.
+        gram: [K, K] of <Δ_i, Δ_j>, float64.
+        weights: [K], positive; the share of each vector.
 
     Returns:
         [K], differentiable in weights. Where two vectors are parallel, the straight line is taken.
@@ -64,8 +65,12 @@ def self_positioning(
     """W0 + λ·Σ_k c_k(w)·Δ_k, c the spherical composition of the deltas, with λ and K weights trained by a probe loss.
 
     Args:
-        vectors: base and K deltas. loss: of a merged state dict (differentiable), on probe data of the user's.
-        steps, lr: Adam's. init: K positive weights (default: equal). scale: λ at the start. penalty: of λ².
+        vectors: base and K deltas.
+        loss: of a merged state dict (differentiable), on probe data of the user's.
+        steps, lr: Adam's.
+        init: K positive weights (default: equal).
+        scale: λ at the start.
+        penalty: of λ².
 
     Returns:
         (the merged state dict, the coefficients λ·c [K]).

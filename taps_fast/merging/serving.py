@@ -27,9 +27,11 @@ def taps_model(
     """A `TapsModel` in which task t's weights are base + delta_of(·, t), with its norms and head, in eval mode.
 
     Args:
-        model: of the base's architecture; its parameters are not copied. vectors: whose base it is, with the tasks'
+        model: of the base's architecture; its parameters are not copied.
+        vectors: whose base it is, with the tasks'
             own tensors. tasks: their names. head: as in `MergedModel`.
-        delta_of: deltas that are not copied. set_weight: called as ``set_weight(layer, name, task)`` for a layer's
+        delta_of: deltas that are not copied.
+        set_weight: called as ``set_weight(layer, name, task)`` for a layer's
             weight instead, where it takes another form.
 
     Raises:

@@ -15,16 +15,17 @@ def tall_masks(vectors: TaskVectors, lam: float | Sequence[float] | Tensor = 0.4
     """W_t = W0 + m_t ∘ τ with τ = Σ_k Δ_k and m_t = [ |Δ_t| > lam_t·|τ - Δ_t| ].
 
     Args:
-        vectors: base and K deltas. lam: λ_t, one number or one a task; larger keeps less. The paper chooses it on
-            validation data between 0.2 and 0.6.
+        vectors: base and K deltas.
+        lam: λ_t, one number or one per task; larger keeps less. The paper chooses it on validation data between 0.2
+            and 0.6.
 
     Returns:
-        A `MaskedDelta`: one delta and a bit mask a task.
+        A `MaskedDelta`: one delta and a bit mask per task.
 
     Raises:
-        ValueError: numbers that are not one a task; TypeError: no numbers.
+        ValueError: numbers that are not one per task; TypeError: no numbers.
 
-    Cost: one pass over the deltas; then one bit a weight and task. Source: TALL-masks, arXiv 2405.07813, equation of
+    Cost: one pass over the deltas; then one bit per weight and task. Source: TALL-masks, arXiv 2405.07813, equation of
     the task-specific masks; the comparison is strict.
 
     >>> vectors = TaskVectors({"w": torch.zeros(2)}, {"w": [Tensor([2.0, 0.1]), Tensor([0.0, 1.0])]}, ["a", "b"])
@@ -42,7 +43,10 @@ def consensus(
     """W0 + scale·[Σ_t m_t >= least] ∘ Σ_k Δ_k: task arithmetic without what fewer than ``least`` tasks need.
 
     Args:
-        vectors: base and K deltas. scale: α. lam: as in `tall_masks`. least: how many tasks must need an element.
+        vectors: base and K deltas.
+        scale: α.
+        lam: as in `tall_masks`.
+        least: how many tasks must need an element.
 
     Returns:
         A state dict without the tasks' own tensors.

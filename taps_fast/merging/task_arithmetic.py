@@ -11,7 +11,8 @@ def task_arithmetic(vectors: TaskVectors, scale: float = 0.3) -> dict[str, Tenso
     """W0 + scale·Σ_k Δ_k.
 
     Args:
-        vectors: base and K deltas. scale: λ, one number for all tensors and tasks.
+        vectors: base and K deltas.
+        scale: λ, one number for all tensors and tasks.
 
     Returns:
         A state dict without the tasks' own tensors.

@@ -18,7 +18,9 @@ def ties(vectors: TaskVectors, scale: float = 1.0, density: float = 0.2) -> dict
         τ   = Σ_k Δ̂_k·[sign Δ̂_k = γ] / max(1, Σ_k [sign Δ̂_k = γ ≠ 0])
 
     Args:
-        vectors: base and K deltas. scale: λ. density: the share of a whole task's elements that is kept, in (0, 1].
+        vectors: base and K deltas.
+        scale: λ.
+        density: the share of a whole task's elements that is kept, in (0, 1].
 
     Returns:
         A state dict without the tasks' own tensors.

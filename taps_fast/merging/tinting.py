@@ -41,7 +41,9 @@ def tinting(
         plus_plus: leave out the rows where merged model and expert differ and the merged model is the surer (the
             paper's ++). A batch in which no row is left has zero loss.
         updates: "joint" (one update a batch, from the loss of all tasks) or "sequential" (one after each task).
-        lr: of the coefficients. own_lr: of the tasks' layers. progress: called with each step and its loss.
+        lr: of the coefficients.
+        own_lr: of the tasks' layers.
+        progress: called with each step and its loss.
 
     Returns:
         The trained `MergedModel`; ``.state(task)`` is a plain state dict with the task's own layer.

@@ -31,7 +31,8 @@ class TwinModel(nn.Module):
         model: any module of the base's architecture without heads of tasks; not changed, nor copied but for W*.
         vectors: base and K deltas.
         router: from the model's inputs to logits [B, K]; trained by the user, it is a submodule if it is a module.
-        shared: the scale of the shared part. keep: the share of min(O, I) that is kept as rank.
+        shared: the scale of the shared part.
+        keep: the share of min(O, I) that is kept as rank.
 
     Raises:
         ValueError: keep outside (0, 1].

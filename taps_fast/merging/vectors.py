@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import store
-from .._names import covers, nearest
+from .._names import counted, covers, nearest
 from .checkpoints import FINGERPRINT, Checkpoint, Source
 from .fold import fold
 
@@ -65,7 +65,8 @@ class TaskVectors:
 
         Args:
             base: a safetensors or PyTorch file (read with ``weights_only``), a ``save_pretrained`` folder, or a
-                state dict. checkpoints: K of the same kinds; a mapping names the tasks (default: "0", "1", ...).
+                state dict.
+            checkpoints: K of the same kinds; a mapping names the tasks (default: "0", "1", ...).
             own: names that belong to each task and are not merged, such as ``"head"``: globs, each with what lies
                 below it. The tensors may differ in shape and need not be in the base.
             progress: called with each tensor's name as it is read.
@@ -104,6 +105,13 @@ class TaskVectors:
         """K."""
         return len(self.tasks)
 
+    def __repr__(self) -> str:
+        own = ", ".join(f"{task!r}: {len(mine)}" for task, mine in self.own.items() if mine)
+        return (
+            f"TaskVectors(tasks={self.tasks}, {counted(len(self.deltas), 'tensor')} merged, {len(self.kept)} kept"
+            f"{f', own {{{own}}}' if own else ''})"
+        )
+
     @property
     def names(self) -> list[str]:
         """The tensors that are merged; a table of coefficients [L, K] has their order."""
@@ -111,6 +119,7 @@ class TaskVectors:
 
     @property
     def kept(self) -> list[str]:
+        """The tensors that are the base's in every merged model; see above for which."""
         return [name for name in self.base if name not in self.deltas]
 
     def index(self, task: str) -> int:

@@ -183,8 +183,10 @@ class TaskContext:
         if self.default is not None:
             return self.default
         if len(self.tasks) > 1:
+            default = "" if self.alone else ", or call set_task"
             raise ValueError(
-                f"{self.owner}: tasks must be said where there are several, got None (tasks: {', '.join(self.tasks)})"
+                f"{self.owner}: tasks must be said where there are several, got None (tasks: {', '.join(self.tasks)}; "
+                f"pass tasks={self.tasks[0]!r} by keyword, or a list with a name for each sample{default})"
             )
         return self.tasks[0] if self.tasks else BASE_NAME
 

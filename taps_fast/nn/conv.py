@@ -101,11 +101,12 @@ class FastTapsConv2d(TapsLayer, nn.Conv2d):
         return self.run(_call.conv2d, input, *gated.weight, *conv, gated.how(batch, **follows))
 
     def merged(self, task: str | None) -> nn.Conv2d:
+        """An ordinary ``nn.Conv2d`` with the effective weight of ``task`` (None: the base), in storage of its own."""
         return self._ordinary(nn.Conv2d, task)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, groups={self.groups}, bias={self.base_bias is not None}, "
-            f"tasks={list(self.scores)}"
+            f"tasks=[{self._opened()}]"
         )

@@ -18,7 +18,9 @@ from .per_task import PerTask
 def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
     """A fresh Linear or Conv2d like ``base`` with ``classes`` outputs."""
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
-        raise ValueError(f"{path}: classes must be a whole number of at least 1, got {classes!r}")
+        raise ValueError(
+            f"TapsModel.add_task: classes must be a whole number of at least 1, got {classes!r} (head {path!r})"
+        )
     like: dict[str, Any] = {"bias": getattr(base, "bias", None) is not None}
     if isinstance(base, nn.Linear):
         return nn.Linear(base.in_features, classes, **like, device=base.weight.device, dtype=base.weight.dtype)
@@ -35,7 +37,8 @@ def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
         like |= {"padding_mode": base.padding_mode, "device": base.weight.device, "dtype": base.weight.dtype}
         return nn.Conv2d(*sizes, **like)
     raise ValueError(
-        f"{path}: classes must go with a Linear or Conv2d head, got {type(base).__name__} (pass head=, a module)"
+        f"TapsModel.add_task: classes must go with a Linear or Conv2d head, got {type(base).__name__} at {path!r} "
+        "(pass head=, a module)"
     )
 
 
@@ -53,10 +56,10 @@ def class_axis(head: nn.Module, y: Tensor) -> int:
     return 1 if isinstance(last_layer(head), CONVOLUTIONS) else y.dim() - 1
 
 
-def check_head(head: object, path: str) -> None:
+def check_head(function: str, head: object, path: str) -> None:
     """Only a module can be a head; None: there will be one."""
     if not (head is None or isinstance(head, nn.Module)):
-        raise TypeError(f"{path}: head must be an nn.Module, got {head!r}")
+        raise TypeError(f"{function}: head must be an nn.Module, got {head!r} (in place of {path!r})")
 
 
 def width_of(module: nn.Module) -> int | None:
@@ -148,7 +151,7 @@ class TaskHead(PerTask):
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches pad with -inf to the widest"
+        return "one per task; mixed batches pad with -inf to the widest"
 
 
 def _columns(table: Tensor, members: list[int]) -> Tensor:

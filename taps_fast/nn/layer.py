@@ -159,6 +159,13 @@ class TapsLayer(StandIn):
         scores = self.scores.each(tasks)
         return [t for t, delta in enumerate(deltas) if delta is not None and scores[t].item() >= least]
 
+    def _opened(self) -> str:
+        """Which tasks have an open gate, for people; reads the scores."""
+        try:
+            return ", ".join(f"{task} {'open' if self.is_open(task) else 'closed'}" for task in self.scores)
+        except RuntimeError:  # on the meta device there are no scores to read
+            return ", ".join(self.scores)
+
     @property
     def fan_in(self) -> int:
         """Products that make one output."""
@@ -396,4 +403,5 @@ class TapsLayer(StandIn):
         try:
             return operation(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{self.path}: {error}") from error
+            place = self.path if self.context.alone else f"layer {self.path or '(root)'!r}"
+            raise type(error)(f"{place}: {error}") from error

@@ -80,7 +80,7 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
 
         Args:
             input: [..., I].
-            tasks: a name, one name or id a sample, or a `TaskBatch`; default: the running model's, else the
+            tasks: a name, one name or id per sample, or a `TaskBatch`; default: the running model's, else the
                 layer's only task, else (no task at all) the base.
             batch_dim: the axis of input that ``tasks`` given here goes along, as in `delta_linear`.
 
@@ -94,7 +94,8 @@ class FastTapsLinear(TapsLayer, nn.Linear):  # type: ignore[misc]
         return self.run(_call.linear, input, *gated.weight, gated.how(batch, axis, **follows))
 
     def merged(self, task: str | None) -> nn.Linear:
+        """An ordinary ``nn.Linear`` with the effective weight of ``task`` (None: the base), in storage of its own."""
         return self._ordinary(nn.Linear, task)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks={list(self.scores)}"
+        return f"{self.in_features}, {self.out_features}, bias={self.base_bias is not None}, tasks=[{self._opened()}]"

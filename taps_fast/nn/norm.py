@@ -97,7 +97,7 @@ class TaskLayerNorm(TaskNorm):
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches normalise in one pass, with gathered scale and shift"
+        return "one per task; mixed batches normalise in one pass, with gathered scale and shift"
 
 
 class TaskGroupNorm(TaskNorm):
@@ -117,7 +117,7 @@ class TaskGroupNorm(TaskNorm):
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches normalise in one pass, with gathered scale and shift"
+        return "one per task; mixed batches normalise in one pass, with gathered scale and shift"
 
 
 class TaskBatchNorm(TaskNorm):
@@ -215,7 +215,7 @@ class TaskBatchNorm(TaskNorm):
 
     @property
     def how(self) -> str:
-        return "one a task; mixed batches gather scale and shift, and train on each task's own rows"
+        return "one per task; mixed batches gather scale and shift, and train on each task's own rows"
 
 
 def _synced(norms: list[Any]) -> bool:

@@ -52,3 +52,14 @@ class Scores(Owned):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def extra_repr(self) -> str:
+        """The scores themselves."""
+        return "\n".join(f"({task}): {_shown(score)}" for task, score in self.items())
+
+
+def _shown(score: Tensor) -> str:
+    try:
+        return f"{score.item():.4g}"
+    except RuntimeError:  # on the meta device there is none
+        return "?"

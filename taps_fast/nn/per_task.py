@@ -47,6 +47,7 @@ class PerTask(Located, nn.Module):
         self.agree(task)
 
     def remove_task(self, task: str) -> None:
+        """Forgets the module of ``task``, if it has one."""
         if task in self.tasks:
             del self.tasks[task]
 
@@ -105,7 +106,7 @@ class PerTask(Located, nn.Module):
     @property
     def how(self) -> str:
         """One line for the conversion report."""
-        return "one a task; mixed batches run task by task"
+        return "one per task; mixed batches run task by task"
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -73,4 +73,4 @@ class TransposedLinear(TapsLayer):
             return fill(copy.deepcopy(self._bare[0]), weight, bias, self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.base.shape[0]}, {self.base.shape[1]}, tasks={list(self.scores)}"
+        return f"{self.base.shape[0]}, {self.base.shape[1]}, tasks=[{self._opened()}]"

@@ -197,7 +197,7 @@ class WrappedLayer(TapsLayer):
         return f"its own forward with the effective weight; mixed batches run {mixed}"
 
     def extra_repr(self) -> str:
-        return f"fused={self.fused}, tasks={list(self.scores)}"
+        return f"fused={self.fused}, tasks=[{self._opened()}]"
 
 
 class WrappedLinear(WrappedLayer, nn.Linear):  # type: ignore[misc]

@@ -41,7 +41,7 @@ def backbone(spec: str, *, pretrained: bool = True, weights: Path | None = None)
         else:
             found = _call(source, name, spec)
     except ModuleNotFoundError as error:
-        get = ": pip install 'taps-fast[train]'" if error.name == "torchvision" else ""
+        get = f": pip install {error.name}" if error.name in ("torchvision", "timm", "transformers") else ""
         raise TrainError(
             f"train: backbone {spec!r} needs {error.name}, which is not installed{get} ({error})"
         ) from None

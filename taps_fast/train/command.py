@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .._command import UserError, above_zero, at_least_zero, device, positive, share, whole
+from .._names import counted
 from ..model import TapsModel
 from ..nn import TaskContext
 from .backbone import backbone, check_head, head_of, logits_of
@@ -163,8 +164,8 @@ def _train(args: argparse.Namespace, task: str, recipe: Recipe, images: Images, 
     begun = f", from step {training.step}" if training.step else ""
     threads = f" ({torch.get_num_threads()} threads)" if args.device.type == "cpu" else ""
     print(
-        f"{args.backbone}, head {head}, {len(model.conversion.layers)} layers with gates, λ = {recipe.lam:g}, "
-        f"{args.device}{threads}{begun}",
+        f"{args.backbone}, head {head}, {counted(len(model.conversion.layers), 'layer')} with gates, "
+        f"λ = {recipe.lam:g}, {args.device}{threads}{begun}",
         flush=True,
     )
     point = training.run(lambda line: print(line, flush=True))

@@ -223,9 +223,7 @@ def _decode(path: Path) -> Tensor:
     try:
         from PIL import Image
     except ImportError as error:
-        raise TrainError(
-            f"train: Pillow must be installed to read images: pip install 'taps-fast[train]' ({error})"
-        ) from None
+        raise TrainError(f"train: Pillow must be installed to read images: pip install pillow ({error})") from None
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))

@@ -334,5 +334,5 @@ def _writer(out: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise TrainError(f"train: --tensorboard needs tensorboard: pip install 'taps-fast[train]' ({error})") from None
+        raise TrainError(f"train: --tensorboard needs tensorboard: pip install tensorboard ({error})") from None
     return SummaryWriter(str(out / "tensorboard"), purge_step=step)

@@ -134,7 +134,7 @@ def tradeoff(points: Sequence[Point], path: str | os.PathLike[str] | None = None
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"tradeoff needs matplotlib: pip install 'taps-fast[plot]' ({error})") from None
+        raise ImportError(f"tradeoff needs matplotlib: pip install matplotlib ({error})") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     families: dict[str, list[Point]] = {}

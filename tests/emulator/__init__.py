@@ -69,7 +69,7 @@ def build() -> Path:
     text = "\n".join(lines) + "\n"
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if ninja is None:
-        raise ModuleNotFoundError("No module named 'ninja': pip install 'taps-fast[test]'", name="ninja")
+        raise ModuleNotFoundError("No module named 'ninja': pip install ninja", name="ninja")
     with (BUILD / "lock").open("w") as lock:  # test processes share it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not plan.is_file() or plan.read_text() != text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections.abc import Mapping
 from itertools import chain
 from numbers import Number
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PreparedModel(nn.Module):
+class RunningModel(nn.Module):
     """The part of `TapsModel` that runs forwards."""
 
     model: nn.Module
@@ -111,7 +112,8 @@ class PreparedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; training undoes `prepare_inference`.
 
-        Norms of the base rest in it, and other modules whose buffers it would move: the first forward in it finds them.
+        In training mode the base's norms stay in eval mode, and so do other modules of the base whose buffers it would
+        move: the first forward in it finds them.
         ``torch.optim.swa_utils.update_bn`` resets the statistics of every task, not only of those that its loader
         shows, and leaves the base's as they are.
         """
@@ -132,6 +134,26 @@ class PreparedModel(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unprepared("load_state_dict")
         super()._load_from_state_dict(*args)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``; see `TapsModel` for what becomes of tasks.
+
+        Raises:
+            RuntimeError: keys that are missing or not expected, tasks that were not added among them.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            places = {f"model.{path}.scores" for path in self.conversion.layers}
+            scores = (key.rpartition(".") for key in state_dict)
+            unknown = dict.fromkeys(t for place, _, t in scores if place in places and t not in self.context.tasks)
+            if not unknown:
+                raise
+            names, known = ", ".join(unknown), ", ".join(self.context.tasks)
+            raise RuntimeError(
+                f"TapsModel.load_state_dict: state_dict must hold no task but the model's, got {names} (call add_task "
+                f"for each task first; tasks: {known or 'none'})\n{error}"
+            ) from None
 
     def probe(self, *args: Any, batch_dim: int = 0, **kwargs: Any) -> None:
         """Finds which axis of each layer's input carries the batch, so that samples can be told apart.
@@ -191,8 +213,9 @@ class PreparedModel(nn.Module):
         Returns:
             What the model returns. In a mixed batch outputs are padded with -inf to the widest head, the base's
             included: right for softmax and cross entropy with class indices; for label smoothing, soft labels and
-            binary cross entropy cut each task's rows to its own of `widths`. Tasks that the batch lacks get no gradient
-            where names or ids are on the host, and zeros for ids on a device, a `TaskBatch` and in compiled models.
+            binary cross entropy cut each task's rows to its own of `widths`. A label beyond the outputs of a sample's
+            own task makes the loss infinite. Tasks that the batch lacks get no gradient where names or ids are on the
+            host, and zeros for ids on a device, a `TaskBatch` and in compiled models.
 
         Raises:
             ValueError: an unknown task, ids out of range or not one a sample, several tasks and none said, a layer
