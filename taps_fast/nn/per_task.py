@@ -77,7 +77,7 @@ class PerTask(Located, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         selection = self.selected()
-        mix = selection.mix
+        mix = selection.present or selection.mix
         if mix is None or (selection.uniform and not self.padded):
             return self.of(selection.task)(*args, **kwargs)
         tasks: Any = self._modules["tasks"]  # a small norm takes no longer than a few calls of __getattr__
