@@ -212,3 +212,29 @@ def test_ordinary_norms_run_in_one_pass(monkeypatch):
     monkeypatch.setattr(per_task, "task_by_task", None)
     for name, build in KINDS.items():
         made(build, head=name == "head").eval()(torch.randn(8, 4, dtype=torch.float64), tasks=IDS)
+
+
+def test_attributes_where_no_task_is_active():
+    """Code that looks at a network, as initialisers and optimizers' groups do, is not a forward."""
+    model = made(KINDS["bn"])
+    norm, layer = model.model.own, model.model.layer
+    names = ("eps", "affine", "num_features", "momentum", "weight", "running_mean", "nothing", "reset_parameters")
+    assert [hasattr(norm, name) for name in names] == [True] * 6 + [False] * 2
+    assert (norm.eps, norm.affine, norm.num_features, getattr(norm, "nothing", None)) == (1e-5, True, 8, None)
+    model.modules_of("a")["own"].eps = 0.5
+    assert not hasattr(norm, "eps") and getattr(norm, "eps", None) is None
+    text = r"TapsModel: tasks must be said where there are several, got None \(tasks: a, b\)"
+    for error in (ValueError, AttributeError):
+        with pytest.raises(error, match=text):
+            _ = norm.eps
+    for owner, shape in ((layer, (8, 4)), (norm, (8,))):
+        assert owner.weight.shape == shape and owner.bias.dtype == torch.float64
+        with pytest.raises(RuntimeError, match=text):
+            nn.init.zeros_(owner.weight)
+    model.set_task("a")
+    assert norm.eps == 0.5 and norm.weight is model.modules_of("a")["own"].weight and layer.weight.sum().isfinite()
+    seen = []
+    made(KINDS["head"], head=True).apply(lambda module: seen.append(getattr(module, "out_features", None)))
+    assert seen.count(8) == 5  # the layer, the head, and what is in it
+    shared = TapsModel(Net(nn.BatchNorm1d(8), None), ["a", "b"], norms="shared").model.own
+    assert shared.weight is shared.base.weight

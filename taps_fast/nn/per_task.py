@@ -17,6 +17,10 @@ from .mixed_weight import MixedWeight
 _Call = Callable[[nn.Module, Tensor], Any]
 
 
+class Undecided(ValueError, AttributeError):
+    """An attribute was read that depends on the task, and none of several is active."""
+
+
 class PerTask(Located, nn.Module):
     """A frozen ``base`` module and, in ``tasks``, one of its kind for each task.
 
@@ -25,7 +29,8 @@ class PerTask(Located, nn.Module):
     task.
 
     Attributes it lacks are those of the active task's module, so code that reads ``norm.eps`` or ``head.weight``
-    goes on working.
+    goes on working. Where several tasks may be meant, they are those in which their modules agree, and of tensors the
+    shape and type (`MixedWeight`); with none active, others are not there for ``hasattr``.
 
     Args:
         base: what stood here in the network.
@@ -157,17 +162,25 @@ class PerTask(Located, nn.Module):
             special = name.startswith("__") and name.endswith("__")  # such as __deepcopy__ of a parametrized base
             if special or not hasattr(self.__dict__.get("_modules", {}).get("base"), name):
                 raise
-            selection = self.selected()
-            if selection.mix is None or not len(self.tasks):
-                return getattr(self.of(selection.task), name)
-            value, *others = (getattr(module, name) for module in self.in_order(selection.mix.tasks))
-            text = (
-                f"{self.path}: {name} must be used with one task active, got a mixed batch, whose samples differ in it"
-            )
+            if not len(self.tasks):
+                return getattr(self.base, name)
+            refusal: Exception
+            try:
+                selection = self.selected()
+            except ValueError as error:  # of several tasks none is active, as in code that looks at a network
+                modules, refusal = [*self.tasks.values()], Undecided(str(error))
+            else:
+                mix = selection.present or selection.mix
+                if mix is None:
+                    return getattr(self.of(selection.task), name)
+                why = "got a mixed batch, whose samples differ in it"
+                refusal = RuntimeError(f"{self.path}: {name} must be used with one task active, {why}")
+                modules = self.in_order(mix.tasks)
+            value, *others = (getattr(module, name) for module in modules)
             if isinstance(value, Tensor) and all(_alike(value, other) for other in others):
-                return MixedWeight.of(value, text)
+                return MixedWeight.of(value, str(refusal))
             if isinstance(value, (Tensor, nn.Module)) or any(other != value for other in others):
-                raise RuntimeError(text) from None
+                raise refusal from None
             return value
 
 
