@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -94,12 +95,21 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def refuse_sharded(model: TapsModel, function: str) -> None:
-    """What is sharded already does not learn of new parameters."""
-    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    """What is sharded already does not learn of new parameters. The base and one task tell: there may be many tasks."""
+    tensors = chain(base_tensors(model.model, head=True), *(_parameters_of(model, task) for task in model.tasks[-1:]))
+    sharded = next((name for name, t in tensors if hasattr(t, "full_tensor")), None)
     if sharded is not None:
         raise ValueError(
             f"TapsModel.{function}: the model must get its tasks before it is sharded, got {sharded} sharded"
         )
+
+
+def _parameters_of(model: TapsModel, task: str) -> Iterator[tuple[str, Tensor | None]]:
+    """The dense deltas of a task, and the parameters of its norms and head."""
+    for path, layer in model.conversion.layers.items():
+        yield f"{path}.deltas.{task}", layer.deltas._parameters.get(task)
+    for path, module in model.modules_of(task).items():
+        yield from module.named_parameters(prefix=path)
 
 
 def given_head(model: TapsModel, classes: int | None, head: nn.Module | None) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from .nn.attention import TaskAttention
 from .nn.folded import Epilogue, FoldedLayer, FoldedNorm
 from .nn.layer import TapsLayer
 from .nn.norm import TaskBatchNorm
-from .nn.per_task import PerTask
+from .nn.per_task import PerTask, ordinary
 
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 _FUNCTIONS: dict[Any, str] = {
@@ -122,6 +122,8 @@ class Region:
             last = follower
         if norm is None and activation is None:
             return
+        if norm is not None:  # its tables stand in for all of these
+            self.traced += norm.tasks.modules()
         after = Epilogue(norm, activation, tasks)
         folded = FoldedLayer(found, after) if isinstance(found, TapsLayer) else FoldedNorm(norm, after)  # type: ignore[arg-type]
         name = f"folded_{len(self.folds)}"
@@ -281,11 +283,8 @@ def _is_evaluated(module: Any) -> bool:
     """A batch norm that uses running statistics alone, of one type for all tasks."""
     if not isinstance(module, TaskBatchNorm) or _hooked(module):
         return False
-    return all(type(m) is type(module.base) and _tracks(m) for m in (module.base, *module.tasks.values()))
-
-
-def _tracks(norm: Any) -> bool:
-    return norm.running_mean is not None and not _hooked(norm)
+    norms: list[Any] = [module.base, *module.tasks.values()]
+    return ordinary(norms) and all(norm.running_mean is not None for norm in norms)
 
 
 def _reads_one(node: fx.Node) -> bool:

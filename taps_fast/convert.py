@@ -175,7 +175,7 @@ class _Plan:
             return self._report(path, module, "converted", "a gated delta per task")
         if is_transposed_linear(module):
             layer = TransposedLinear(copy.deepcopy(module, self.memo), self.context, **self.options)
-            layer.path = path
+            layer.path = path or "(root)"
             self.memo[id(module)] = self.found.layers[path] = layer
             return self._report(path, module, "converted", "a gated delta per task, stored as [in, out]")
         # A subclass may have a forward of its own, and hooks, buffers and children belong to the module: wrapping keeps
@@ -184,7 +184,7 @@ class _Plan:
         wrapped = kind(copy.deepcopy(module, self.memo), self.context, **self.options)
         if wrapped.why == UNUSED:
             return self._report(path, module, "refused", f"{UNUSED}: {SHARED}")
-        wrapped.path = path
+        wrapped.path = path or "(root)"
         self.memo[id(module)] = self.found.layers[path] = wrapped
         return self._report(path, module, "converted", wrapped.how)
 
@@ -207,7 +207,7 @@ class _Plan:
             layer = FastTapsLinear.from_linear(bare, context=self.context, **self.options)
         else:
             layer = FastTapsConv2d.from_conv2d(bare, context=self.context, **self.options)
-        layer.path = path
+        layer.path = path or "(root)"
         self.found.layers[path] = layer
         return layer
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from nets import TASKS, ConvNet, Transformer, images, perturb, three_tasks
+from nets import TASKS, ConvNet, PadConv2d, Transformer, images, perturb, three_tasks
 from torch import nn
 
 from taps_fast import FastTapsConv2d, FastTapsLinear, TapsModel, TaskBatch
@@ -65,6 +65,9 @@ def test_wrong_types_name_the_layer():
         model(images(2, dtype=torch.float32), tasks="cubs")
     with pytest.raises(TypeError, match="tasks must be integers, got torch.float32"):
         model(images(2), tasks=torch.tensor([0.0, 1.0]))
+    for whole in (nn.Linear(4, 2), PadConv2d(3, 8, 3)):
+        with pytest.raises(TypeError, match=r"^\(root\): delta_(linear|conv2d): \w+ must be "):
+            TapsModel(whole.double(), ["cubs"])(images(2, 4, torch.float32))
 
 
 def test_a_selection_does_not_outlive_its_forward():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class Selection(NamedTuple):
     mix: Mix | None = None
     uniform: bool = False
     """Whether all samples of ``mix`` are known to be of ``task``."""
+    present: Mix | None = None
+    """The samples of ``mix`` with ids of the tasks present alone, where it has all for the sake of frozen tables."""
 
     @property
     def mixed(self) -> Mix | None:
@@ -71,7 +73,7 @@ class TaskContext:
         self.tasks: list[str] = []
         self.default: str | None = None
         self.frozen = False
-        """Whether layers hold tables of all tasks, made once: ids then count all tasks, not those present."""
+        """Whether layers hold tables of all tasks, made once: ids of a mix then count all tasks, not those present."""
         self._running = threading.local()
         for task in names_of(tasks):
             self.add(task)
@@ -119,11 +121,12 @@ class TaskContext:
         if self.default == task:
             self.default = None
 
-    def check(self, task: str, names: Sequence[str] | None = None) -> str:
+    def check(self, task: str, names: Collection[str] | None = None) -> str:
         """The name itself, if there is such a task (among ``names``)."""
         known = self.tasks if names is None else names
         if task not in known:
-            raise ValueError(f"{self.owner}: task must be one of its tasks, got {task!r} ({nearest(task, known)})")
+            near = nearest(task, list(known))
+            raise ValueError(f"{self.owner}: task must be one of its tasks, got {task!r} ({near})")
         return task
 
     def resolve(self, tasks: TaskNames | None, device: torch.device | None = None) -> Selection:
@@ -142,7 +145,8 @@ class TaskContext:
         if not isinstance(tasks, Tensor):
             if not isinstance(tasks, Iterable):
                 raise TypeError(f"{self.owner}: tasks must be a name, or a name or id for each sample, got {tasks!r}")
-            tasks = torch.tensor([self._id(task, names) for task in tasks], dtype=torch.int64)
+            places = {name: t for t, name in enumerate(names)}
+            tasks = torch.tensor([self._id(task, places) for task in tasks], dtype=torch.int64)
         if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._on_host(TaskBatch.from_ids(tasks, len(names)), names, device)
         return Selection(mix=Mix(TaskBatch.from_ids(tasks, len(names), device=device), names))
@@ -159,19 +163,22 @@ class TaskContext:
         edges = batch.offsets.tolist()
         found = [g + BASE for g in range(len(edges) - 1) if edges[g] < edges[g + 1]]
         present = [t for t in found if t != BASE]
-        if self.frozen or not batch.size:  # without samples all tasks get gradients, of 0: else there is no graph
+        if not batch.size:  # all tasks get gradients, of 0: else there is no graph
             present = list(range(batch.num_tasks))
-        elif len(present) < batch.num_tasks:
-            batch = batch.only(present)
-        mix = Mix(batch if device is None else batch.to(device), tuple(names[t] for t in present))
+        few = batch.only(present) if len(present) < batch.num_tasks else batch
+        mix = Mix(few if device is None else few.to(device), tuple(names[t] for t in present))
         task = names[found[0]] if len(found) == 1 and found[0] != BASE else None
-        return Selection(task, mix, uniform=len(found) <= 1)
+        uniform = len(found) <= 1
+        if self.frozen and few is not batch:
+            whole = Mix(batch if device is None else batch.to(device), tuple(names))
+            return Selection(task, whole, uniform, present=mix)
+        return Selection(task, mix, uniform)
 
-    def _id(self, task: str | int | None, names: Sequence[str]) -> int:
+    def _id(self, task: str | int | None, places: dict[str, int]) -> int:
         if task is None:
             return BASE
         if isinstance(task, str):
-            return BASE if task == BASE_NAME else names.index(self.check(task, names))
+            return BASE if task == BASE_NAME else places[self.check(task, places)]
         try:
             if not isinstance(task, bool):
                 return operator.index(task)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import delta_linear
 from ..tasks import TaskBatch
 from .context import Layout, Mix, TaskContext
-from .per_task import PerTask
+from .per_task import PerTask, ordinary
 
 
 def new_head(base: nn.Module, classes: int, path: str) -> nn.Module:
@@ -78,7 +78,7 @@ class TaskHead(PerTask):
     model.widths[task]]``.
 
     Linear heads run as a baked bank: one `delta_linear` for each distinct width, in which a task's "delta" is
-    its whole weight and the base coefficient is 0. Other heads run task by task.
+    its whole weight and the base coefficient is 0. Other heads, and those with hooks, run task by task.
 
     Args:
         base, context, path: as `PerTask`.
@@ -92,14 +92,11 @@ class TaskHead(PerTask):
 
     def add_task(self, task: str, module: nn.Module | None = None) -> None:
         super().add_task(task, module)
-        self._measure()
+        # All heads count, also those of tasks that a batch lacks: its output's width must not depend on the mix.
+        self.widest = max(self.widest, width_of(self.tasks[task]) or 0)
 
     def remove_task(self, task: str) -> None:
         super().remove_task(task)
-        self._measure()
-
-    def _measure(self) -> None:
-        # All heads count, also those of tasks that a batch lacks: its output's width must not depend on the mix.
         self.widest = max(width_of(head) or 0 for head in (self.base, *self.tasks.values()))
 
     @property
@@ -107,11 +104,10 @@ class TaskHead(PerTask):
         """The number of outputs of each task's head."""
         return {task: width_of(self.tasks[task]) for task in self.tasks}
 
-    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def together(self, x: Tensor, mix: Mix, layout: Layout) -> Tensor | None:
         heads = self.in_order(mix.tasks)
-        if all(_is_plain_linear(head) for head in heads):
-            return self._bank(x, mix.batch, layout, heads)
-        return super().mixed(x, mix, layout, *args, **kwargs)
+        plain = type(self.base) is nn.Linear and ordinary(heads)
+        return self._bank(x, mix.batch, layout, heads) if plain else None
 
     def finish(self, y: Tensor) -> Tensor:
         axis = class_axis(self.base, y)
@@ -160,10 +156,6 @@ def _columns(table: Tensor, members: list[int]) -> Tensor:
     if not members:
         return table.new_zeros(table.shape[0], 0)
     return torch.stack([table[:, t] for t in members], 1)
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _outside(width: int, widest: int, like: Tensor) -> Tensor:

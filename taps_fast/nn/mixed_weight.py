@@ -1,4 +1,4 @@
-"""What a layer's weight is while samples differ in it: a tensor whose shape and type can be asked, and no value."""
+"""What a weight is where no one task is active: a tensor whose shape and type can be asked, and no value."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ METADATA = (
 
 
 class MixedWeight(Tensor):
-    """A layer's weight or bias in a mixed batch.
+    """A layer's weight or bias in a mixed batch, or with none of several tasks active.
 
     Networks ask weights for their dtype (``x.to(self.proj.weight.dtype)``). That is answered; whatever would use
-    the values raises RuntimeError, because each sample has others.
+    the values raises RuntimeError, because each sample, or task, has others.
     """
 
     text: str

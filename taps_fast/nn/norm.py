@@ -14,51 +14,65 @@ from .._problem import rows_per_sample
 from ..norms import batch_norm, batch_norm_eval, group_norm, has_operators
 from ..tasks import TaskBatch, picked
 from .context import Layout, Mix
-from .per_task import PerTask
+from .per_task import PerTask, ordinary
 
 STATISTICS = ("running_mean", "running_var")
 
 
 def norm_type(module: nn.Module) -> type[TaskNorm]:
     """The class that runs mixed batches of ``module`` best: in one pass where its forward is the one we know."""
-    known: dict[type[nn.Module], type[TaskNorm]] = {
-        nn.BatchNorm1d: TaskBatchNorm,
-        nn.BatchNorm2d: TaskBatchNorm,
-        nn.LayerNorm: TaskLayerNorm,
-        nn.RMSNorm: TaskLayerNorm,
-        nn.GroupNorm: TaskGroupNorm,
-    }
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return TaskNorm if hooked else known.get(type(module), TaskNorm)
+    known = [norm for norm in (TaskBatchNorm, TaskLayerNorm, TaskGroupNorm) if type(module) in norm.types]
+    return known[0] if known and ordinary([module]) else TaskNorm
 
 
 class TaskNorm(PerTask):
-    """A norm of any other type: mixed batches run task by task.
+    """A norm for each task, of any type: mixed batches run task by task.
+
+    Subclasses know types whose mixed batches run in one pass, as long as every task's module is of the base's type, has
+    its settings, and neither hooks nor a forward of its own.
 
     Args:
         base, context, path: as in `PerTask`.
     """
+
+    types: Sequence[type[nn.Module]] = ()
+    """What runs in one pass."""
+    settings: Sequence[str] = ()
+    """The attributes that must then be the same in all."""
 
     def train(self, mode: bool = True) -> TaskNorm:
         super().train(mode)
         self.base.eval()  # the base's running statistics never change
         return self
 
-    def untold(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def untold(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.base, _BatchNorm) and self.base.running_mean is None:
             raise RuntimeError(
                 f"{self.path}: a shared {type(self.base).__name__} must track running statistics in a mixed batch, got "
                 "one that would mix the samples of all tasks"
             )
-        return super().untold(x, *args, **kwargs)
+        return super().untold(*args, **kwargs)
 
-    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and _synced(self._groups(mix)):
+    def together(self, x: Tensor, mix: Mix, layout: Layout) -> Tensor | None:
+        norms = self._groups(mix)
+        if type(norms[-1]) not in self.types or not ordinary(norms, *self.settings):
+            return None
+        weight, bias = _held(norms, "weight"), _held(norms, "bias")
+        return None if weight is None or bias is None else self._one_pass(x, mix, layout, norms, weight, bias)
+
+    def _one_pass(
+        self, x: Tensor, mix: Mix, layout: Layout, norms: list[Any], weight: list[Tensor], bias: list[Tensor]
+    ) -> Tensor:
+        """What ``norms`` give, with these parameters of each, or none."""
+        raise NotImplementedError
+
+    def apart(self, x: Tensor, mix: Mix, layout: Layout, call: Any) -> Tensor:
+        if self.training and any(isinstance(norm, nn.SyncBatchNorm) for norm in self._groups(mix)):
             raise RuntimeError(
                 f"{self.path}: SyncBatchNorm must train with one task a forward, got a mixed batch, in which processes "
                 "could disagree about the tasks present"
             )
-        return super().mixed(x, mix, layout, *args, **kwargs)
+        return super().apart(x, mix, layout, call)
 
     def _groups(self, mix: Mix) -> list[Any]:
         """The modules that rows of tables belong to: of each task, and last the base's."""
@@ -70,11 +84,13 @@ class TaskNorm(PerTask):
 class TaskLayerNorm(TaskNorm):
     """Layer and RMS norms: one pass that normalises, with each sample's own scale and shift."""
 
-    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    types = (nn.LayerNorm, nn.RMSNorm)
+    settings = ("eps", "normalized_shape")
+
+    def _one_pass(
+        self, x: Tensor, mix: Mix, layout: Layout, norms: list[Any], weight: list[Tensor], bias: list[Tensor]
+    ) -> Tensor:
         norm: Any = self.base
-        norms = self._groups(mix)
-        if _eps_differ(norms):
-            return super().mixed(x, mix, layout, *args, **kwargs)
         inner = len(norm.normalized_shape)
         if layout.axis >= x.dim() - inner:
             raise ValueError(
@@ -92,7 +108,6 @@ class TaskLayerNorm(TaskNorm):
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if norm.eps is None else norm.eps
         rows = x.flatten(-inner).flatten(0, -2)
         each = rows_per_sample(self.path, x, batch.size, layout.axis, x.dim() - inner)
-        weight, bias = _held(norms, "weight"), _held(norms, "bias")
         return group_norm(rows, weight, bias, 1, eps, batch, center=center, inner=each).view(x.shape)
 
     @property
@@ -103,16 +118,16 @@ class TaskLayerNorm(TaskNorm):
 class TaskGroupNorm(TaskNorm):
     """Group norms: one pass that normalises, with each sample's own scale and shift."""
 
+    types = (nn.GroupNorm,)
+    settings = ("eps", "num_groups")
     images_first = True
 
-    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def _one_pass(
+        self, x: Tensor, mix: Mix, layout: Layout, norms: list[Any], weight: list[Tensor], bias: list[Tensor]
+    ) -> Tensor:
         norm: Any = self.base
         _check_first(self, layout)
-        norms = self._groups(mix)
-        if _eps_differ(norms):
-            return super().mixed(x, mix, layout, *args, **kwargs)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
-        weight, bias = _held(norms, "weight"), _held(norms, "bias")
         return group_norm(_as_autocast(x), weight, bias, norm.num_groups, norm.eps, batch)
 
     @property
@@ -126,25 +141,26 @@ class TaskBatchNorm(TaskNorm):
     The base's rows use the base's running statistics in training too, which never change.
     """
 
+    types = (nn.BatchNorm1d, nn.BatchNorm2d)
+    settings = ("num_features",)
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.images_first = isinstance(self.base, nn.BatchNorm2d)
 
-    def mixed(self, x: Tensor, mix: Mix, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+    def _one_pass(
+        self, x: Tensor, mix: Mix, layout: Layout, norms: list[Any], weight: list[Tensor], bias: list[Tensor]
+    ) -> Tensor:
         _check_first(self, layout)
-        norms = self._groups(mix)
         norms[0]._check_input_dim(x)
         batch = layout.spread(mix.batch, x.shape[0], self.path)
         own = [norm.training or norm._buffers["running_mean"] is None for norm in norms]
         if True in own:
-            if _synced(norms):  # since convert_sync_batchnorm(model)
-                return super().mixed(x, mix, layout, *args, **kwargs)
             running = [None if mine else (n.running_mean, n.running_var) for n, mine in zip(norms, own, strict=True)]
-            weight, bias = _held(norms, "weight"), _held(norms, "bias")
             y, mean, variance = batch_norm(x, weight, bias, running, [norm.eps for norm in norms], batch)
             self._update(norms, own, x, batch, mix, mean, variance)
             return y
-        weight, bias, means, variances = (_held(norms, name) for name in ("weight", "bias", *STATISTICS))
+        means, variances = ([norm._buffers[name] for norm in norms] for name in STATISTICS)
         return batch_norm_eval(x, weight, bias, means, variances, [norm.eps for norm in norms], batch)
 
     def _update(
@@ -184,7 +200,7 @@ class TaskBatchNorm(TaskNorm):
             group = (t + 1) % len(own)  # the base's rows are the first
             if mine and (begin[group + 1] - begin[group]) * values == 1:
                 self._refuse_one_value(name)
-        of = [g for g, norm in enumerate(norms) if own[g] and norm.training and norm.running_mean is not None]
+        of = _moving(norms, own)
         if of:
             held = ([getattr(norms[g], name) for g in of] for name in (*STATISTICS, "num_batches_tracked"))
             momentum = [-1.0 if norms[g].momentum is None else norms[g].momentum for g in of]
@@ -192,7 +208,7 @@ class TaskBatchNorm(TaskNorm):
 
     def _track(self, norms: list[Any], own: Sequence[bool], count: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics of the tasks present, each as nn.BatchNorm would alone."""
-        groups = [g for g, norm in enumerate(norms) if own[g] and norm.training and norm.running_mean is not None]
+        groups = _moving(norms, own)
         if not groups:
             return
         present = picked(count, groups) > 0
@@ -218,8 +234,10 @@ class TaskBatchNorm(TaskNorm):
         return "one per task; mixed batches gather scale and shift, and train on each task's own rows"
 
 
-def _synced(norms: list[Any]) -> bool:
-    return any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+def _moving(norms: list[Any], own: Sequence[bool]) -> list[int]:
+    """Which norms move their running statistics in training."""
+    moves = (mine and norm.training and norm.track_running_stats for norm, mine in zip(norms, own, strict=True))
+    return [g for g, moved in enumerate(moves) if moved and norms[g].running_mean is not None]
 
 
 def _check_first(module: PerTask, layout: Layout) -> None:
@@ -233,17 +251,15 @@ def _as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if autocast else x
 
 
-def _eps_differ(norms: list[Any]) -> bool:
-    return len({norm.eps for norm in norms}) > 1
-
-
-def _held(norms: list[Any], name: str) -> list[Tensor]:
-    """One parameter or buffer of each task and of the base; none where they have none.
+def _held(norms: list[Any], name: str) -> list[Tensor] | None:
+    """One parameter of each task and of the base; empty where all have none, None where only some have it there.
 
     Looked up where modules keep them, because ``getattr`` takes as long for all tasks as a small norm itself.
     """
     try:
-        values = [(norm._buffers if name in STATISTICS else norm._parameters)[name] for norm in norms]
-    except KeyError:  # a parametrized one
-        values = [getattr(norm, name, None) for norm in norms]
-    return [] if values[0] is None else values
+        values = [norm._parameters[name] for norm in norms]
+    except KeyError:  # FSDP, and whoever computes parameters, keep them elsewhere
+        return [] if name == "bias" and type(norms[0]) is nn.RMSNorm else None
+    if type(None) not in map(type, values):
+        return values
+    return [] if all(value is None for value in values) else None

@@ -51,13 +51,11 @@ class StandIn(Located, nn.Module):
         """The effective weight of the active task: differentiable, and materialised at each reading.
 
         What is written into it (``nn.init.zeros_(layer.weight)``) is lost, or with no task active is written into
-        ``base``: write to ``base`` or ``deltas[task]``, or `reset_parameters`. In a mixed batch, a tensor that has its
-        shape and dtype and raises where its values are used.
+        ``base``: write to ``base`` or ``deltas[task]``, or `reset_parameters`. In a mixed batch, or with none of
+        several tasks active, a tensor that has its shape and dtype and raises where its values are used.
         """
-        selection = self.selected()
-        if selection.mixed is not None:
-            return self._differs("weight", self.base)
-        return self.effective(selection.task)[0]
+        task, refusal = self._one_task("weight")
+        return self.effective(task)[0] if refusal is None else MixedWeight.of(self.base, refusal)
 
     @weight.setter
     def weight(self, _: object) -> None:
@@ -66,10 +64,10 @@ class StandIn(Located, nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The effective bias of the active task; see `weight`."""
-        selection = self.selected()
-        if selection.mixed is not None:
-            return None if self.base_bias is None else self._differs("bias", self.base_bias)
-        return self.effective(selection.task)[1]
+        task, refusal = self._one_task("bias")
+        if refusal is None:
+            return self.effective(task)[1]
+        return None if self.base_bias is None else MixedWeight.of(self.base_bias, refusal)
 
     @bias.setter
     def bias(self, _: object) -> None:
@@ -88,11 +86,17 @@ class StandIn(Located, nn.Module):
             f"with torch.no_grad(): layer.{own}.copy_(...))"
         )
 
-    def _differs(self, read: str, like: Tensor) -> Tensor:
-        return MixedWeight.of(
-            like,
+    def _one_task(self, read: str) -> tuple[str | None, str | None]:
+        """The task whose weight or bias is read, and why there is none."""
+        try:
+            selection = self.selected()
+        except ValueError as error:  # of several tasks none is active, as in code that looks at a network
+            return None, str(error)
+        if selection.mixed is None:
+            return selection.task, None
+        return None, (
             f"{self.path}: {read} must be used with one task active, got a mixed batch, whose samples differ in it "
-            "(call the layer instead, or exclude it from the conversion)",
+            "(call the layer instead, or exclude it from the conversion)"
         )
 
     def effective(self, task: str | None) -> tuple[Tensor, Tensor | None]:
