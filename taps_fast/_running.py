@@ -22,7 +22,7 @@ from ._problem import is_transformed, refuse_transforms
 from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion
 from .nn import TaskContext
-from .nn.context import PREPARED, Mix, Selection, TaskNames
+from .nn.context import PREPARED, Mix, Running, Selection, TaskNames
 from .nn.layer import TapsLayer
 from .nn.per_task import rest
 from .tasks import TaskBatch
@@ -281,7 +281,7 @@ class RunningModel(nn.Module):
                 "a forward of this kind, got one that has not (call model.probe(...), or model(..., tasks=...) once)"
             )
         self._apart(selection)
-        return _Running(self.context, selection)
+        return Running(self.context, selection)
 
     def _run(self, selection: Selection, args: Any, kwargs: Any) -> Any:
         previous = self.context.enter(selection)
@@ -366,7 +366,7 @@ class RunningModel(nn.Module):
 
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
-        return contextlib.nullcontext(), _Running(self.context, self.context.active)
+        return contextlib.nullcontext(), Running(self.context, self.context.active)
 
 
 @torch.no_grad()
@@ -387,17 +387,3 @@ def part(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: An
                 continue
             if not (parameter.is_meta or new.is_meta or torch.equal(parameter, new.to(parameter))):
                 parameter.data = parameter.data.clone()
-
-
-class _Running(contextlib.AbstractContextManager[None]):
-    """A selection that is active within; every backward that recomputes the same forward enters it once more."""
-
-    def __init__(self, context: TaskContext, selection: Selection | None) -> None:
-        self.context, self.selection = context, selection
-        self.replaced: list[Selection | None] = []
-
-    def __enter__(self) -> None:
-        self.replaced.append(self.context.enter(self.selection))
-
-    def __exit__(self, *_: object) -> None:
-        self.context.enter(self.replaced.pop())

@@ -238,3 +238,38 @@ def test_attributes_where_no_task_is_active():
     assert seen.count(8) == 5  # the layer, the head, and what is in it
     shared = TapsModel(Net(nn.BatchNorm1d(8), None), ["a", "b"], norms="shared").model.own
     assert shared.weight is shared.base.weight
+
+
+CHANGES = {
+    "own forward": own_forward,
+    "pruned": lambda norm: prune.random_unstructured(norm, "weight", amount=0.5),
+    "hook": lambda norm: norm.register_forward_hook(lambda module, args, y: y * 2),
+    "replaced": None,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_prepared_models_run_what_a_task_made_of_its_norm(change, when):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model, x = TapsModel(net.eval(), ["a", "b"]).eval(), torch.randn(4, 3, 5, 5)
+
+    def alter():
+        tasks = model.conversion.norms["1"].tasks
+        if CHANGES[change] is None:
+            tasks["a"] = nn.GroupNorm(2, 8).eval()
+        else:
+            CHANGES[change](tasks["a"])
+
+    if when == "before":
+        alter()
+    model.prepare_inference(x)
+    if when == "after":
+        alter()
+    ids = ["a", "b", "base", "a"]
+    mixed, single = model(x, tasks=ids), model(x, tasks="a")
+    model.unprepare()
+    torch.testing.assert_close(mixed, model(x, tasks=ids))
+    torch.testing.assert_close(single, model(x, tasks="a"))

@@ -209,6 +209,20 @@ class TaskContext:
         return previous
 
 
+class Running(contextlib.AbstractContextManager[None]):
+    """A selection that is active within; every backward that recomputes the same forward enters it once more."""
+
+    def __init__(self, context: TaskContext, selection: Selection | None) -> None:
+        self.context, self.selection = context, selection
+        self.replaced: list[Selection | None] = []
+
+    def __enter__(self) -> None:
+        self.replaced.append(self.context.enter(self.selection))
+
+    def __exit__(self, *_: object) -> None:
+        self.context.enter(self.replaced.pop())
+
+
 class Layout(NamedTuple):
     """Where an input carries its samples: along ``axis``, whose size is a multiple r of their number B."""
 
