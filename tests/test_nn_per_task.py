@@ -240,7 +240,7 @@ def test_attributes_where_no_task_is_active():
     assert shared.weight is shared.base.weight
 
 
-CHANGES = {
+OF_A_NORM = {
     "own forward": own_forward,
     "pruned": lambda norm: prune.random_unstructured(norm, "weight", amount=0.5),
     "hook": lambda norm: norm.register_forward_hook(lambda module, args, y: y * 2),
@@ -249,7 +249,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", OF_A_NORM)
 @torch.no_grad()
 def test_prepared_models_run_what_a_task_made_of_its_norm(change, when):
     torch.manual_seed(0)
@@ -258,10 +258,10 @@ def test_prepared_models_run_what_a_task_made_of_its_norm(change, when):
 
     def alter():
         tasks = model.conversion.norms["1"].tasks
-        if CHANGES[change] is None:
+        if OF_A_NORM[change] is None:
             tasks["a"] = nn.GroupNorm(2, 8).eval()
         else:
-            CHANGES[change](tasks["a"])
+            OF_A_NORM[change](tasks["a"])
 
     if when == "before":
         alter()
