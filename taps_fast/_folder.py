@@ -132,6 +132,11 @@ def forget(model: TapsModel, task: str) -> None:
 
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     """All that one task adds: scores, the deltas behind open gates, and every tensor of its norms and head."""
+    with model.turns.forward():
+        return _task_tensors(model, task)
+
+
+def _task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
@@ -140,7 +145,7 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
             if isinstance(delta, Format):
                 tensors |= {f"{path}.delta.{name}": value for name, value in delta.tensors.items()}
             else:
-                tensors[f"{path}.delta"] = delta
+                tensors[f"{path}.delta"] = delta.detach()  # what it holds now
             if task in layer.bias_deltas:
                 tensors[f"{path}.bias_delta"] = layer.bias_deltas[task]
     for path, module in model.modules_of(task).items():

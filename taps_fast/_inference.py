@@ -48,6 +48,7 @@ class PreparedModel(nn.Module):
         """The checksums of the base's buffers, as they were given."""
         self.register_load_state_dict_post_hook(_training.note_buffers)  # type: ignore[no-untyped-call]
         self.prepared: Preparation | None = None
+        self.turns = _prepare.Turns()
         if not (slice in ("auto", None) or (isinstance(slice, int) and slice >= 0)):
             raise ValueError(f"TapsModel: slice must be 'auto', None or a number of samples, got {slice!r}")
         self.slice = slice
@@ -71,6 +72,12 @@ class PreparedModel(nn.Module):
         state dicts hold the original deltas. A prepared model is not for training: a backward through it, which gives
         only heads and what is not adapted their gradients, warns once.
 
+        Other threads may run the model, save and merge its tasks all the while: this waits for their forwards, and they
+        for this. That is not so for compiled models and for parts that are called alone.
+
+        Deltas get storage of their own, now and when this is undone. What else holds the old one keeps it, and its
+        values: a state dict that was taken before, a model or a process that shares it.
+
         Args:
             *args, **kwargs: an input of the model, to verify at once instead of in the first forward.
             bake: True, False, or None for the rule above.
@@ -78,7 +85,7 @@ class PreparedModel(nn.Module):
                 this doubles the memory of open deltas) or "discard" (then nothing can be saved or undone).
 
         Raises:
-            ValueError: a model in training mode, or an unknown ``originals``.
+            ValueError: a model in training mode, or an unknown ``originals``. RuntimeError: within a forward of it.
             Whatever the model raises for the input. After any exception the model is as it was, unless its deltas are
             discarded: then load it again.
 
@@ -98,7 +105,7 @@ class PreparedModel(nn.Module):
         """Undoes `prepare_inference`; without one it does nothing.
 
         Raises:
-            RuntimeError: the deltas were discarded.
+            RuntimeError: the deltas were discarded, or their folder is gone; or this is within a forward.
             Whatever reading them from disk raises. The model then runs as before, partly undone, and this can be called
             again. A layer that an interrupt left with only some of its deltas refuses to run until then.
         """
@@ -120,6 +127,10 @@ class PreparedModel(nn.Module):
     def _unprepared(self, function: str) -> None:
         if self.prepared is not None:
             raise RuntimeError(f"TapsModel.{function}: {PREPARED}")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.turns.forward():
+            return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._unprepared("to")
@@ -160,7 +171,8 @@ class PreparedModel(nn.Module):
             raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
         if first.numel() == 0:
             raise ValueError(f"TapsModel.probe: the input must hold a sample, got {tuple(first.shape)}")
-        probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
+        with self.turns.forward():
+            probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
 
     def _apart(self, selection: Selection) -> None:
         if selection.mixed is None:
@@ -195,6 +207,12 @@ class PreparedModel(nn.Module):
                 whose batch axis is not known, samples that would change each other (see `probe`).
             TypeError: tasks that are neither names nor integers.
         """
+        if torch.compiler.is_compiling():
+            return self._forward(args, kwargs, tasks)
+        with self.turns.forward():
+            return self._forward(args, kwargs, tasks)
+
+    def _forward(self, args: Any, kwargs: Any, tasks: TaskNames | None) -> Any:
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.resolve(tasks, None if first is None else first.device)

@@ -16,7 +16,7 @@ from . import gates
 from .compressed import CompressedDelta, apart, restored, side_by_side, value_of
 from .context import Layout, Mix, Selection, TaskContext, names_of
 from .gated import Frozen, Gated, rows_of, table_of, vector_of
-from .owned import Owned, Scores
+from .owned import Owned, Scores, put
 from .stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class TapsLayer(StandIn):
             apart(self.deltas.values())
         self.frozen = None
         for task, delta in originals.items():
-            self.deltas[task].copy_(delta)
+            put(self.deltas[task], delta.to(self.base.device, copy=True))  # copies of the model have the same original
         self.baked.clear()
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ class TapsLayer(StandIn):
         """Puts the whole weight of ``task`` where its dense delta was, which ``original`` reads from then on."""
         whole = self.effective(task)[0]
         self.baked[task] = original  # first, so that an interrupt finds what to put back
-        self.deltas[task].copy_(whole)
+        put(self.deltas[task], whole)
 
     def _half_undone(self) -> RuntimeError:
         return RuntimeError(f"{self.path}: its deltas must all be put back first, got some (model.unprepare() again)")

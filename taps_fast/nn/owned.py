@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,3 +38,12 @@ class Scores(Owned):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Gives a parameter other storage, for others may share its own: state dicts, models, processes.
+
+    Graphs that saved it refuse their backward then, as if it had been written to.
+    """
+    parameter.data = values
+    torch.autograd.graph.increment_version(parameter)
