@@ -217,12 +217,17 @@ class Reads(nn.Module):
         self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
         self.parts = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
         self.scale, self.table, self.act, self.rows = 2.0, torch.tensor([2.0, 3.0, 4.0, 5.0]), None, None
+        self.gain, self.seen = nn.Parameter(torch.ones(4)), []
+        self.register_buffer("temperature", torch.tensor(2.0))
+        self.config, self.names, self.skipped = {"k": 2.0}, ["a"], {"b"}
 
     def forward(self, x):
         self.rows = x.shape[0]
+        self.seen.append(len(self.seen))
+        x = x * self.temperature * self.config["k"] * len(self.names) + len(self.skipped)
         y = self.relu(self.norm(self.conv(x))) * self.scale + self.offset
         y = y if self.act is None else self.act(y)
-        return self.parts[1](self.parts[0](y)).mean((2, 3)) * self.table
+        return self.parts[1](self.parts[0](y)).mean((2, 3)) * self.table * self.gain
 
 
 CHANGES = {
@@ -233,6 +238,12 @@ CHANGES = {
     "part": lambda net: setattr(net, "relu", nn.Tanh()),
     "part in a list": lambda net: net.parts.__setitem__(0, nn.Conv2d(4, 4, 1)),
     "new part": lambda net: setattr(net, "act", nn.Tanh()),
+    "parameter": lambda net: setattr(net, "gain", nn.Parameter(torch.rand(4))),
+    "equal parameter": lambda net: setattr(net, "gain", nn.Parameter(torch.ones(4))),
+    "buffer": lambda net: setattr(net, "temperature", torch.tensor(3.0)),
+    "in a dict": lambda net: net.config.update(k=5.0),
+    "in a list": lambda net: net.names.append("b"),
+    "in a set": lambda net: net.skipped.add("c"),
 }
 
 
