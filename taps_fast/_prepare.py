@@ -69,7 +69,7 @@ class Originals:
     def read(self, name: str) -> Tensor:
         """
         Raises:
-            RuntimeError: deltas were discarded.
+            RuntimeError: deltas were discarded, or somebody has removed the file.
         """
         if self.where == "discard":
             raise RuntimeError(
@@ -77,7 +77,15 @@ class Originals:
             )
         if self._folder is None:
             return self._held[name]
-        found = load_file(self._file(name))
+        file = self._file(name)
+        try:
+            found = load_file(file)
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"TapsModel: a prepared model's deltas must stay in their folder, got no {file}: the delta of {name} "
+                "is lost. Forwards and merge() still have its whole weight; to train or save it, load the task into a "
+                "new model (prepare_inference(originals='memory') needs no files)"
+            ) from None
         delta: Tensor = found["delta"].permute(found["order"].argsort().tolist())
         return delta
 
@@ -161,7 +169,8 @@ def _device(model: PreparedModel) -> torch.device:
 
 def _synchronize(device: torch.device) -> None:
     """Other threads may have streams of their own, which know nothing of memory that is given back."""
-    if device.type not in ("cpu", "meta"):
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
         torch.accelerator.synchronize(device)
 
 

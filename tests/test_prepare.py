@@ -6,6 +6,8 @@ import copy
 import itertools
 import os
 import pickle
+import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -141,6 +143,21 @@ def test_a_preparation_that_cannot_be_undone(monkeypatch):
     torch.testing.assert_close(model(x, tasks=mix), want)
     model.unprepare()
     assert torch.equal(model(x, tasks=mix), want)
+
+
+def test_a_folder_of_deltas_that_is_gone(tmp_path, monkeypatch):
+    """As after a cleaner of temporary files: what needs a delta says so, what does not goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, x = three_tasks(ConvNet()), images(2)
+    want = model(x, tasks="cubs")
+    model.prepare_inference(x)
+    (folder,) = tmp_path.iterdir()
+    shutil.rmtree(folder)
+    for call in (model.train, model.state_dict, lambda: model.save_task("cubs", tmp_path / "task")):
+        with pytest.raises(RuntimeError, match=r"got no .*\d.safetensors: the delta of conv2.cubs is lost"):
+            call()
+    for run in (lambda: model(x, tasks="cubs"), lambda: model.merge("cubs")(x)):
+        torch.testing.assert_close(run(), want)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
