@@ -249,7 +249,7 @@ class Products(NamedTuple):
     def _low_rank(self, low: dict[int, LowRank]) -> Tensor:
         """Σ c·B (A x), by task where each uses one delta at most; else with all deltas side by side."""
         places, deltas = list(low), list(low.values())
-        coeffs = columns(self.coeffs, places) * torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
+        coeffs = self._scaled(places, deltas)
         if self.batch is not None:
             each = turns(places, self.pairs, self.batch.num_tasks)
             if len(each) == 1:
@@ -259,6 +259,20 @@ class Products(NamedTuple):
             weights = F.pad(weights, (0, 0, 0, 1))[self.task_of_row].view(*self.x.shape[:-1], weights.shape[-1])
         thin = F.linear(self.x, torch.cat([d.a for d in deltas]))
         return F.linear((thin * weights).to(thin.dtype), torch.cat([d.b for d in deltas], 1))
+
+    def _scaled(self, places: list[int], deltas: list[LowRank]) -> Tensor:
+        """Coefficients [..., K] times scales, and 0 where a task does not use a delta: 0·inf is NaN."""
+        scales = torch.stack([d.scale for d in deltas]).to(self.coeffs.dtype)
+        eye = torch.eye(len(places), dtype=torch.bool, device=scales.device).unbind()
+        none = torch.zeros_like(scales, dtype=torch.bool)
+        used = [none] * self.num_tasks
+        for t, k in self.pairs:
+            if k in places:
+                used[t] = used[t] | eye[places.index(k)]
+        # Before the product, so that nothing of other scales comes back in its gradients.
+        return columns(self.coeffs, places) * torch.where(torch.stack(used), scales, 0).view(
+            *self.coeffs.shape[:-1], len(places)
+        )
 
     def _by_task(self, low: dict[int, LowRank], which: list[int], coeffs: Tensor) -> Tensor:
         """Σ over ranks, as no row may meet another task's delta: 0·NaN is NaN."""

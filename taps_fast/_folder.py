@@ -152,6 +152,11 @@ def forget(model: TapsModel, task: str) -> None:
 
 def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     """All that one task adds: scores, the deltas behind open gates, and every tensor of its norms and head."""
+    with model.turns.forward():
+        return _task_tensors(model, task)
+
+
+def _task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in model.conversion.layers.items():
         tensors[f"{path}.score"] = layer.scores[task]
@@ -160,7 +165,7 @@ def task_tensors(model: TapsModel, task: str) -> dict[str, Tensor]:
             if isinstance(delta, Format):
                 tensors |= {f"{path}.delta.{name}": value for name, value in delta.tensors.items()}
             else:
-                tensors[f"{path}.delta"] = delta
+                tensors[f"{path}.delta"] = delta.detach()  # what it holds now
             if task in layer.bias_deltas:
                 tensors[f"{path}.bias_delta"] = layer.bias_deltas[task]
     for path, module in model.modules_of(task).items():
@@ -316,14 +321,34 @@ def load_lora(
     """What `TapsModel.load_lora` does."""
     layers = model.conversion.layers
     transposed = [path for path, layer in layers.items() if isinstance(layer, TransposedLinear)]
-    deltas = peft.match(peft.read_lora(folder), {path: layer.base.shape for path, layer in layers.items()}, transposed)
-    with adding(model, name, given_head(model, classes, head)):
+    found, saved = peft.read(folder)
+    deltas = peft.match(found, {path: layer.base.shape for path, layer in layers.items()}, transposed)
+    with adding(model, name, _saved_head(model, saved, classes, head)):
         for path, layer in layers.items():
             opened = 1.0 if model.gate == "raw" else layer.initial_score
             layer.add_task(name, score=opened if path in deltas else model.threshold - 1.0, delta=path in deltas)
             if path in deltas:
                 layer.set_delta(name, deltas[path])
-    return Loaded(name, 2 * len(deltas), len(deltas), len(layers))
+    return Loaded(name, 2 * len(deltas) + len(saved), len(deltas), len(layers))
+
+
+def _saved_head(
+    model: TapsModel, saved: dict[str, Tensor], classes: int | None, head: nn.Module | None
+) -> dict[str, nn.Module]:
+    """As `given_head`, with the values that an adapter has of it."""
+    own = model.conversion.head
+    peft.check_saved(saved, None if own is None else own.path)
+    if own is None or not saved:
+        return given_head(model, classes, head)
+    values = {name.removeprefix(f"{own.path}."): value for name, value in saved.items()}
+    if classes is None and head is None and "weight" in values and width_of(own.base) != len(values["weight"]):
+        classes = len(values["weight"])
+    modules = given_head(model, classes, head) or {own.path: own_copy(own.base)}
+    try:
+        modules[own.path].load_state_dict(values)
+    except RuntimeError as error:
+        raise peft.AdapterError(f"read_lora: the head that is saved must fit the task's: {error}") from None
+    return modules
 
 
 def sharing(model: TapsModel, tasks: list[str]) -> Sharing:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 def plain_network(model: RunningModel, task: str | None) -> nn.Module:
     """A copy of ``model.model`` with the weights of ``task`` (None: the base) in modules of their original types."""
+    with model.turns.forward():
+        return _plain_network(model, task)
+
+
+def _plain_network(model: RunningModel, task: str | None) -> nn.Module:
     memo = computed(model.model)
     give_modules = _closures.follow(model.model, memo)
     for layer in model.conversion.layers.values():

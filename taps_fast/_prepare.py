@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -68,7 +69,7 @@ class Originals:
     def read(self, name: str) -> Tensor:
         """
         Raises:
-            RuntimeError: deltas were discarded.
+            RuntimeError: deltas were discarded, or somebody has removed the file.
         """
         if self.where == "discard":
             raise RuntimeError(
@@ -76,7 +77,15 @@ class Originals:
             )
         if self._folder is None:
             return self._held[name]
-        found = load_file(self._file(name))
+        file = self._file(name)
+        try:
+            found = load_file(file)
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"TapsModel: a prepared model's deltas must stay in their folder, got no {file}: the delta of {name} "
+                "is lost. Forwards and merge() still have its whole weight; to train or save it, load the task into a "
+                "new model (prepare_inference(originals='memory') needs no files)"
+            ) from None
         delta: Tensor = found["delta"].permute(found["order"].argsort().tolist())
         return delta
 
@@ -89,6 +98,80 @@ class Originals:
             return self.__dict__
         held = {name: self.read(name) for name in self._names}
         return {**self.__dict__, "where": "memory", "_folder": None, "_held": held}
+
+
+class Turns:
+    """Forwards run side by side; what changes the tensors that they read waits for them, and they for it."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._forwards: set[int | None] = set()
+        self._changes: list[int] = []
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()  # in a copy of the model nothing runs
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Nothing is changed within, by other threads."""
+        me = threading.current_thread().ident
+        if me in self._forwards or me in self._changes[:1]:
+            yield
+            return
+        try:
+            with self._turn:
+                while self._changes:
+                    self._turn.wait()
+                self._forwards.add(me)
+            yield
+        finally:
+            with self._turn:
+                self._forwards.discard(me)
+                if self._changes:
+                    self._turn.notify_all()
+
+    @contextlib.contextmanager
+    def change(self, device: torch.device) -> Iterator[None]:
+        """No other thread's forward runs within, nor what one has begun on ``device``.
+
+        Raises:
+            RuntimeError: a forward of this thread runs.
+        """
+        me = threading.get_ident()
+        if me in self._changes[:1]:
+            yield
+            return
+        if me in self._forwards:
+            raise RuntimeError(
+                "TapsModel: prepare_inference and unprepare must be called outside of forwards, got a call within one"
+            )
+        try:
+            with self._turn:
+                self._changes.append(me)  # forwards that come now wait
+                self._turn.wait_for(lambda: self._changes[0] == me and not self._forwards.intersection(_threads()))
+            _synchronize(device)
+            yield
+            _synchronize(device)
+        finally:
+            with self._turn:
+                self._changes.remove(me)
+                self._turn.notify_all()
+
+
+def _threads() -> set[int | None]:
+    """Those of this process: after a fork, of the others there is only what they have left."""
+    return {thread.ident for thread in threading.enumerate()}
+
+
+def _device(model: RunningModel) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _synchronize(device: torch.device) -> None:
+    """Other threads may have streams of their own, which know nothing of memory that is given back."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
+        torch.accelerator.synchronize(device)
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -168,6 +251,11 @@ def prepare(model: RunningModel, args: Any, kwargs: Any, *, bake: bool | None, o
         raise ValueError(f"TapsModel.prepare_inference: originals must be {', '.join(ORIGINALS)}, got {originals!r}")
     if model.training or any(m.training for m in model.model.modules()):
         raise ValueError("TapsModel.prepare_inference: the model must be in eval mode, got one in training mode")
+    with model.turns.change(_device(model)):
+        return _prepare(model, args, kwargs, bake, originals)
+
+
+def _prepare(model: RunningModel, args: Any, kwargs: Any, bake: bool | None, originals: str) -> Preparation:
     unprepare(model)
     report = Preparation(originals, types={row.path: row.type for row in model.conversion.rows})
     model.prepared = report
@@ -205,9 +293,12 @@ def _change(model: RunningModel, report: Preparation, bake: bool | None) -> None
 
 def unprepare(model: RunningModel) -> None:
     """Deltas, norms and forwards as they were."""
-    report = model.prepared
-    if report is None:
-        return
+    if model.prepared is not None:
+        with model.turns.change(_device(model)):
+            _unprepare(model)
+
+
+def _unprepare(model: RunningModel) -> None:
     layers = model.conversion.layers.values()
     for original in [original for layer in layers for original in layer.baked.values()][:1]:
         original()  # raises before anything changes
@@ -265,6 +356,7 @@ def _bake(model: RunningModel, report: Preparation, bake: bool | None) -> None:
     size from which it stops to pay.
     """
     chosen: list[tuple[str, TapsLayer, str]] = []
+    held = Counter(id(delta) for layer in model.conversion.layers.values() for delta in layer.deltas.values())
     for path, layer in model.conversion.layers.items():
         opened = [task for task in model.context.tasks if layer.is_open(task)]
         kind = report.types.get(path, type(layer).__name__)
@@ -276,6 +368,11 @@ def _bake(model: RunningModel, report: Preparation, bake: bool | None) -> None:
             why = "made under torch.inference_mode, so it cannot be changed"
             report.found.append(Row(path, kind, "left", f"not baked for {', '.join(fixed)}: {why}"))
         opened = [task for task in opened if task not in (*small, *fixed)]
+        others = [t for t in opened if held[id(d := layer.deltas[t])] > 1 or not isinstance(d, nn.Parameter)]
+        if others:
+            why = "no parameter of its own, which could hold a whole weight"
+            report.found.append(Row(path, kind, "left", f"not baked for {', '.join(others)}: {why}"))
+        opened = [task for task in opened if task not in others]
         if not opened:
             continue
         if bake is False:

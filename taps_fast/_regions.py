@@ -8,10 +8,12 @@ runs the module's own forward too, and a region whose graph gives another result
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -45,8 +47,9 @@ _METHODS = {"relu": "relu", "relu_": "relu"}
 _ONE_AT_A_TIME = threading.RLock()
 """A trace puts back what it found patched, which must not be another's patch."""
 _is_training = operator.attrgetter("training")
-_modules_of = operator.attrgetter("_modules")
-_Attribute = tuple[nn.Module, str, Any]
+_parts_of = operator.attrgetter("_modules", "_parameters", "_buffers")
+_Attribute = tuple[nn.Module, str, Any, Any]
+"""Whose, its name, its value, and that again as it was before the trace."""
 
 
 class Fold(NamedTuple):
@@ -77,7 +80,7 @@ class Region:
         self.hooks = [hooks for m in quiet for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         # So would parts and attributes that are replaced; those that the forward writes itself are another matter.
         self.traced = list(_traced(module))
-        fixed = [(m, name) for m, name, value in attributes if vars(m).get(name, self) is value]
+        fixed = [(m, name) for m, name, value, was in attributes if _is_still(vars(m).get(name, self), value, was)]
         self.owners, self.names = [m for m, _ in fixed], [name for _, name in fixed]
         for node in list(graph.nodes):
             self._fold(node, targets, tasks)
@@ -88,15 +91,24 @@ class Region:
     def install(self) -> None:
         """Stands in from now on, as long as nothing changes."""
         self.module.__dict__["forward"] = self
-        self.state = self._state()
+        self.parts = self._parts()
+        self.state = list(map(_snapshot, self._state()))
+
+    def _parts(self) -> list[Any]:
+        """Modules, parameters and buffers."""
+        return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_parts_of, self.traced)))))
 
     def _state(self) -> list[Any]:
-        parts = chain.from_iterable(map(dict.values, map(_modules_of, self.traced)))
-        return [*parts, *map(len, map(vars, self.traced)), *map(getattr, self.owners, self.names)]
+        return [*map(len, map(vars, self.traced)), *map(getattr, self.owners, self.names)]
 
     def _changed(self) -> bool:
+        parts = self._parts()
         try:
-            return self._state() != self.state
+            return (
+                len(parts) != len(self.parts)
+                or not all(map(operator.is_, parts, self.parts))
+                or self._state() != self.state
+            )
         except Exception:  # an attribute is gone, or is one that cannot be compared
             return True
 
@@ -234,7 +246,20 @@ def _traced(module: nn.Module) -> Iterator[nn.Module]:
 def _attributes(module: nn.Module) -> Iterator[_Attribute]:
     """What the forwards of traced modules may read: each attribute that not every module has."""
     for part in _traced(module):
-        yield from ((part, name, value) for name, value in vars(part).items() if name not in OF_EVERY_MODULE)
+        own = ((name, value) for name, value in vars(part).items() if name not in OF_EVERY_MODULE)
+        yield from ((part, name, value, _snapshot(value)) for name, value in own)
+
+
+def _snapshot(value: Any) -> Any:
+    """What a container holds now: its contents can be changed without replacing it. Not what is in them in turn."""
+    return copy.copy(value) if isinstance(value, list | dict | set | deque) else value
+
+
+def _is_still(value: Any, held: Any, was: Any) -> bool:
+    try:
+        return value is held and (held is was or bool(held == was))
+    except Exception:  # contents that cannot be compared
+        return False
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Mapping
 from itertools import chain
 from numbers import Number
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from . import _prepare, _statistics, _training
-from ._folder import base_tensors, plain_name
+from ._folder import base_tensors
 from ._prepare import Preparation
 from ._probe import batch_of, probe, probe_first
 from ._problem import is_transformed, refuse_transforms
@@ -23,7 +22,6 @@ from ._slices import Slicing, dims_of, images_a_slice, in_slices
 from .convert import Conversion
 from .nn import TaskContext
 from .nn.context import PREPARED, Mix, Running, Selection, TaskNames
-from .nn.layer import TapsLayer
 from .nn.per_task import rest
 from .tasks import TaskBatch
 
@@ -53,6 +51,7 @@ class RunningModel(nn.Module):
         """The checksums of the base's buffers, as they were given."""
         self.register_load_state_dict_post_hook(_training.note_buffers)  # type: ignore[no-untyped-call]
         self.prepared: Preparation | None = None
+        self.turns = _prepare.Turns()
         if not (slice in ("auto", None) or (isinstance(slice, int) and slice >= 0)):
             raise ValueError(f"TapsModel: slice must be 'auto', None or a number of samples, got {slice!r}")
         self.slice = slice
@@ -76,6 +75,12 @@ class RunningModel(nn.Module):
         state dicts hold the original deltas. A prepared model is not for training: a backward through it, which gives
         only heads and what is not adapted their gradients, warns once.
 
+        Other threads may run the model, save and merge its tasks all the while: this waits for their forwards, and they
+        for this. That is not so for compiled models and for parts that are called alone.
+
+        Deltas get storage of their own, now and when this is undone. What else holds the old one keeps it, and its
+        values: a state dict that was taken before, a model or a process that shares it.
+
         Args:
             *args, **kwargs: an input of the model, to verify at once instead of in the first forward.
             bake: True, False, or None for the rule above.
@@ -83,7 +88,7 @@ class RunningModel(nn.Module):
                 this doubles the memory of open deltas) or "discard" (then nothing can be saved or undone).
 
         Raises:
-            ValueError: a model in training mode, or an unknown ``originals``.
+            ValueError: a model in training mode, or an unknown ``originals``. RuntimeError: within a forward of it.
             Whatever the model raises for the input. After any exception the model is as it was, unless its deltas are
             discarded: then load it again.
 
@@ -103,7 +108,7 @@ class RunningModel(nn.Module):
         """Undoes `prepare_inference`; without one it does nothing.
 
         Raises:
-            RuntimeError: the deltas were discarded.
+            RuntimeError: the deltas were discarded, or their folder is gone; or this is within a forward.
             Whatever reading them from disk raises. The model then runs as before, partly undone, and this can be called
             again. A layer that an interrupt left with only some of its deltas refuses to run until then.
         """
@@ -126,6 +131,10 @@ class RunningModel(nn.Module):
     def _unprepared(self, function: str) -> None:
         if self.prepared is not None:
             raise RuntimeError(f"TapsModel.{function}: {PREPARED}")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.turns.forward():
+            return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._unprepared("to")
@@ -185,7 +194,8 @@ class RunningModel(nn.Module):
             raise ValueError("TapsModel.probe: the input must hold a tensor, got none")
         if first.numel() == 0:
             raise ValueError(f"TapsModel.probe: the input must hold a sample, got {tuple(first.shape)}")
-        probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
+        with self.turns.forward():
+            probe(self, args, kwargs, batch_of(args, kwargs, first.shape[batch_dim], batch_dim))
 
     def _apart(self, selection: Selection) -> None:
         if selection.mixed is None:
@@ -224,6 +234,12 @@ class RunningModel(nn.Module):
         """
         if is_transformed():
             refuse_transforms("TapsModel")
+        if torch.compiler.is_compiling():
+            return self._forward(args, kwargs, tasks)
+        with self.turns.forward():
+            return self._forward(args, kwargs, tasks)
+
+    def _forward(self, args: Any, kwargs: Any, tasks: TaskNames | None) -> Any:
         # Ids go to the device once here, not once a layer.
         first = next((t for t in chain(args, kwargs.values(), self.parameters()) if isinstance(t, Tensor)), None)
         selection = self.context.active if tasks is None else None  # of `running`
@@ -367,23 +383,3 @@ class RunningModel(nn.Module):
     def checkpoint_context(self) -> tuple[Any, Any]:
         """``context_fn`` for ``torch.utils.checkpoint``: the recomputation sees the tasks of this forward."""
         return contextlib.nullcontext(), Running(self.context, self.context.active)
-
-
-@torch.no_grad()
-def part(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
-    """Before a state dict is loaded into the network of a `TapsModel`: base parameters that will change get storage of
-    their own, as it is that of the network which was adapted."""
-    if metadata.get("assign_to_params_buffers", False):
-        return
-    base = {id(t) for _, t in base_tensors(model, head=True) if type(t) is nn.Parameter}
-    incoming = {plain_name(name): value for name, value in state_dict.items()}
-    for path, module in model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
-        held = dict(module._parameters)
-        if isinstance(module, TapsLayer):
-            held |= {ordinary: operator.attrgetter(own)(module) for ordinary, own in module._stored.items()}
-        for name, parameter in held.items():
-            new = incoming.get(plain_name(f"{path}.{name}".removeprefix(".")))
-            if parameter is None or id(parameter) not in base or not isinstance(new, Tensor):
-                continue
-            if not (parameter.is_meta or new.is_meta or torch.equal(parameter, new.to(parameter))):
-                parameter.data = parameter.data.clone()

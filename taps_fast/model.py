@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from . import _compress, _folder, _training, store
 from ._compress import Compression
 from ._folder import Loaded
+from ._parting import part
 from ._plain import plain_network
-from ._running import RunningModel, part
+from ._running import RunningModel
 from .convert import Patterns, convert
 from .nn import TaskContext, gates
 from .nn.context import BASE_NAME, names_of

@@ -34,6 +34,7 @@ _HARMLESS = {
 }  # fmt: skip
 """Keys of the configuration that say where and how an adapter was trained; its tensors say the rest, and the layers
 which of them store their weight as [I, O]."""
+_GROUPS = " (an adapter of a convolution in groups mixes channels of all groups, which no delta of its weight can)"
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -53,15 +54,43 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
 
     Raises:
         AdapterError: no adapter, one of another type than LoRA (DoRA, QLoRA-A, …), or one with what a low-rank delta
-            cannot hold: trained biases, modules saved whole, embeddings, weights that an initialisation changed.
+            cannot hold: trained biases, modules saved whole (but `TapsModel.load_lora` takes the model's head as the
+            task's), embeddings, weights that an initialisation changed, convolutions of several groups.
 
     Source: LoRA, arXiv 2106.09685; rank-stabilised scaling, arXiv 2312.03732.
     """
+    deltas, saved = read(folder)
+    check_saved(saved, None)
+    return deltas
+
+
+def check_saved(saved: Mapping[str, Tensor], head: str | None) -> None:
+    """Refuses tensors of modules that were saved whole, unless they are the head's."""
+    other = next((name for name in saved if head is None or not name.startswith(f"{head}.")), None)
+    if other is not None:
+        own = "of which there is none here" if head is None else f"{head!r} here"
+        raise AdapterError(
+            f"read_lora: modules_to_save must name nothing but the model's head, {own}, got {other!r}, which is saved "
+            "whole: such a module is only loaded as a task's head, by load_lora of TapsModel(..., head=<its path>)"
+        )
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """What `read_lora` gives, and the tensors of modules that were saved whole, by name in the base model."""
     folder = Path(folder)
     config = _config(folder)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    whole = [re.escape(name) for name in config.get("modules_to_save") or ()]
+    of_whole = re.compile(
+        rf"(?:base_model\.model\.)?((?:.+\.)?(?:{'|'.join(whole)})\.)(?:modules_to_save\.default\.)?(.+)"
+    )
     for name, tensor in tensors.items():
+        kept = of_whole.fullmatch(name) if whole else None
+        if kept is not None and ".lora_" not in name:
+            saved[kept[1] + kept[2]] = tensor
+            continue
         found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if found is None:
             raise AdapterError(
@@ -71,7 +100,7 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
         pairs.setdefault(found[1], {})[found[2]] = tensor
     if not pairs:
         raise AdapterError(f"read_lora: {folder / _TENSORS} must hold lora_A and lora_B weights, got none")
-    return {path: _delta(folder, path, pair, config) for path, pair in pairs.items()}
+    return {path: _delta(folder, path, pair, config) for path, pair in pairs.items()}, saved
 
 
 def match(
@@ -97,9 +126,10 @@ def match(
         if path in transposed:
             delta = LowRank(delta.shape[::-1], delta.a.t().contiguous(), delta.b.t().contiguous(), delta.scale)
         if delta.shape != tuple(shapes[path]):
+            groups = len(delta.shape) == 4 and delta.shape[1] > tuple(shapes[path])[1]
             raise AdapterError(
                 f"read_lora: the delta of {path!r} must be {tuple(shapes[path])} like the layer's weight, "
-                f"got {delta.shape}"
+                f"got {delta.shape}{_GROUPS if groups else ''}"
             )
         matched[path] = delta
     return matched
@@ -154,6 +184,8 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
     a, b = pair["A"], pair["B"]
     rank = _number(config, "r", "rank_pattern", path)
     alpha = _number(config, "lora_alpha", "alpha_pattern", path)
+    if a.dim() == b.dim() == 4 and 0 < b.shape[1] < a.shape[0] == rank and rank % b.shape[1] == 0:
+        raise AdapterError(f"read_lora: {path!r} must be a convolution of one group, got {rank // b.shape[1]}{_GROUPS}")
     if a.dim() not in (2, 4) or b.dim() != a.dim() or not a.shape[0] == b.shape[1] == rank >= 1:
         raise AdapterError(
             f"read_lora: lora_A and lora_B of {path!r} must be [{rank}, I] and [O, {rank}], as the configuration "
@@ -166,7 +198,13 @@ def _delta(folder: Path, path: str, pair: dict[str, Tensor], config: Mapping[str
     if a.dim() == 4 and b.shape[2:].numel() != 1:
         raise AdapterError(f"read_lora: lora_B of {path!r} must be a 1 x 1 convolution, got {tuple(b.shape)}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank.of(b.flatten(1), a.flatten(1), scale, (b.shape[0], *a.shape[1:]))
+    delta = LowRank.of(b.flatten(1), a.flatten(1), scale, (b.shape[0], *a.shape[1:]))
+    if not delta.scale.to(a.dtype).isfinite():
+        raise AdapterError(
+            f"read_lora: lora_alpha of {path!r} must give a scale that is finite in {a.dtype}, got {alpha} (rank "
+            f"{rank})"
+        )
+    return delta
 
 
 def _number(config: Mapping[str, Any], key: str, pattern: str, path: str) -> float:
@@ -197,4 +235,4 @@ def _what(name: str) -> str:
         return "DoRA is not a low-rank delta"
     if "lora_embedding" in name:
         return "embeddings have no low-rank deltas here"
-    return "modules_to_save and trained biases are not read"
+    return "trained biases are not read, nor modules saved whole that modules_to_save does not name"

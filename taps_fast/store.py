@@ -4,17 +4,19 @@
     <folder>/tensors-<16 digits>.safetensors     the tensors; the digits are those of their own fingerprint
 
 ``task.json`` is the commit point. The tensors are written first, under a name that their content gives; then
-``task.json`` is replaced in one step. So a save that is interrupted, or several at once, leave one whole task,
-and files that are not ours stay where they are. Nothing is ever unpickled.
+``task.json`` is replaced in one step. So a save that is interrupted leaves one whole task. Several at once take
+turns and leave the last one's. Files that are not ours stay where they are. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,19 @@ from torch import Tensor
 from . import __version__
 from ._names import did_you_mean
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 """Goes up when an older library could not read what this one writes."""
 
 _JSON = "task.json"
 _REQUIRED = {"task": str, "fingerprint": str, "sharing": dict}
 _ADDED = ("format", "library", "tensors", "checksum")
+_SAVING = threading.Lock()
+"""Where there is no fcntl."""
 
 
 class TaskFolderError(ValueError):
@@ -69,6 +78,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Writes a task folder, or replaces the task in an existing one in a single step.
 
+    Saves into one folder at the same time, of threads or processes, come one after the other. That needs locks: on
+    Windows between processes, and on file systems that cannot lock a folder, they may leave a file too many, or lack
+    the tensors where one saves again what another replaces.
+
     Args:
         folder: made where it does not exist. Of an existing one only the old task's two files are replaced.
         tensors: by name; any device, strides and dtype that safetensors has.
@@ -101,11 +114,12 @@ def save_task(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
         raise TaskFolderError(f"save_task: folder must be a folder or not exist, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     target = _tensor_file(folder, document["tensors"])
-    old = _old_tensor_file(folder)
-    write_whole(target, lambda path: save_file(tensors, path))
-    write_whole(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
-    if old is not None and old != target:
-        old.unlink(missing_ok=True)
+    with _alone_in(folder):
+        old = _old_tensor_file(folder)
+        write_whole(target, lambda path: save_file(tensors, path))
+        write_whole(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
+        if old is not None and old != target:
+            old.unlink(missing_ok=True)
 
 
 def read_task(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,7 +142,7 @@ def read_task(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             tensors = load_file(path)
             break
         except FileNotFoundError:
-            if _read_json(folder) == meta:  # else a save came in between: read what it wrote
+            if _read_json(folder) == meta and not path.exists():  # else a save came in between: read what it wrote
                 raise TaskFolderError(
                     f"read_task: folder must hold {path.name}, which its task.json names, got none in {folder}"
                 ) from None
@@ -264,6 +278,25 @@ def _old_tensor_file(folder: Path) -> Path | None:
         return _tensor_file(folder, _read_json(folder)["tensors"])
     except TaskFolderError:
         return None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other save changes ``folder``. The lock is on the folder itself: it leaves no file, and ends with the
+    process."""
+    if fcntl is None:
+        with _SAVING:
+            yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to a fork of this process
+        os.close(descriptor)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -318,3 +318,36 @@ def test_a_low_rank_delta_that_diverged_spoils_the_rows_of_its_own_task():
 def test_an_unknown_algorithm_is_refused_by_name():
     with pytest.raises(ValueError, match="algorithm must be auto, blend, split.* got 'fast'"):
         delta_linear(torch.randn(2, 5), torch.randn(6, 5), [make("bits", (6, 5))], torch.ones(1), algorithm="fast")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("form", ["linear", "conv2d"])
+def test_a_scale_that_is_not_finite_stays_with_its_task(form, shared, value):
+    """With one delta a task, or one more that two tasks share; other tasks' rows and gradients are as without it."""
+    torch.manual_seed(0)
+    shape, x = ((6, 4), torch.randn(5, 4)) if form == "linear" else ((6, 4, 1, 1), torch.randn(5, 4, 2, 2))
+    run = delta_linear if form == "linear" else delta_conv2d
+    base, ids = torch.randn(shape), torch.tensor([0, 1, -1, 0, 2])
+    factors = [(torch.randn(6, 2), torch.randn(2, 4)) for _ in range(3)]
+    pairs = [(0, 0), (1, 1), (2, 2)] + [(0, 1), (2, 1)] * shared
+
+    def calls(last):
+        deltas = [
+            LowRank.of(b.clone(), a.clone(), s, shape) for (b, a), s in zip(factors, (2.0, 1.0, last), strict=True)
+        ]
+        held = [t.requires_grad_() for d in deltas for t in (d.b, d.a)]
+        coeffs = torch.zeros(3, 3)
+        for t, k in pairs:
+            coeffs[t, k] = 0.5
+        coeffs.requires_grad_()
+        y = run(x, base, deltas, coeffs, tasks=ids, pairs=pairs, algorithm="split")
+        y[:4].sin().sum().backward()
+        return y.detach(), coeffs.grad, [t.grad for t in held]
+
+    (y, dcoeffs, dheld), (want, dcoeffs_want, dheld_want) = calls(value), calls(1.0)
+    assert not y[4].isfinite().all()
+    torch.testing.assert_close(y[:4], want[:4])
+    torch.testing.assert_close(dcoeffs[:2], dcoeffs_want[:2])
+    for found, expected in zip(dheld[:4], dheld_want[:4], strict=True):
+        torch.testing.assert_close(found, expected)

@@ -16,8 +16,8 @@ CALL = {
 }  # fmt: skip
 LAYERS = {"_call", "_names", "_problem", "formats", "functional", "nn", "norms", "stacked", "tasks"}
 MODEL = {
-    "_closures", "_compress", "_folder", "_plain", "_prepare", "_probe", "_refusals", "_regions", "_running",
-    "_slices", "_statistics", "_training", "convert", "model", "peft", "sharing", "store",
+    "_closures", "_compress", "_folder", "_parting", "_plain", "_prepare", "_probe", "_refusals", "_regions",
+    "_running", "_slices", "_statistics", "_training", "convert", "model", "peft", "sharing", "store",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": {"_ext", "_ops"},

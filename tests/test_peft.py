@@ -88,6 +88,26 @@ def test_model(tmp_path):
             "init_lora_weights must leave the base's weights as they are, got 'pissa'",
         ),
         ({}, {"base_model.model.fc.weight": torch.ones(2, 2)}, "got 'base_model.model.fc.weight' .*modules_to_save"),
+        (
+            {"modules_to_save": ["score", "fc"]},
+            {"base_model.model.a.fc.weight": torch.ones(2, 2), **pair("fc1", 4, 6)},
+            "modules_to_save must name nothing but the model's head, of which there is none here, got 'a.fc.weight'",
+        ),
+        (
+            {"lora_alpha": 1e39},
+            pair("fc1", 4, 6),
+            r"'fc1' must give a scale that is finite in torch.float32, got 1e\+39",
+        ),
+        (
+            {"lora_alpha": 1e6},
+            {name: t.half() for name, t in pair("fc1", 4, 6).items()},
+            "'fc1' must give a scale that is finite in torch.float16, got 1000000.0",
+        ),
+        (
+            {},
+            {**pair("c", 8, 4, kernel=(3, 3)), "base_model.model.c.lora_B.weight": torch.ones(8, 1, 1, 1)},
+            r"'c' must be a convolution of one group, got 2 \(an adapter of a convolution in groups mixes channels",
+        ),
         ({}, {"base_model.model.fc1.lora_magnitude_vector": torch.ones(2)}, "DoRA is not a low-rank delta"),
         ({}, {"base_model.model.e.lora_embedding_A": torch.ones(2, 2)}, "embeddings have no low-rank deltas"),
         ({}, dict([*pair("fc1", 4, 6).items()][:1]), "'fc1' must have lora_A and lora_B, got no lora_B"),
@@ -128,7 +148,48 @@ def test_layers_that_do_not_fit(tmp_path):
         model.load_lora(folder(tmp_path, pair("conv9", 8, 3, kernel=(3, 3))), "cubs")
     with pytest.raises(AdapterError, match=r"delta of 'conv1' must be \(8, 3, 3, 3\).*, got \(8, 5, 3, 3\)"):
         model.load_lora(folder(tmp_path, pair("conv1", 8, 5, kernel=(3, 3))), "cubs")
+    with pytest.raises(
+        AdapterError, match=r"must be \(8, 4, 3, 3\).* got \(8, 8, 3, 3\) \(an adapter of a .* in groups"
+    ):
+        model.load_lora(folder(tmp_path, pair("conv2", 8, 8, kernel=(3, 3))), "cubs")
     assert model.tasks == []
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_a_head_that_is_saved_whole(tmp_path, prefix):
+    """`modules_to_save` of an adapter becomes the task's head, of its own width."""
+    net = Transformer().eval()
+    model, x = TapsModel(net, head="fc"), images(2, dtype=torch.float32)
+    kept = ".modules_to_save.default" if prefix else ""
+    saved = {f"{prefix}fc{kept}.weight": torch.randn(3, 8), f"{prefix}fc{kept}.bias": torch.randn(3)}
+    where = folder(tmp_path, pair("block.fc1", 16, 8) | saved, modules_to_save=["score", "fc"])
+    assert model.load_lora(where, "cubs").tensors == 4 and model.widths["cubs"] == 3
+    head = model.conversion.head.tasks["cubs"]
+    assert torch.equal(head.weight, saved[f"{prefix}fc{kept}.weight"]) and head.weight.requires_grad
+    torch.testing.assert_close(model(x, tasks="cubs"), model.merge("cubs")(x))
+    with pytest.raises(AdapterError, match="the head that is saved must fit the task's: [^,]*size mismatch"):
+        model.load_lora(where, "dogs", classes=4)
+    with pytest.raises(AdapterError, match="but the model's head, 'norm' here, got 'fc.bias', which is saved whole"):
+        TapsModel(net, head="norm").load_lora(where, "dogs")
+    assert model.tasks == ["cubs"]
+
+
+def test_a_head_that_peft_saves(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    with torch.no_grad():
+        wrapped.base_model.model[2].modules_to_save["default"].weight.normal_()
+    wrapped.save_pretrained(tmp_path)
+    model, x = TapsModel(net, head="2"), torch.randn(3, 6)
+    model.load_lora(tmp_path, "cubs")
+    torch.testing.assert_close(model(x, tasks="cubs"), wrapped(x))
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4))
+    peft.get_peft_model(grouped, peft.LoraConfig(r=4, target_modules=["0"])).save_pretrained(tmp_path / "grouped")
+    with pytest.raises(AdapterError, match="'0' must be a convolution of one group, got 4"):
+        read_lora(tmp_path / "grouped")
 
 
 def test_what_peft_saves(tmp_path):

@@ -6,6 +6,8 @@ import copy
 import itertools
 import os
 import pickle
+import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -14,7 +16,7 @@ from nets import ConvNet, images, perturb, three_tasks
 from torch import nn
 
 from taps_fast import FastTapsLinear, TapsModel, _prepare
-from taps_fast.nn.layer import TapsLayer
+from taps_fast.nn import layer
 
 
 class Twice(nn.Module):
@@ -40,7 +42,7 @@ def test_state_dict(net):
         assert state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)
 
 
-@pytest.mark.parametrize("where", [(TapsLayer, "freeze"), (_prepare, "regions")], ids=["freeze", "regions"])
+@pytest.mark.parametrize("where", [(layer.TapsLayer, "freeze"), (_prepare, "regions")], ids=["freeze", "regions"])
 @torch.no_grad()
 def test_an_interrupt_changes_nothing(where, monkeypatch):
     def interrupted(*_):
@@ -51,25 +53,31 @@ def test_an_interrupt_changes_nothing(where, monkeypatch):
     monkeypatch.setattr(*where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.prepare_inference()
-    assert model.prepared is None and not any(layer.baked or layer.frozen for layer in model.conversion.layers.values())
+    assert model.prepared is None and not any(each.baked or each.frozen for each in model.conversion.layers.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(x, tasks="cubs"), want)
 
 
-def test_an_interrupt_while_baking_changes_nothing(monkeypatch):
-    copy_ = torch.Tensor.copy_
-
-    def interrupted(self, *args):
-        monkeypatch.undo()
-        copy_(self, *args)
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_interrupt_while_baking_changes_nothing(at, monkeypatch):
     model = three_tasks(ConvNet())
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    monkeypatch.setattr(layer, "put", interrupting(layer.put, at))
     with pytest.raises(KeyboardInterrupt):
         model.prepare_inference(originals="memory")
     assert model.prepared is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def interrupting(call, at):
+    """``call``, which is interrupted after its call number ``at``."""
+    calls = itertools.count(1)
+
+    def run(*args):
+        call(*args)
+        if next(calls) == at:
+            raise KeyboardInterrupt
+
+    return run
 
 
 def failing(call, at):
@@ -90,7 +98,7 @@ def test_deltas_that_cannot_be_read(at, monkeypatch):
     model, x, mix = three_tasks(ConvNet()), images(4), ["cars", "base", "cubs", "cubs"]
     before, want = copy.deepcopy(model.state_dict()), [model(x, tasks=tasks) for tasks in ("cubs", mix)]
     model.prepare_inference(x)
-    assert sum(len(layer.baked) for layer in model.conversion.layers.values()) > 4
+    assert sum(len(each.baked) for each in model.conversion.layers.values()) > 4
     with monkeypatch.context() as patch:
         patch.setattr(_prepare, "load_file", failing(_prepare.load_file, at))
         with pytest.raises(OSError, match="unreadable"):
@@ -111,17 +119,10 @@ def test_deltas_that_cannot_be_read(at, monkeypatch):
 def test_an_interrupt_while_deltas_are_put_back(interrupted, monkeypatch):
     """A layer of which only some are back refuses, and a second try ends it."""
     model, x = three_tasks(ConvNet()), images(2)
-    want, copy_ = model(x, tasks="cubs"), torch.Tensor.copy_
+    want = model(x, tasks="cubs")
     model.prepare_inference(x)
-    calls = itertools.count(1)
-
-    def interrupt(self, *args):
-        copy_(self, *args)
-        if next(calls) == interrupted:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "copy_", interrupt)
+        patch.setattr(layer, "put", interrupting(layer.put, interrupted))
         with pytest.raises(KeyboardInterrupt):
             model.unprepare()
     for call in (lambda: model(x, tasks="cubs"), lambda: model.merge("cubs")):
@@ -144,6 +145,21 @@ def test_a_preparation_that_cannot_be_undone(monkeypatch):
     assert torch.equal(model(x, tasks=mix), want)
 
 
+def test_a_folder_of_deltas_that_is_gone(tmp_path, monkeypatch):
+    """As after a cleaner of temporary files: what needs a delta says so, what does not goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, x = three_tasks(ConvNet()), images(2)
+    want = model(x, tasks="cubs")
+    model.prepare_inference(x)
+    (folder,) = tmp_path.iterdir()
+    shutil.rmtree(folder)
+    for call in (model.train, model.state_dict, lambda: model.save_task("cubs", tmp_path / "task")):
+        with pytest.raises(RuntimeError, match=r"got no .*\d.safetensors: the delta of conv2.cubs is lost"):
+            call()
+    for run in (lambda: model(x, tasks="cubs"), lambda: model.merge("cubs")(x)):
+        torch.testing.assert_close(run(), want)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
 def test_a_forked_process_leaves_the_originals_to_the_first():
     kept = _prepare.Originals("disk", {"a": torch.ones(2)})
@@ -162,7 +178,7 @@ def test_an_input_that_the_model_cannot_take():
     model = three_tasks(ConvNet())
     with pytest.raises((RuntimeError, ValueError), match="channels"):
         model.prepare_inference(images(2)[:, :2])
-    assert model.prepared is None and not any(layer.baked for layer in model.conversion.layers.values())
+    assert model.prepared is None and not any(each.baked for each in model.conversion.layers.values())
 
 
 def test_what_is_made_under_inference_mode_can_be_prepared_and_trained(tmp_path):
@@ -218,12 +234,17 @@ class Reads(nn.Module):
         self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
         self.parts = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
         self.scale, self.table, self.act, self.rows = 2.0, torch.tensor([2.0, 3.0, 4.0, 5.0]), None, None
+        self.gain, self.seen = nn.Parameter(torch.ones(4)), []
+        self.register_buffer("temperature", torch.tensor(2.0))
+        self.config, self.names, self.skipped = {"k": 2.0}, ["a"], {"b"}
 
     def forward(self, x):
         self.rows = x.shape[0]
+        self.seen.append(len(self.seen))
+        x = x * self.temperature * self.config["k"] * len(self.names) + len(self.skipped)
         y = self.relu(self.norm(self.conv(x))) * self.scale + self.offset
         y = y if self.act is None else self.act(y)
-        return self.parts[1](self.parts[0](y)).mean((2, 3)) * self.table
+        return self.parts[1](self.parts[0](y)).mean((2, 3)) * self.table * self.gain
 
 
 CHANGES = {
@@ -234,6 +255,12 @@ CHANGES = {
     "part": lambda net: setattr(net, "relu", nn.Tanh()),
     "part in a list": lambda net: net.parts.__setitem__(0, nn.Conv2d(4, 4, 1)),
     "new part": lambda net: setattr(net, "act", nn.Tanh()),
+    "parameter": lambda net: setattr(net, "gain", nn.Parameter(torch.rand(4))),
+    "equal parameter": lambda net: setattr(net, "gain", nn.Parameter(torch.ones(4))),
+    "buffer": lambda net: setattr(net, "temperature", torch.tensor(3.0)),
+    "in a dict": lambda net: net.config.update(k=5.0),
+    "in a list": lambda net: net.names.append("b"),
+    "in a set": lambda net: net.skipped.add("c"),
 }
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -296,6 +297,51 @@ def test_saves_at_once_leave_one_whole_task(folder):
     for thread in threads:
         thread.join()
     assert_same(read_task(folder)[0], some_tensors(1))
+
+
+@pytest.mark.parametrize("locks", ["folder", "none"])
+def test_saves_of_several_tasks_at_once_leave_one_and_no_other_file(folder, locks, monkeypatch):
+    """Each thread saves again what the others replace; a reader meanwhile always finds a whole task."""
+    if locks == "none":  # as on Windows
+        monkeypatch.setattr(store, "fcntl", None)
+
+    def save(start):
+        for seed in range(start, start + 12):
+            save_task(folder, some_tensors(seed % 3), {**META, "classes": seed % 3})
+
+    with ThreadPoolExecutor(3) as pool:
+        saves = [pool.submit(save, start) for start in range(3)]
+        while not all(done.done() for done in saves):
+            tensors, meta = read_task(folder)
+            assert_same(tensors, some_tensors(meta["classes"] % 3))
+        for done in saves:
+            done.result()
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+    tensors, meta = read_task(folder)
+    assert_same(tensors, some_tensors(meta["classes"]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks between processes")
+def test_saves_of_two_processes_at_once(folder):
+    code = (
+        "import sys, torch; from taps_fast import store\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for i in range(40):\n"
+        "    meta = {'task': 'cubs', 'fingerprint': 'f', 'sharing': {}}\n"
+        "    store.save_task(sys.argv[1], {'t': torch.full((3,), 2 * i + int(sys.argv[2]))}, meta)\n"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*run, str(k)], **pipes) for k in range(2)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+    assert read_task(folder)[0]["t"].unique().numel() == 1
 
 
 # --- what cannot be saved

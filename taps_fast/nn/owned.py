@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -63,3 +64,12 @@ def _shown(score: Tensor) -> str:
         return f"{score.item():.4g}"
     except RuntimeError:  # on the meta device there is none
         return "?"
+
+
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Gives a parameter other storage, for others may share its own: state dicts, models, processes.
+
+    Graphs that saved it refuse their backward then, as if it had been written to.
+    """
+    parameter.data = values
+    torch.autograd.graph.increment_version(parameter)
