@@ -372,8 +372,8 @@ class TapsModel(RunningModel):
     ) -> Loaded:
         """Adds a task from a LoRA adapter that PEFT saved: its low-rank deltas behind open gates, all else the base's.
 
-        Layers without an adapter are closed: `reopen` gives them a delta. See `taps_fast.peft.read_lora` for what of an
-        adapter can be read.
+        A head that PEFT saved whole (``modules_to_save``) is the task's. Layers without an adapter are closed: `reopen`
+        gives them a delta. See `taps_fast.peft.read_lora` for what of an adapter can be read.
 
         Args:
             folder: with adapter_config.json and adapter_model.safetensors.

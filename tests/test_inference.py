@@ -229,7 +229,7 @@ def test_refused():
 def test_ids_that_do_not_match(ids):
     model = three_tasks(Net())
     model.prepare_inference(images(2))
-    with pytest.raises(ValueError, match="one id a sample, got 3 ids|divide"):
+    with pytest.raises(ValueError, match="one id a sample, got 3 ids|x must have 3 channels"):
         model(images(4, size=10), tasks=ids)
 
 

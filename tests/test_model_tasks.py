@@ -66,7 +66,7 @@ def test_wrong_types_name_the_layer():
     with pytest.raises(TypeError, match="tasks must be integers, got torch.float32"):
         model(images(2), tasks=torch.tensor([0.0, 1.0]))
     for whole in (nn.Linear(4, 2), PadConv2d(3, 8, 3)):
-        with pytest.raises(TypeError, match=r"^\(root\): delta_(linear|conv2d): \w+ must be "):
+        with pytest.raises(TypeError, match=r"^layer '\(root\)': delta_(linear|conv2d): \w+ must be "):
             TapsModel(whole.double(), ["cubs"])(images(2, 4, torch.float32))
 
 

@@ -223,7 +223,7 @@ def test_attributes_where_no_task_is_active():
     assert (norm.eps, norm.affine, norm.num_features, getattr(norm, "nothing", None)) == (1e-5, True, 8, None)
     model.modules_of("a")["own"].eps = 0.5
     assert not hasattr(norm, "eps") and getattr(norm, "eps", None) is None
-    text = r"TapsModel: tasks must be said where there are several, got None \(tasks: a, b\)"
+    text = r"TapsModel: tasks must be said where there are several, got None \(tasks: a, b;"
     for error in (ValueError, AttributeError):
         with pytest.raises(error, match=text):
             _ = norm.eps

@@ -10,7 +10,7 @@ from taps_fast.kernels import linear
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from taps_fast import _dispatch, _ext, functional, tasks
+from taps_fast import _call, _dispatch, _ext, tasks
 from taps_fast._problem import Problem
 from taps_fast.functional import delta_linear
 
@@ -28,7 +28,7 @@ def described(monkeypatch):
     def stop(problem, *_):
         raise Described(problem)
 
-    monkeypatch.setattr(functional, "select", stop)
+    monkeypatch.setattr(_call, "select", stop)
 
     def describe(x: Tensor, base: Tensor) -> Problem:
         with pytest.raises(Described) as caught, torch.no_grad():

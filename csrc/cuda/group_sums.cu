@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
     const Rows rows(p.in, group);
     const C count = static_cast<C>(rows.count * p.in.pixels);
     if (count > C(0)) {
-      const C shifted = first / count, square = second / count - shifted * shifted;
+      const C one = C(1) / count, shifted = first * one, square = second * one - shifted * shifted;
       first = load(static_cast<const C*>(p.first) + out) + shifted;  // the center was left there
       second = square > C(0) || square != square ? square : C(0);
     }

@@ -246,5 +246,5 @@ class TapsLayer(Gating):
         try:
             return operation(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            place = self.path if self.context.alone else f"layer {self.path or '(root)'!r}"
+            place = self.path if self.context.alone else f"layer {self.path!r}"
             raise type(error)(f"{place}: {error}") from error
