@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,13 +198,15 @@ class BuildExt(build_ext):
                 command = nvcc
             else:
                 command = [*host, *CXX, *(torch_flags if isa is None else ISA[isa])]
+            if isa == "avx512amx" and not knows_amx(host):
+                command = [*host, *CXX]  # without the flags the file holds no kernels
+            depfile = str(target.with_suffix(".d"))
+            command = [*command, "-MMD", "-MF", depfile, "-c", source, "-o", str(target)]
             objects.append(str(target))
-            if self.force or not fresh(target):
+            if self.force or not fresh(target, command):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if isa == "avx512amx" and not knows_amx(host):
-                    command = [*host, *CXX]  # without the flags the file holds no kernels
-                depfile = str(target.with_suffix(".d"))
-                commands.append([*command, "-MMD", "-MF", depfile, "-c", source, "-o", str(target)])
+                command_of(target).unlink(missing_ok=True)
+                commands.append(command)
         return commands, objects
 
     def compile(self, commands: list[list[str]]) -> None:
@@ -217,12 +220,20 @@ class BuildExt(build_ext):
                 if result.returncode:
                     reasons = [line for line in result.stdout.splitlines() if "error" in line]
                     raise RuntimeError(": ".join([f"{command[0]} failed", *reasons[:1]]))
+                command_of(Path(command[-1])).write_text(shlex.join(command))
 
 
-def fresh(target: Path) -> bool:
-    """Whether an object is newer than all that it was made from, this file included."""
+def command_of(target: Path) -> Path:
+    """Where it is kept by which command an object was made."""
+    return target.with_suffix(".command")
+
+
+def fresh(target: Path, command: list[str]) -> bool:
+    """Whether an object was made by this command, and is newer than all that it was made from, this file included."""
     try:
         made = target.stat().st_mtime
+        if command_of(target).read_text() != shlex.join(command):
+            return False
         read = target.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
         return all(os.stat(path).st_mtime <= made for path in [*read, __file__])
     except (OSError, IndexError):

@@ -5,8 +5,10 @@ Builds, wheels and installations take minutes, so .ci/run tests those.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,24 @@ def test_version_has_one_source():
     assert built.stdout.split()[-1:] == [taps_fast.__version__], built.stderr
     assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+", taps_fast.__version__)
+
+
+def test_objects_are_made_again_by_another_command(tmp_path):
+    """Such as one with other flags, or for other GPUs."""
+    spec = importlib.util.spec_from_file_location("setup_of_taps_fast", ROOT / "setup.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    (tmp_path / "a.cpp").write_text("int a;")
+    target = tmp_path / "a.o"
+    command = ["c++", "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(tmp_path / "a.cpp"), "-o", str(target)]
+    target.with_suffix(".d").write_text(f"{target}: {tmp_path / 'a.cpp'}")
+    target.touch()
+    assert not build.fresh(target, command)  # nobody says by which
+    build.command_of(target).write_text(shlex.join(command))
+    assert build.fresh(target, command)
+    assert not build.fresh(target, [*command, "-O0"])
+    os.utime(target, (0, 0))
+    assert not build.fresh(target, command)
 
 
 def test_sources_use_macros_of_the_oldest_pytorch():
