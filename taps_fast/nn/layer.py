@@ -13,8 +13,7 @@ from ..stacked import Stack
 from . import gates
 from .compressed import CompressedDelta, apart, restored, side_by_side, value_of
 from .context import TaskContext, names_of
-from .gated import Frozen, Gated
-from .gating import Gating
+from .gated import Frozen, Gated, Gating
 from .owned import Owned, Scores, put
 
 if TYPE_CHECKING:
