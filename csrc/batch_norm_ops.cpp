@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const Tenso
         fixed.size());
   const void* of_x = call.elements("x", x);
   GroupSums sums{.in = call.rows, .activation = Activation::kNone, .x = of_x};
-  auto [found_mean, found_variance] = run_sums(x, sums, true);
+  auto [found_mean, found_variance] = run_sums(sums, true);
   for (size_t i = 0; i < fixed.size(); i++) {
     call.copy_vector("mean", mean[i], found_mean, fixed[i]);
     call.copy_vector("variance", variance[i], found_variance, fixed[i]);
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_grad(const Tensor& dy, const Tenso
                  .x = of_x,
                  .dy = of_dy,
                  .center = {mean.const_data_ptr(), stride}};
-  auto [dweight, dbias] = run_sums(x, sums, false);  // so far Σ dy·(x - mean) and Σ dy
+  auto [dweight, dbias] = run_sums(sums, false);  // so far Σ dy·(x - mean) and Σ dy
   const auto [scale, slope, offset] = tables_of<3>(tables * channels * compute_size(call.rows.dtype));
   with_compute_type(
       call.rows.dtype, [&, scale = scale, slope = slope, offset = offset, dweight = dweight, dbias = dbias](auto zero) {

@@ -68,8 +68,8 @@ inline void check_groups(const char* op, int64_t rows, int64_t inner, int64_t ba
     check(0 <= order[i] && order[i] < batch, op, ": order must be in [0, ", batch, "), got ", order[i]);
 }
 
-/// How many of PyTorch's threads gain by so much work: waking one takes as long as this many numbers from L2. A product
-/// takes a quarter of the time of such a number.
+/// How many of PyTorch's threads gain by so much work. Waking one is reckoned as reading kNumbers numbers, a product as
+/// a part of that of one number.
 inline int64_t threads_for(double numbers, double products) {
   constexpr double kNumbers = 1 << 17, kProductsOfNumber = 4;
   const double threads = (numbers + products / kProductsOfNumber) / kNumbers;

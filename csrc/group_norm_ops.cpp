@@ -41,7 +41,7 @@ void normalise_channels_last(NormCall& call, const Tensor& x, const std::vector<
   const int64_t images = x.size(0), channels = call.rows.channels, each = channels / groups;
   const Images alone(call, images);
   GroupSums sums{.in = alone.rows, .activation = Activation::kNone, .x = call.elements("x", x)};
-  const auto [found_mean, found_variance] = run_sums(x, sums, true);
+  const auto [found_mean, found_variance] = run_sums(sums, true);
   const C *means = static_cast<const C*>(found_mean.const_data_ptr()),
           *variances = static_cast<const C*>(found_variance.const_data_ptr());
   const auto [first_table, second_table] = tables_of<2>(images * channels * sizeof(C));
@@ -132,7 +132,7 @@ void channels_last_grad(NormCall& call, const Tensor& dy, const Tensor& x, const
   const void *of_x = call.elements("x", x), *of_dy = call.elements("dy", dy);
   GroupSums sums{
       .in = alone.rows, .activation = Activation::kNone, .x = of_x, .dy = of_dy, .center = {centers.data(), channels}};
-  const auto [found_along, found_plain] = run_sums(x, sums, false);  // Σ dy·(x - mean) and Σ dy
+  const auto [found_along, found_plain] = run_sums(sums, false);  // Σ dy·(x - mean) and Σ dy
   const C *along = static_cast<const C*>(found_along.const_data_ptr()),
           *plain = static_cast<const C*>(found_plain.const_data_ptr());
   const auto [t0, t1, t2] = tables_of<3>(images * channels * sizeof(C));

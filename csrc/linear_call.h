@@ -47,15 +47,6 @@ inline std::ostream& operator<<(std::ostream& s, const Layout& t) {
   return s << "]";
 }
 
-/// A matrix of x's type, not initialized.
-inline Tensor empty(const Layout& x, int64_t rows, int64_t cols) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, int32_t(x.dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 /// Tensors whose rows the kernels can walk; a copy is made, and kept alive here, only of others.
 class Inputs {
  public:

@@ -40,6 +40,6 @@ inline int64_t num_tables(const NormCall& call) { return call.rows.member.offset
 void run_pointwise(cpu::Pointwise& p);
 
 /// Runs p over spans of all groups and returns, in `first` and `second`, each group's rows and its spans' results.
-std::tuple<Tensor, Tensor> run_sums(const Tensor& x, cpu::GroupSums& p, bool moments);
+std::tuple<Tensor, Tensor> run_sums(cpu::GroupSums& p, bool moments);
 
 }  // namespace taps_fast

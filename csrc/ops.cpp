@@ -73,7 +73,7 @@ Tensor row_product(const char* op, bool transposed, const Tensor& x, const Tenso
   } else if (bias) {
     p.bias = {inputs.vector("bias", *bias, p.cols, in.dtype), 0};
   }
-  Tensor out = empty(in, p.rows, p.cols);
+  Tensor out = new_tensor(in.dtype, {p.rows, p.cols});
   p.out = {out.mutable_data_ptr(), p.cols};
   if (p.rows == 0 || p.cols == 0) return out;
   run_rows(plan, weight, groups, how, bias_by_task, false);
@@ -136,7 +136,7 @@ void linear_low_rank_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& 
   given.wide = scales.wide = wide;
   if (rows == 0 || cols == 0 || rank == 0 || depth == 0) return;
   const Matrix of_x = inputs.matrix("x", x, in, rows, depth);
-  Tensor thin = empty(in, rows, rank);
+  Tensor thin = new_tensor(in.dtype, {rows, rank});
   for (int64_t turn = 0, more = 1; more; turn++) {
     std::vector<double> chosen(tasks * count), by(tasks * count);
     more = 0;
@@ -208,10 +208,10 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> linear_dw(
   std::vector<Tensor> ddeltas;
   for (int64_t k : ddeltas_for) {
     check(0 <= k && k < num_deltas, op, ": ddeltas_for must be in [0, ", num_deltas, "), got ", k);
-    ddeltas.push_back(empty(in, p.rows, p.cols));
+    ddeltas.push_back(new_tensor(in.dtype, {p.rows, p.cols}));
     wanted.ddeltas.push_back({ddeltas.back().mutable_data_ptr(), p.cols});
   }
-  Tensor dbase = need_dbase ? empty(in, p.rows, p.cols) : new_tensor(in.dtype, {0});
+  Tensor dbase = need_dbase ? new_tensor(in.dtype, {p.rows, p.cols}) : new_tensor(in.dtype, {0});
   if (need_dbase) wanted.dbase.data = dbase.mutable_data_ptr();
   const ScalarType wide = weight.wide ? ScalarType::Double : ScalarType::Float;
   Tensor dcoeffs = need_dcoeffs ? new_zeros(wide, coeffs.sizes()) : new_tensor(wide, {0});

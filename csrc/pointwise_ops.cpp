@@ -93,14 +93,14 @@ std::tuple<Tensor, Tensor> scale_shift_sums(const Tensor& dy, const Tensor& x, c
               .scale = call.table("scale", scale, 1),
               .shift = call.table("shift", shift, 0),
               .center = call.table("center", center, 0)};
-  return run_sums(x, p, false);
+  return run_sums(p, false);
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& ids, const OptionalTensor& order,
                                    const OptionalTensor& offsets, int64_t inner) {
   NormCall call("moments", x, ids, order, offsets, inner);
   GroupSums p{.in = call.rows, .activation = Activation::kNone, .x = call.elements("x", x)};
-  return run_sums(x, p, true);
+  return run_sums(p, true);
 }
 
 }  // namespace
@@ -111,7 +111,7 @@ void run_pointwise(Pointwise& p) {
   if (p.in.rows > 0 && p.in.channels > 0 && p.in.pixels > 0) run_items(p, norm_kernels().pointwise);
 }
 
-std::tuple<Tensor, Tensor> run_sums(const Tensor& x, GroupSums& p, bool moments) {
+std::tuple<Tensor, Tensor> run_sums(GroupSums& p, bool moments) {
   const Rows& in = p.in;
   const int64_t groups = in.member.offsets ? in.member.tasks + 1 : 1;
   const ScalarType dtype = in.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;

@@ -69,16 +69,17 @@ void vendor_gradients(const OneWeight& weight, const Tensor& dy, const Tensor& x
   std::vector<Result> results;
   for (const int64_t k : ddeltas_for) {
     check(0 <= k && k < num_deltas, "linear_grad: ddeltas_for must be in [0, ", num_deltas, "), got ", k);
-    results.push_back({empty(in, out_features, in_features), number(weight.coeffs, k)});
+    results.push_back({new_tensor(in.dtype, {out_features, in_features}), number(weight.coeffs, k)});
     ddeltas.push_back(results.back().gradient);
   }
   if (dbase) {
-    results.push_back({empty(in, out_features, in_features), weight.base_coeffs ? number(*weight.base_coeffs, 0) : 1});
+    results.push_back(
+        {new_tensor(in.dtype, {out_features, in_features}), weight.base_coeffs ? number(*weight.base_coeffs, 0) : 1});
     *dbase = results.back().gradient;
   }
   Tensor& p = results[0].gradient;
   if (dx) {
-    *dx = empty(in, in.sizes[0], in_features);
+    *dx = new_tensor(in.dtype, {in.sizes[0], in_features});
     multiply(*dx, dy, summed(weight, p));
   }
   multiply(p, torch::stable::transpose(dy, 0, 1), x);
