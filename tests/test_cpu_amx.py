@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,8 @@ def emulated() -> Path:
     """A folder with the package, whose library has the twin. Objects that do not depend on it are the checkout's."""
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no avx512bf16, which AMX is emulated with")
-    flags = os.environ.get("CXXFLAGS", "-O2 -Wall -Wextra -Werror")
+    setup()  # whose flags are the checkout's, unless others are set
+    flags = os.environ["CXXFLAGS"]
     folder = ROOT / "build" / f"amx-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # test processes share it
@@ -71,11 +73,17 @@ def emulated() -> Path:
 
 
 def _build(folder: Path, flags: str) -> None:
+    environment = os.environ | {"CXXFLAGS": f"{flags} {DEFINE}", "TAPS_FAST_EXT": "require"}
     for objects in (ROOT / "build").glob("temp.*"):
-        # The copies keep their times, and so stay newer than the sources.
+        # The copies keep their times, and so stay newer than the sources. What made them differs from what would make
+        # them here only in where they lie, and in a definition that they do not depend on.
         ignored = shutil.ignore_patterns("dispatch.*", "*_avx512amx.*")
         shutil.copytree(objects, folder / objects.name, ignore=ignored, dirs_exist_ok=True)
-    environment = os.environ | {"CXXFLAGS": f"{flags} {DEFINE}", "TAPS_FAST_EXT": "require"}
+        old, new = (shlex.join(shlex.split(text)) for text in (flags, environment["CXXFLAGS"]))
+        for command in (folder / objects.name).rglob("*.command"):
+            if new not in (text := command.read_text()):
+                text = text.replace(old, new).replace(f"build/{objects.name}", str(folder / objects.name))
+                command.write_text(text)
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder), "--build-lib", f"{folder}/lib"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -77,7 +77,8 @@ def test_gradients_are_those_written_out(kind, bias, gate, ids, trained):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_layer_records_one_node(kind, tasks):
     layer, x = make(kind, True, "ste", torch.float32)
-    node = layer(x, tasks=tasks).grad_fn
+    y = layer(x, tasks=tasks)  # which keeps the node: by itself it is an empty shell
+    node = y.grad_fn
     below = [after for after, _ in node.next_functions if after is not None]
     assert type(node).__name__ == "DeltaBackward"
     assert {type(after).__name__ for after in below} == {"AccumulateGrad"}
