@@ -125,7 +125,8 @@ def build(seconds: float) -> Report:
     if not _compiler("CXX", "c++", "g++"):
         left_out = dict.fromkeys(("_C", "_C_cuda"), "there is no C++ compiler: c++")
         return {"exit": 0, "log": "", "left_out": left_out, "failed": {}}
-    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, TAPS_FAST_EXT="auto")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "2"]  # both at once
+    done = run(command, seconds, TAPS_FAST_EXT="auto")
     notes = {p.name.removesuffix("_error.txt"): p.read_text().strip() for p in CHECKOUT.glob("taps_fast/*_error.txt")}
     failed = {name: note for name, note in notes.items() if not note.startswith("Unavailable:")}
     return {"exit": done.returncode, "log": done.stdout[-2000:], "left_out": notes, "failed": failed}

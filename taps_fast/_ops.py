@@ -4,7 +4,7 @@ A schema is the contract that each backend implements:
 
 * ``taps_fast::linear_*`` on CPU comes from the C++ extension (``csrc/cpu``), which registers itself when
   `taps_fast._ext` loads it; on CUDA from Triton (``kernels/``), imported on first use.
-* ``taps_fast::linear_grad`` is linear_dx and linear_dw in one call, on the same devices. On CPU it makes both products by
+* ``taps_fast::linear_grad`` is linear_dx and linear_dw in one call, where they are. On CPU it makes both products by
   PyTorch with "merge", and with "blend" where that is faster.
 * ``taps_fast::linear_stream`` is linear_fwd for few rows, on CUDA from the C++ extension (``csrc/cuda``).
 * ``taps_fast::linear_coded`` is linear_fwd with codes among the deltas, and ``linear_low_rank_`` adds deltas of low
