@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -176,10 +175,12 @@ class LayerProblem:
         ref, low = plain(exact), plain(self._in(self.dtype))
         scales = {}
         if self.train:
-            case = SimpleNamespace(x=exact.x.flatten(0, -2), deltas=exact.deltas, dy=exact.dy.flatten(0, -2))
+            x, dy = exact.x.flatten(0, -2), exact.dy.flatten(0, -2)
+            case = testing.Case(self.dtype, rows=len(x), shape=self.layer.shape)
+            inputs = testing.Inputs(case, x, exact.base, exact.deltas, exact.gates, None, None, dy)
             one = self.layer.op == "linear" and self.workload.tasks in (None, 1)
             rounded = self.dtype if one and self.device == "cuda" and self.dtype.itemsize == 2 else None
-            scales = testing.sum_scales(case, {"dbase": ref["more[0]"]}, rounded)
+            scales = testing.sum_scales(inputs, {"dbase": ref["more[0]"]}, rounded)
         return ref, low, scales
 
     def check(self, results: Results) -> None:

@@ -303,7 +303,9 @@ def _dw(
         else:
             sums[k] = p.mul_(by) if owned else p * by
 
+    count, asked = len(deltas), set(pairs)
     if _data_driven(x, index):
+        tasks = coeffs.shape[0]
         scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
         for k, (column, _) in columns.items():
             if k in wanted:
@@ -312,14 +314,17 @@ def _dw(
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 member = (
                     _images.task_of_image(coeffs, index[0], inner, x)[None]
-                    == torch.arange(coeffs.shape[0], device=x.device)[:, None]
+                    == torch.arange(tasks, device=x.device)[:, None]
                 )
-                dcoeffs[:, k] = sums_by_group(member.to(wide), along[:, None])[:, 0]
+                of_tasks = sums_by_group(member.to(wide), along[:, None])[:, 0]
+                own: Sequence[int | slice] = [slice(None)]
+                if asked:
+                    own = [t for t in range(tasks) if t * count + k in asked]
+                for t in own:
+                    dcoeffs[t, k] = of_tasks[t]
         if need_dbase:
             add(BASE, of_images_with(scale), 1.0)
     else:
-        count = len(deltas)
-        asked = set(pairs)
         parts = _images.groups(coeffs, base_coeffs, index, inner, x, join=False)
         of_images: Tensor | None = None
         if len(parts) > 1 and _as_groups(base, groups, x, dy):
@@ -355,7 +360,7 @@ def _dot(p: Tensor, delta: Tensor) -> Tensor:
 
 def _data_driven(x: Tensor, index: Index) -> bool:
     """Whether grouping on the host would stall a device."""
-    return index[0] is not None and x.device.type != "cpu"
+    return index[0] is not None and not _images.at_hand(x)
 
 
 def _summed(base: Tensor, deltas: Sequence[Tensor], group: _images.Group, wide: torch.dtype) -> Tensor:

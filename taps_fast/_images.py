@@ -28,6 +28,11 @@ class Group(NamedTuple):
     coeffs: dict[int, Scalar]
 
 
+def at_hand(x: Tensor) -> bool:
+    """Whether values are read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def groups(
     coeffs: Tensor, base_coeffs: Tensor | None, index: Index, inner: int, x: Tensor, *, join: bool
 ) -> list[Group]:
@@ -35,7 +40,7 @@ def groups(
     ids, order, offsets = index
     if ids is None or order is None or offsets is None:
         scale = 1.0 if base_coeffs is None else base_coeffs[0]
-        values: Sequence[Scalar] = coeffs.tolist() if coeffs.device.type == "cpu" else list(coeffs.unbind())
+        values: Sequence[Scalar] = coeffs.tolist() if at_hand(coeffs) else list(coeffs.unbind())
         used = {k: c for k, c in enumerate(values) if isinstance(c, Tensor) or c != 0.0}
         return [Group(None, 0, scale, used)]
     edges, table = offsets.tolist(), coeffs.tolist()
@@ -119,7 +124,7 @@ def per_image(
     columns: dict[int, tuple[Tensor, Tensor | None]] = {}
     for k, column in enumerate(table.unbind(1)):
         chosen = None
-        if x.device.type == "cpu":
+        if at_hand(x):
             chosen = column.nonzero().squeeze(1)
             if chosen.numel() == 0:
                 continue

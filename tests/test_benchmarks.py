@@ -119,6 +119,18 @@ def test_a_right_provider_passes_the_same_gate():
     assert measured(one(phase="train"), [wrong(lambda p, found: {})])[0]["status"] == "ok"
 
 
+@pytest.mark.parametrize("tasks", (None, 1))
+def test_products_that_a_gpu_rounds_are_judged_so(tasks):
+    """The truth, computed on the CPU, of what would be on a GPU."""
+    scales = []
+    for device in ("cpu", "cuda"):
+        p = LayerProblem(one(tasks=tasks, phase="train", dtype="bfloat16"), "cpu")
+        p.device = device
+        *_, scale = p._judged
+        scales.append(scale["dcoeffs"])
+    assert 0 < scales[0] < scales[1] < float("inf")
+
+
 def test_what_cannot_run_is_listed_with_its_reason():
     broken = replace(wrong(lambda p, found: {}), name="broken", build=lambda p: 1 // 0)
     away = replace(broken, name="away", absent=lambda w, d: "not installed: pip install away")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taps_fast import BackendError, _aten, _pointwise, delta_conv2d, testing
+from taps_fast import BackendError, _images, _pointwise, delta_conv2d, testing
 from taps_fast._call import is_plain_conv2d
 from taps_fast._dispatch import PATCH_ROWS, ROWS_WEIGHTS, explain, select
 from taps_fast._problem import Problem
@@ -181,7 +181,7 @@ def test_errors_name_the_argument(options: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize("where", ("on a CPU", "as on a GPU"))
 def test_a_delta_that_diverged_spoils_the_images_of_its_own_task(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "as on a GPU":
-        monkeypatch.setattr(_aten, "_data_driven", lambda x, index: index[0] is not None)
+        monkeypatch.setattr(_images, "at_hand", lambda x: False)
     w = torch.randn(4, 4, 3, 3, requires_grad=True)
     deltas = [torch.full((4, 4, 3, 3), torch.nan, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)]
     coeffs = torch.eye(2, requires_grad=True)

@@ -1,0 +1,108 @@
+"""Models and layers by a device's choices and kernels: what they give and learn is what they do on a CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from device_route import on_a_device
+from nets import ConvNet, Transformer, images, three_tasks
+from triton_shim import INTERPRETED
+
+from taps_fast import FastTapsConv2d, FastTapsLinear, _aten, _images
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="there is a GPU, and test_model_gpu.py")
+NETS = {"conv": ConvNet, "transformer": Transformer}
+MIX = ["cars", "cubs", None, "dogs", "cars", "cubs"]
+
+
+def step(model, x, tasks):
+    y = model(x, tasks=tasks)
+    y.masked_fill(y.isinf(), 0).square().sum().backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict()
+
+
+@pytest.mark.parametrize("tasks", (MIX, "cubs"), ids=("mixed", "one"))
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("name", NETS)
+def test_a_step(monkeypatch, name, training, tasks):
+    """Logits, every gradient, and in training the statistics of the tasks' batch norms."""
+    here = three_tasks(NETS[name](), dtype=torch.float32)
+    here.probe(images(2, dtype=torch.float32))
+    there = copy.deepcopy(here.train(training))
+    x = images(len(MIX), dtype=torch.float32)
+    expected = step(here, x, tasks)
+    with on_a_device(monkeypatch) as operators:
+        found = step(there, x, tasks)
+    assert operators.calls["conv2d_grad"] >= 1 and operators.calls["linear_grad"] >= (1 if tasks == MIX else 0)
+    assert found[1].keys() == expected[1].keys()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", (None, "bits", "int8"))
+@pytest.mark.parametrize("prepared", (False, True))
+@pytest.mark.parametrize("name", NETS)
+def test_inference(monkeypatch, name, prepared, format):
+    here = three_tasks(NETS[name](), dtype=torch.float32)
+    here.probe(images(2, dtype=torch.float32))
+    if format:
+        for task in ("cubs", "cars", "dogs"):
+            here.compress(task, format)
+    there, x = copy.deepcopy(here), images(len(MIX), dtype=torch.float32)
+    with torch.no_grad():
+        expected = [here(x, tasks=tasks) for tasks in (MIX, "dogs")]
+        with on_a_device(monkeypatch):
+            if prepared:
+                there.prepare_inference()
+            found = [there(x, tasks=tasks) for tasks in (MIX, "dogs")]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", ("ste", "raw"))
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("tasks", ([1, -1, 0, 1, 2, 2, 1], [0, 0, 2, 2, -1, 0, 2], "a"), ids=("all", "two", "one"))
+@pytest.mark.parametrize("kind", ("linear", "conv"))
+def test_every_gradient_of_a_layer(monkeypatch, kind, tasks, bias, gate):
+    """Also of scores and biases, which a layer's one node makes of the operator's results."""
+    options = {"tasks": ["a", "b", "c"], "bias": bias, "gate": gate, "threshold": 0.1}
+    here = FastTapsLinear(6, 4, **options) if kind == "linear" else FastTapsConv2d(6, 4, 3, padding=1, **options)
+    with torch.no_grad():
+        for name, value in here.named_parameters():
+            value.copy_(torch.randn_like(value) if "scores" not in name else {"a": 0.3, "b": 0.02, "c": 0.2}[name[-1]])
+    here.train_base()
+    x = torch.randn(7, 6) if kind == "linear" else torch.randn(7, 6, 5, 5)
+    dy = torch.randn_like(here(x, tasks=tasks))
+
+    def gradients(layer):
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        return torch.autograd.grad(layer(leaves[0], tasks=tasks), leaves, dy, allow_unused=True)
+
+    expected = gradients(here)
+    with on_a_device(monkeypatch) as operators:
+        found = gradients(copy.deepcopy(here))
+    assert operators.calls["linear_grad" if kind == "linear" else "conv2d_grad"] == 1
+    for got, want in zip(found, expected, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_hand", (False, True))
+@pytest.mark.parametrize("pairs", ([], [0, 3], [1, 2, 4]))
+def test_coefficients_outside_the_pairs_have_no_gradient(monkeypatch, at_hand, pairs):
+    """Of a convolution: 3 tasks of 2 deltas."""
+    monkeypatch.setattr(_images, "at_hand", lambda x: at_hand)
+    x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5)
+    base, *deltas = torch.randn(3, 2, 3, 3, 3)
+    ids, order = torch.tensor([0, 2, 1, 0]), torch.tensor([0, 3, 2, 1])
+    index = (ids, order, torch.tensor([0, 0, 2, 3, 4]), 1)
+    how = ([1, 1], [1, 1], [1, 1], 1)
+    *_, dcoeffs = _aten.conv2d_grad(
+        dy, x, base, deltas, torch.randn(3, 2), None, *how, *index, False, False, pairs, [], True, False
+    )
+    for t in range(3):
+        for k, delta in enumerate(deltas):
+            along = (torch.nn.functional.conv2d(x, delta, padding=1) * dy)[ids == t].sum()
+            wanted = not pairs or 2 * t + k in pairs
+            torch.testing.assert_close(dcoeffs[t, k], along if wanted else torch.zeros(()), rtol=1e-4, atol=1e-4)
