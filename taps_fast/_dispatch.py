@@ -66,8 +66,8 @@ STREAM_ROWS, STREAM_ROWS_FLOAT32 = 16, 64
 """Rows up to which the C++ kernel's launch and loads beat Triton's; the second of a mixed batch of float32.
 
 Beyond 16 each weight is read again for every further 16 rows. In float32, whose products keep the ordinary units busy
-whichever way, that costs little: 8 and 64 rows of 8 tasks, 768 x 3072, took 57 and 161 µs on an H200, "split" 96 and
-158 (benchmarks/results/gpu-nvidia-h200.json).
+whichever way, that costs little: 8 and 64 rows of 8 tasks, 768 x 3072, took 54 and 165 µs on an H200, "split" 98 and
+164 (benchmarks/results/gpu-nvidia-h200.json).
 """
 STREAM_DELTAS = 255
 """Deltas whose addresses fit one launch: kMaxSources - 1 of csrc/cuda/stream.h."""
@@ -134,7 +134,7 @@ IMPLICIT_DELTAS = 4
 """Deltas of 16 bits from which the implicit product of a mixed batch pays however many pixels a task has.
 
 It multiplies each image twice, while merging convolves all images with the base and with each delta. Eight images of
-eight tasks, 3 x 3, took 56 µs for 243 at 256 channels of 14 x 14 and 64 for 333 at 512 of 7 x 7, on an H200
+eight tasks, 3 x 3, took 55 µs for 279 at 256 channels of 14 x 14 and 56 for 354 at 512 of 7 x 7, on an H200
 (benchmarks/results/gpu-nvidia-h200.json).
 """
 

@@ -84,7 +84,6 @@ def test_real_sizes(deltas, rows, shape, dtype):
 
 @pytest.mark.parametrize("size", (768, 4096))
 def test_a_closed_gate_keeps_a_nan_out(size):
-    """Also of a delta that is alone, which is fetched before its gate is known."""
     x, base = torch.randn(5, size, device="cuda"), torch.randn(64, size, device="cuda")
     y = stream(x, base, [torch.full_like(base, torch.nan)], torch.zeros(1, device="cuda"))
     assert_no_worse_than_torch(y, x.double() @ base.double().T, x @ base.T)

@@ -130,14 +130,9 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     }
   };
 
-  // A base that is not scaled is every row's first source, and a delta that is alone most likely the second: they are
-  // on their way while the list is made.
+  // A base that is not scaled is every row's first source: it is on its way while the list is made.
   const int early = p.base_coeffs ? 0 : std::min(kStages - 1, mine);
-  const int begun = kAligned && p.num_sources == 2 ? kSources : 1;
-  for (int step = 0; step < early; step++)
-#pragma unroll
-    for (int n = 0; n < kSources; n++)
-      if (n < begun) fetch_source(n, n, step, step);
+  for (int step = 0; step < early; step++) fetch_source(0, 0, step, step);
   list_sources(p, shared, row0);
   const int steps = *shared.num_used / kSources * mine;
 
@@ -151,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     if (++slot_in == kStages) slot_in = 0;
   };
   for (int step = 0; step < kStages - 1; step++) {
-    if (step < steps) fetch_step(step < early ? begun : 0);
+    if (step < steps) fetch_step(step < early);
     cp_async_commit();
   }
 
