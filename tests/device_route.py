@@ -13,7 +13,7 @@ from typing import Any
 
 from taps_fast.kernels import conv2d, linear, pointwise
 
-from taps_fast import _aten, _autograd, _call, _dispatch, _ext, _images, _ops
+from taps_fast import _aten, _autograd, _call, _dispatch, _ext, _images, _ops, _pointwise
 from taps_fast.nn.gated import Gating
 
 NO_EXTENSION = "no extension, as on a device"
@@ -32,6 +32,8 @@ class Operators:
         if run is None:
             raise AttributeError(f"{name} has no kernel on a device")
         assert name in _ops.SCHEMAS
+        if name in _ops.POINTWISE:
+            run = _ops._unless_float64(run, getattr(_pointwise, name))
         return Counted(name, run, self.calls)
 
 
