@@ -17,6 +17,7 @@ Both forward and dx are linear in the images and in the weight, so one function 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 
 import torch
@@ -282,17 +283,22 @@ def _dw(
     groups = conv[3]
     wide = coeffs.dtype
     dcoeffs = coeffs.new_zeros(coeffs.shape if need_dcoeffs else (0,))
-    like = base if base.dtype == wide else torch.empty_like(base, dtype=wide)  # only its shape and layout count
     sums: dict[int, Tensor] = {}
     wanted = [*ddeltas_for, *([BASE] if need_dbase else [])]
 
-    def weight_gradient(images: Tensor, d: Tensor) -> Tensor:
-        return _gradients(d.to(wide), images.to(wide), like, conv, False, True)[1]
+    def weight_gradient(images: Tensor, d: Tensor, dtype: torch.dtype = wide) -> Tensor:
+        like = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)  # its shape and layout count
+        return _gradients(d.to(dtype), images.to(dtype), like, conv, False, True)[1].to(wide)
 
     def of_images_with(scale: Scalar) -> Tensor:
         """Images whose scale is 0 count for nothing, finite or not."""
         used = scale if not isinstance(scale, Tensor) else (scale != 0).to(x.dtype)
         return weight_gradient(_times(x, used), _times(dy.to(wide), scale))
+
+    def of_task(t: int) -> Tensor:
+        """P of one task's images, which a device knows and the host does not."""
+        used = (task_of_image == t).to(x.dtype)
+        return weight_gradient(_times(x, used), _times(dy, used), gradient_dtype(x))
 
     def add(k: int, p: Tensor, by: Scalar, owned: bool = True) -> None:
         """sums[k] += by·p; p may become the sum if nobody else needs it."""
@@ -305,22 +311,31 @@ def _dw(
 
     count, asked = len(deltas), set(pairs)
     if _data_driven(x, index):
-        tasks = coeffs.shape[0]
         scale, columns = _images.per_image(coeffs, base_coeffs, index, inner, x)
+        task_of_image = _images.task_of_image(coeffs, index[0], inner, x)
+        member = task_of_image == torch.arange(coeffs.shape[0], device=x.device)[:, None]
+        owners: dict[int, list[int]] = collections.defaultdict(list)
+        for pair in asked:
+            owners[pair % count].append(pair // count)
         for k, (column, _) in columns.items():
+            if len(owners[k]) == 1:  # as each of TAPS's is one task's own: one product serves both gradients
+                if not (need_dcoeffs or k in wanted):
+                    continue
+                (t,) = owners[k]
+                p, c = of_task(t), coeffs[t, k]
+                if need_dcoeffs:
+                    dcoeffs[t, k] = _dot(p, deltas[k])
+                if k in wanted:
+                    sums[k] = torch.where(c != 0, c * p, 0.0)
+                continue
             if k in wanted:
                 add(k, of_images_with(column), 1.0)
-            if need_dcoeffs:
+            if need_dcoeffs and (owners[k] or not asked):
                 along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
-                member = (
-                    _images.task_of_image(coeffs, index[0], inner, x)[None]
-                    == torch.arange(tasks, device=x.device)[:, None]
-                )
                 of_tasks = sums_by_group(member.to(wide), along[:, None])[:, 0]
-                own: Sequence[int | slice] = [slice(None)]
-                if asked:
-                    own = [t for t in range(tasks) if t * count + k in asked]
-                for t in own:
+                if not asked:
+                    dcoeffs[:, k] = of_tasks
+                for t in owners[k]:
                     dcoeffs[t, k] = of_tasks[t]
         if need_dbase:
             add(BASE, of_images_with(scale), 1.0)
@@ -333,8 +348,8 @@ def _dw(
             of_images = _gradients(_side_by_side(dy.to(wide)), _side_by_side(x.to(wide)), every, ways, False, True)[1]
             of_images = of_images.view(x.shape[0], *base.shape)
         for g in parts:
-            of_task = [k for k in range(count) if not asked or g.task * count + k in asked]
-            dots = of_task if need_dcoeffs and g.task >= 0 else []
+            own = [k for k in range(count) if not asked or g.task * count + k in asked]
+            dots = own if need_dcoeffs and g.task >= 0 else []
             users = {k: by for k, by in {**g.coeffs, BASE: g.scale}.items() if k in wanted}
             if not (dots or users):
                 continue

@@ -89,20 +89,45 @@ def test_every_gradient_of_a_layer(monkeypatch, kind, tasks, bias, gate):
 
 
 @pytest.mark.parametrize("at_hand", (False, True))
+@pytest.mark.parametrize("closed", (False, True))
 @pytest.mark.parametrize("pairs", ([], [0, 3], [1, 2, 4]))
-def test_coefficients_outside_the_pairs_have_no_gradient(monkeypatch, at_hand, pairs):
-    """Of a convolution: 3 tasks of 2 deltas."""
+def test_gradients_of_the_pairs_of_a_convolution(monkeypatch, at_hand, pairs, closed):
+    """Of 3 tasks and 2 deltas. Outside the pairs coefficients are 0 and have no gradient."""
     monkeypatch.setattr(_images, "at_hand", lambda x: at_hand)
     x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5)
     base, *deltas = torch.randn(3, 2, 3, 3, 3)
     ids, order = torch.tensor([0, 2, 1, 0]), torch.tensor([0, 3, 2, 1])
     index = (ids, order, torch.tensor([0, 0, 2, 3, 4]), 1)
     how = ([1, 1], [1, 1], [1, 1], 1)
-    *_, dcoeffs = _aten.conv2d_grad(
-        dy, x, base, deltas, torch.randn(3, 2), None, *how, *index, False, False, pairs, [], True, False
+    coeffs = torch.randn(3, 2)
+    if pairs:
+        coeffs.view(-1)[[n for n in range(6) if n not in pairs]] = 0.0
+    if closed:
+        coeffs.view(-1)[(pairs or [4])[-1]] = 0.0
+    _, ddeltas, dcoeffs = _aten.conv2d_grad(
+        dy, x, base, deltas, coeffs, None, *how, *index, False, False, pairs, [0, 1], True, False
     )
-    for t in range(3):
-        for k, delta in enumerate(deltas):
-            along = (torch.nn.functional.conv2d(x, delta, padding=1) * dy)[ids == t].sum()
-            wanted = not pairs or 2 * t + k in pairs
-            torch.testing.assert_close(dcoeffs[t, k], along if wanted else torch.zeros(()), rtol=1e-4, atol=1e-4)
+    products = torch.stack(
+        [torch.nn.grad.conv2d_weight(x[ids == t], base.shape, dy[ids == t], padding=1) for t in range(3)]
+    )
+    wanted = torch.tensor([not pairs or n in pairs for n in range(6)]).view(3, 2)
+    expected = torch.einsum("toixy,koixy->tk", products, torch.stack(deltas)) * wanted
+    torch.testing.assert_close(dcoeffs, expected, rtol=1e-4, atol=1e-4)
+    expected = torch.einsum("toixy,tk->koixy", products, coeffs)
+    torch.testing.assert_close(torch.stack(ddeltas), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_hand", (False, True))
+def test_what_a_closed_gate_spoils_stays_its_own(monkeypatch, at_hand):
+    """A gradient that is not finite, of images whose coefficient is 0, reaches the coefficient alone."""
+    monkeypatch.setattr(_images, "at_hand", lambda x: at_hand)
+    x, dy = torch.randn(2, 3, 5, 5), torch.randn(2, 2, 5, 5)
+    dy[1] = torch.inf
+    base, *deltas = torch.randn(3, 2, 3, 3, 3)
+    index = (torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([0, 0, 1, 2]), 1)
+    _, ddeltas, dcoeffs = _aten.conv2d_grad(
+        dy, x, base, deltas, torch.diag(torch.tensor([1.0, 0.0])), None, [1, 1], [1, 1], [1, 1], 1, *index,
+        False, False, [0, 3], [0, 1], True, False,
+    )  # fmt: skip
+    assert ddeltas[0].isfinite().all() and (ddeltas[1] == 0).all()
+    assert dcoeffs.isfinite().tolist() == [[True, True], [True, False]]
