@@ -303,11 +303,11 @@ def _dw(
     def add(k: int, p: Tensor, by: Scalar, owned: bool = True) -> None:
         """sums[k] += by·p; p may become the sum if nobody else needs it."""
         if k in sums:
-            sums[k].add_(p, alpha=by) if isinstance(by, float) else sums[k].addcmul_(p, by)
+            sums[k].add_(p, alpha=by) if isinstance(by, float) else sums[k].add_(_scratch.scaled(p, by))
         elif isinstance(by, float) and by == 1.0:
             sums[k] = p if owned else p.clone()
         else:
-            sums[k] = p.mul_(by) if owned else p * by
+            sums[k] = _scratch.scaled(p, by, out=p if owned else None)
 
     count, asked = len(deltas), set(pairs)
     if _data_driven(x, index):
@@ -322,16 +322,16 @@ def _dw(
                 if not (need_dcoeffs or k in wanted):
                     continue
                 (t,) = owners[k]
-                p, c = of_task(t), coeffs[t, k]
+                p = of_task(t)
                 if need_dcoeffs:
                     dcoeffs[t, k] = _dot(p, deltas[k])
                 if k in wanted:
-                    sums[k] = torch.where(c != 0, c * p, 0.0)
+                    add(k, p, coeffs[t, k])
                 continue
             if k in wanted:
                 add(k, of_images_with(column), 1.0)
             if need_dcoeffs and (owners[k] or not asked):
-                along = (F.conv2d(x, deltas[k], None, *conv).to(wide) * dy.to(wide)).sum((1, 2, 3))  # [N]
+                along = (F.conv2d(x.to(wide), deltas[k].to(wide), None, *conv) * dy.to(wide)).sum((1, 2, 3))  # [N]
                 of_tasks = sums_by_group(member.to(wide), along[:, None])[:, 0]
                 if not asked:
                     dcoeffs[:, k] = of_tasks

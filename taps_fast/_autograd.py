@@ -6,8 +6,9 @@ a convolution dx too); what nobody needs is not computed.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,6 +61,19 @@ def forward(
     return y
 
 
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that computes in its own dtypes, also where a loop has it inside autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> Any:
+        if not torch.is_autocast_enabled(device := dy.device.type):
+            return backward(ctx, dy)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, dy)
+
+    return run
+
+
 class Delta(torch.autograd.Function):
     """y = (base_coeffs·base + Σ c·delta) x + bias, linear or convolution, for one task or a mixed batch.
 
@@ -91,6 +105,7 @@ class Delta(torch.autograd.Function):
         )
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         name = "delta_conv2d" if call.conv else "delta_linear"
@@ -290,9 +305,8 @@ class BatchNormOfTasks(torch.autograd.Function):
         _no_second_derivatives("batch_norm", "batches of one task")
         given: Given = ctx.given
         x, mean, variance, ids, order, offsets, *vectors = ctx.saved_tensors
-        weight = _split(given, vectors)[0]
-        statistics, index = (mean, variance, given.fixed, given.eps), (ids, order, offsets, given.inner)
-        found = ops.batch_norm_grad.default(dy, x, weight, *statistics, *index, ctx.needs_input_grad[1])
+        rest = (mean, variance, given.fixed, given.eps, ids, order, offsets, given.inner, ctx.needs_input_grad[1])
+        found = ops.batch_norm_grad.default(dy, x, _split(given, vectors)[0], *rest)
         return None, *_norm_gradients(ctx, given, vectors, *found)
 
 
@@ -314,9 +328,8 @@ class GroupNormOfTasks(torch.autograd.Function):
         _no_second_derivatives("group_norm", "batches of one task")
         given: Given = ctx.given
         x, mean, rstd, ids, order, offsets, *vectors = ctx.saved_tensors
-        weight, _ = _split(given, vectors)
         rest = (ids, order, offsets, given.inner, ctx.needs_input_grad[1])
-        found = ops.group_norm_grad.default(dy, x, weight, mean, rstd, given.center, *rest)
+        found = ops.group_norm_grad.default(dy, x, _split(given, vectors)[0], mean, rstd, given.center, *rest)
         return None, *_norm_gradients(ctx, given, vectors, *found)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ._names import counted
 from .formats import Format, check_format, compress
@@ -103,13 +104,16 @@ def compress_task(model: TapsModel, task: str, format: str, rank: int | None, in
 
 
 def _output(model: TapsModel, task: str, inputs: Tensor) -> Tensor:
-    """In eval mode, without gradients."""
+    """Every number of it, [n], in eval mode, without gradients."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         with torch.no_grad():
-            y: Tensor = model(inputs, tasks=task)
-            return y.double()
+            y = model(inputs, tasks=task)
     finally:
         for module in training:
             module.training = True
+    found = [t.double().flatten() for t in tree_leaves(y) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not found:
+        raise ValueError(f"TapsModel.compress: inputs must be given for an output with tensors, got {type(y).__name__}")
+    return torch.cat(found)

@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,8 +131,8 @@ class Turns:
                     self._turn.notify_all()
 
     @contextlib.contextmanager
-    def change(self, device: torch.device) -> Iterator[None]:
-        """No other thread's forward runs within, nor what one has begun on ``device``.
+    def change(self, devices: Iterable[torch.device]) -> Iterator[None]:
+        """No other thread's forward runs within, nor what one has begun on ``devices``.
 
         Raises:
             RuntimeError: a forward of this thread runs.
@@ -149,9 +149,9 @@ class Turns:
             with self._turn:
                 self._changes.append(me)  # forwards that come now wait
                 self._turn.wait_for(lambda: self._changes[0] == me and not self._forwards.intersection(_threads()))
-            _synchronize(device)
+            _synchronize(devices)
             yield
-            _synchronize(device)
+            _synchronize(devices)
         finally:
             with self._turn:
                 self._changes.remove(me)
@@ -163,15 +163,16 @@ def _threads() -> set[int | None]:
     return {thread.ident for thread in threading.enumerate()}
 
 
-def _device(model: RunningModel) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _devices(model: RunningModel) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
-def _synchronize(device: torch.device) -> None:
+def _synchronize(devices: Iterable[torch.device]) -> None:
     """Other threads may have streams of their own, which know nothing of memory that is given back."""
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
-        torch.accelerator.synchronize(device)
+    for device in devices:
+        if accelerator is not None and accelerator.type == device.type:
+            torch.accelerator.synchronize(device)
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -251,7 +252,7 @@ def prepare(model: RunningModel, args: Any, kwargs: Any, *, bake: bool | None, o
         raise ValueError(f"TapsModel.prepare_inference: originals must be {', '.join(ORIGINALS)}, got {originals!r}")
     if model.training or any(m.training for m in model.model.modules()):
         raise ValueError("TapsModel.prepare_inference: the model must be in eval mode, got one in training mode")
-    with model.turns.change(_device(model)):
+    with model.turns.change(_devices(model)):
         return _prepare(model, args, kwargs, bake, originals)
 
 
@@ -294,7 +295,7 @@ def _change(model: RunningModel, report: Preparation, bake: bool | None) -> None
 def unprepare(model: RunningModel) -> None:
     """Deltas, norms and forwards as they were."""
     if model.prepared is not None:
-        with model.turns.change(_device(model)):
+        with model.turns.change(_devices(model)):
             _unprepare(model)
 
 

@@ -23,7 +23,10 @@ _scratch = _Scratch()
 
 
 def merged(base: Tensor, scale: Scalar, terms: list[tuple[Tensor, Scalar]], wide: torch.dtype) -> Tensor:
-    """scale·base + Σ by·term, summed in ``wide`` and rounded once to the base's dtype; valid until the next one."""
+    """scale·base + Σ by·term, summed in ``wide`` and rounded once to the base's dtype; valid until the next one.
+
+    What is times 0 counts for nothing, finite or not.
+    """
     if isinstance(scale, Tensor) or scale != 0.0:
         terms = [(base, scale), *terms]
     if not terms:
@@ -33,15 +36,21 @@ def merged(base: Tensor, scale: Scalar, terms: list[tuple[Tensor, Scalar]], wide
     (first, by), *rest = terms
     if base.dtype != wide:
         total = first.to(wide)
-        total = total if isinstance(by, float) and by == 1.0 else total.mul_(by)
+        total = total if isinstance(by, float) and by == 1.0 else scaled(total, by, out=total)
     elif rest and isinstance(by, float) and by == 1.0 and isinstance(c := rest[0][1], float):
         total = torch.add(first, rest[0][0], alpha=c, out=_buffer(base))
         rest = rest[1:]
     else:
-        total = torch.mul(first.to(wide), by, out=_buffer(base))
+        total = scaled(first.to(wide), by, out=_buffer(base))
     for term, c in rest:
-        total = total.add_(term, alpha=c) if isinstance(c, float) else total.addcmul_(term.to(wide), c)
+        total = total.add_(term, alpha=c) if isinstance(c, float) else total.add_(scaled(term.to(wide), c))
     return total.to(base.dtype)
+
+
+def scaled(term: Tensor, by: Scalar, out: Tensor | None = None) -> Tensor:
+    """by·term; times a 0 that only the device knows, 0 whatever the term is."""
+    product = torch.mul(term, by, out=out)
+    return product.masked_fill_(by == 0, 0.0) if isinstance(by, Tensor) else product
 
 
 def _buffer(like: Tensor) -> Tensor:

@@ -271,6 +271,8 @@ def group_norm(
         y = F.layer_norm(wide, x.shape[1:], None, None, eps)
     else:
         y = F.group_norm(wide, groups, None, None, eps)
+    if x.dim() == 4:  # which PyTorch's norms keep on a CPU alone
+        y = y.contiguous(memory_format=_problem.layout(x))
     scale, shift = (
         torch.stack([t.flatten() for t in held]).to(wide.dtype) if held else None for held in (weight, bias)
     )

@@ -67,8 +67,11 @@ class TaskBatch:
             raise TypeError(f"TaskBatch: tasks must be integers, got {ids.dtype}")
         if ids.dim() != 1:
             raise ValueError(f"TaskBatch: tasks must have 1 dimension, one id a sample, got shape {tuple(ids.shape)}")
-        if ids.dtype != torch.int64 or (device is not None and ids.device != device):
-            ids = ids.to(device=ids.device if device is None else device, dtype=torch.int64)
+        if device is not None and ids.device != device:
+            if ids.is_cpu and not torch.compiler.is_compiling():  # where they are read, and refused, at no cost
+                return cls.from_ids(ids, num_tasks).to(device)
+            ids = ids.to(device)
+        ids = ids.to(torch.int64)
         if ids.is_cpu and _ext.CPU_ERROR is None and not torch.compiler.is_compiling():
             order, offsets, bad = torch.ops.taps_fast.sort_tasks.default(ids, num_tasks)
             if bad:
@@ -102,7 +105,8 @@ class TaskBatch:
         """The same index on another device."""
         if self.ids.device == device:
             return self
-        wait = device.type == "cpu"  # whose kernels do not know of a copy that is still on its way
+        # A CPU's kernels do not know of a copy that is still on its way, and who filled pinned memory may fill it anew.
+        wait = device.type == "cpu" or (not torch.compiler.is_compiling() and self.ids.is_pinned())
         ids, order, offsets = (t.to(device, non_blocking=not wait) for t in self.tensors)
         return TaskBatch(ids, order, offsets, self.num_tasks)
 
@@ -136,11 +140,12 @@ def sums_by_group(member: Tensor, rows: Tensor) -> Tensor:
     """Σ over each group's rows [M, C], [G, C]; ``member`` [G, M] is 1 where a row belongs to the group, else 0.
 
     A product keeps the order of summation fixed, which index_add on a GPU does not; but 0·NaN is NaN. So what is not
-    finite is counted apart, and makes the sum of its own group NaN.
+    finite is counted apart, and makes the sum of its own group NaN. In float64 neither tf32 nor autocast rounds it.
     """
-    finite = rows.isfinite()
-    spoilt = member @ (~finite).to(member.dtype)
-    return torch.where(spoilt > 0, torch.nan, member @ torch.where(finite, rows, 0))
+    exact = rows.dtype if rows.device.type == "mps" else torch.float64  # which it lacks
+    member, finite = member.to(exact), rows.isfinite()
+    spoilt = member @ (~finite).to(exact)
+    return torch.where(spoilt > 0, torch.nan, member @ torch.where(finite, rows, 0).to(exact)).to(rows.dtype)
 
 
 def picked(values: Tensor, places: Sequence[int]) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from taps_fast.kernels import conv2d, linear, pointwise
 
-from taps_fast import _aten, _autograd, _call, _dispatch, _ext, _images, _ops, _pointwise
+from taps_fast import _aten, _autograd, _call, _compressed, _dispatch, _ext, _images, _ops, _pointwise
 from taps_fast.nn.gated import Gating
 
 NO_EXTENSION = "no extension, as on a device"
@@ -61,6 +62,7 @@ def on_a_device(monkeypatch: Any) -> Iterator[Operators]:
         patch.setattr(_images, "at_hand", lambda x: False)
         patch.setattr(_aten, "gradient_dtype", lambda x: x.dtype)
         patch.setattr(Gating, "_scores_at_hand", lambda self: False)
+        patch.setattr(_compressed, "used_pairs", _every_pair)
         _dispatch._cached_select.cache_clear()
         try:
             yield operators
@@ -70,3 +72,8 @@ def on_a_device(monkeypatch: Any) -> Iterator[Operators]:
 
 def _triton(problem: Any) -> Iterator[str]:
     return (linear if problem.op == "linear" else conv2d).not_supported_reasons(problem)
+
+
+def _every_pair(coeffs: Any, pairs: Any) -> list[tuple[int, int]]:
+    rows, columns = (1, *coeffs.shape)[-2:]
+    return list(itertools.product(range(rows), range(columns)) if pairs is None else pairs)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from nets import ConvNet, Transformer, assert_rows_as_separate, images, three_tasks
+from nets import ConvNet, Transformer, assert_rows_as_separate, images, perturb, three_tasks
 from torch import nn
 
 from taps_fast import FastTapsLinear, TapsModel, store
@@ -243,3 +243,23 @@ def test_refusals():
 def test_fields_that_do_not_fit(make, kind, text):
     with pytest.raises(kind, match=text):
         make()
+
+
+def test_the_change_of_outputs_that_are_no_one_tensor():
+    class Net(nn.Module):
+        def __init__(self, several):
+            super().__init__()
+            self.one, self.other, self.several = nn.Linear(64, 64), nn.Linear(64, 64), several
+
+        def forward(self, x):
+            y, z = self.one(x), self.other(x)
+            return {"y": y, "more": (z, 3)} if self.several else torch.cat([y, z], 1) if self.several is False else "y"
+
+    changes = []
+    for several in (True, False):
+        torch.manual_seed(0)
+        model = perturb(TapsModel(Net(several), ["a"]))
+        changes.append(model.compress("a", "bits", inputs=torch.randn(3, 64)).output_change)
+    assert changes[0] == pytest.approx(changes[1]) and changes[0] > 0
+    with pytest.raises(ValueError, match="an output with tensors, got str"):
+        TapsModel(Net(None), ["a"]).compress("a", "bits", inputs=torch.randn(3, 64))

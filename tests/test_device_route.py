@@ -10,7 +10,7 @@ from device_route import on_a_device
 from nets import ConvNet, Transformer, images, three_tasks
 from triton_shim import INTERPRETED
 
-from taps_fast import FastTapsConv2d, FastTapsLinear, _aten, _images
+from taps_fast import FastTapsConv2d, FastTapsLinear, TaskBatch, _aten, _images, norms
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="there is a GPU, and test_model_gpu.py")
 NETS = {"conv": ConvNet, "transformer": Transformer}
@@ -131,3 +131,49 @@ def test_what_a_closed_gate_spoils_stays_its_own(monkeypatch, at_hand):
     )  # fmt: skip
     assert ddeltas[0].isfinite().all() and (ddeltas[1] == 0).all()
     assert dcoeffs.isfinite().tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("kind", ("linear", "conv"))
+def test_a_closed_gate_keeps_a_diverged_delta_from_a_batch_of_its_task(monkeypatch, kind):
+    """Though a device does not know that the gate is closed."""
+    layer = FastTapsLinear(6, 4, tasks=["a"]) if kind == "linear" else FastTapsConv2d(6, 4, 3, tasks=["a"])
+    x = torch.randn(2, 6) if kind == "linear" else torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        layer.base.normal_()
+        layer.deltas["a"].fill_(torch.nan)
+        layer.scores["a"].zero_()
+    x.requires_grad_()
+    with on_a_device(monkeypatch):
+        y = layer(x, tasks="a")
+        dx, ddelta = torch.autograd.grad(y.sum(), [x, layer.deltas["a"]])
+    assert y.isfinite().all() and dx.isfinite().all() and (ddelta == 0).all()
+    torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("format", ("lowrank", "bits"))
+def test_a_prepared_models_tasks_take_their_own_delta_alone(monkeypatch, format):
+    """What has diverged in one reaches no other's rows."""
+    model = three_tasks(Transformer(), dtype=torch.float32)
+    model.probe(images(2, dtype=torch.float32))
+    for task in ("cubs", "cars", "dogs"):
+        model.compress(task, format, **({"rank": 2} if format == "lowrank" else {}))
+    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+        if "fc2.deltas.cubs" in name and tensor.is_floating_point():
+            tensor.data.fill_(torch.inf)
+    x = images(4, dtype=torch.float32)
+    with torch.no_grad(), on_a_device(monkeypatch):
+        model.prepare_inference()
+        y = model(x, tasks=["cars", "cubs", None, "dogs"])
+    assert y.isnan().any(1).tolist() == [False, True, False, False]
+
+
+def test_a_normalised_image_keeps_its_layout(monkeypatch):
+    x = torch.randn(3, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    tables = [torch.ones(8)] * 3, [torch.zeros(8)] * 3
+    batch = TaskBatch.from_ids([0, 1, -1], 2)
+    for center in (True, False):
+        expected = norms.group_norm(x, *tables, 2, 1e-5, batch, center=center)
+        with on_a_device(monkeypatch):
+            y = norms.group_norm(x, *tables, 2, 1e-5, batch, center=center)
+        assert y.stride() == expected.stride() == x.stride()
+        torch.testing.assert_close(y, expected)

@@ -165,7 +165,7 @@ def test_a_fork_does_not_wait_for_forwards_of_its_parent():
         if child == 0:
             signal.alarm(60)
             try:
-                with model.turns.change(torch.device("cpu")):
+                with model.turns.change([torch.device("cpu")]):
                     os._exit(0)
             finally:
                 os._exit(1)

@@ -127,6 +127,22 @@ def test_autocast_gives_parameters_gradients_of_their_own_dtype(kind, tasks):
         torch.testing.assert_close(gradient, want, atol=0.02 * want.abs().max().item() + 1e-3, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tasks", ["a", IDS], ids=["single", "mixed"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_backward_inside_autocast_is_that_outside(kind, tasks, dtype):
+    layer, x = make(kind, True, "ste", torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = layer(x, tasks=tasks)
+        leaves = [p for p in (x, *layer.parameters()) if p.requires_grad]
+        dy = torch.full_like(y, 3000.0)  # sums of it are beyond float16
+        inside = torch.autograd.grad(y, leaves, dy, allow_unused=True, retain_graph=True)
+    outside = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    for got, want in zip(inside, outside, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or (torch.equal(got, want) and (got.dtype == want.dtype) and bool(got.isfinite().all()))
+
+
 @pytest.mark.parametrize("how", ["reference", "compressed", "unbatched"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_ways_give_the_same_gradients(how, bias, monkeypatch):

@@ -311,3 +311,19 @@ def test_attention_trains_with_dropout_as_the_original():
             torch.testing.assert_close(got, want)
     got.sum().backward()
     assert model.conversion.layers["in_proj"].deltas["cubs"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_over_no_samples(training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x, mask=None):
+            return self.attend(x, x, x, attn_mask=mask)[0]
+
+    model = TapsModel(Net(), ["a"]).train(training)
+    x = torch.randn(0, 5, 8)
+    for mask in (None, torch.zeros(0, 5, 5)):
+        assert model(x, mask, tasks="a").shape == model(x, mask, tasks=[]).shape == x.shape

@@ -302,3 +302,15 @@ def test_a_backward_through_a_prepared_model_warns_once():
             model(x).sum().backward()
             model.unprepare()
             model(x).sum().backward()
+
+
+@pytest.mark.parametrize("first", [nn.Linear(4, 4), nn.Tanh()])
+def test_a_norm_that_tasks_share_needs_no_axis_of_samples(first):
+    """Also where its rows are not the samples."""
+    net = nn.Sequential(first, nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    model = perturb(TapsModel(net, ["a", "b"], norms="shared").eval())
+    x, tasks = torch.randn(3, 4), ["a", None, "b"]
+    with torch.no_grad():
+        before = model(x, tasks=tasks)
+        model.prepare_inference(x)
+        torch.testing.assert_close(model(x, tasks=tasks), before)

@@ -114,15 +114,17 @@ class Fold(torch.autograd.Function):
             dcoeffs, found = ops.fold_grad(
                 [dweight.contiguous() for dweight in dweights if dweight is not None],
                 [delta for l in used for delta in deltas[l * k : (l + 1) * k]],
-                coeffs if whole else coeffs[used],
+                coeffs if whole else torch.stack([coeffs[l] for l in used]),  # a list would be copied to a GPU
                 [parts[l] for l in used] if parts else [],
                 [masks[l] for l in used] if masks else [],
                 need_coeffs,
                 need_masks,
             )
             if need_coeffs and not whole:
-                rows = torch.tensor(used, device=coeffs.device)
-                dcoeffs = torch.zeros_like(coeffs).index_copy(0, rows, dcoeffs)
+                rows = [torch.zeros_like(coeffs[0])] * count
+                for l, row in zip(used, dcoeffs.unbind(), strict=True):
+                    rows[l] = row
+                dcoeffs = torch.stack(rows)
             for l, dmask in zip(used, found, strict=False):
                 dmasks[l] = dmask
         dbases = [dweight if n else None for dweight, n in zip(dweights, need, strict=False)]

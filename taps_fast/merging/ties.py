@@ -86,7 +86,7 @@ def thresholds(vectors: TaskVectors, density: float, function: str = "ties") -> 
             sizes.view(bits).numpy().partition(smaller)
             found.append(float(sizes[smaller]))
         else:
-            found.append(float(sizes.kthvalue(smaller + 1).values))
+            found.append(float(sizes.sort().values[smaller]))
     return found
 
 

@@ -78,7 +78,7 @@ class FoldedNorm(nn.Module):
         self.norm, self.after = norm, after
 
     def forward(self, x: Tensor) -> Tensor:
-        selection = self.norm.selected()
+        selection = self.norm.selected() if self.norm.tasks else Selection()  # shared, it asks nobody's axis
         options, mix = self.after.options(selection), selection.mixed
         if mix is not None:
             layout = self.norm.layout(x, mix.batch)

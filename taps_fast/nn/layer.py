@@ -174,7 +174,9 @@ class TapsLayer(Gating):
         if bias is not None and opened:
             bias = torch.stack([b for task in (*tasks, None) if (b := single[task].bias) is not None])
         base_coeffs = scales if self.baked else None
-        mixed = Gated(self.base, deltas, table, bias, base_coeffs=base_coeffs).detached()
+        # Dense ones need it for gradients alone; of others a device, which reads no coefficient, takes what is listed.
+        listed = pairs if isinstance(deltas, Stack) or any(isinstance(d, Format) for d in deltas) else None
+        mixed = Gated(self.base, deltas, table, bias, pairs=listed, base_coeffs=base_coeffs).detached()
         self.frozen = Frozen(single, mixed)
 
     @torch.no_grad()
