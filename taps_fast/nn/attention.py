@@ -84,14 +84,14 @@ class TaskAttention(nn.MultiheadAttention):
     def _heads(self, x: Tensor) -> Tensor:
         """[B, heads, length, E / heads] from [length, B, E], [B, length, E] or [length, E]."""
         x = x[None] if x.dim() == 2 else x if self.batch_first else x.transpose(0, 1)
-        return x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """What is added to the logits [B, heads, L, S]."""
         total: Tensor | None = None
         if attn_mask is not None:
             if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (len(attn_mask) // self.num_heads, self.num_heads))
+                attn_mask = attn_mask.reshape(len(attn_mask) // self.num_heads, self.num_heads, *attn_mask.shape[1:])
             total = _additive(attn_mask, q.dtype)
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype).reshape(q.shape[0], 1, 1, k.shape[2])
