@@ -287,7 +287,10 @@ def _dw(
     wanted = [*ddeltas_for, *([BASE] if need_dbase else [])]
 
     def weight_gradient(images: Tensor, d: Tensor, dtype: torch.dtype = wide) -> Tensor:
-        like = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)  # its shape and layout count
+        # Its shape and format count, the latter to the letter, where a base may have a side of 1 lie anyhow.
+        like = base
+        if base.dtype != dtype or not base.is_contiguous():
+            like = torch.empty(base.shape, dtype=dtype, device=base.device, memory_format=layout(base))
         return _gradients(d.to(dtype), images.to(dtype), like, conv, False, True)[1].to(wide)
 
     def of_images_with(scale: Scalar) -> Tensor:

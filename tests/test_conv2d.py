@@ -223,3 +223,17 @@ def test_a_base_that_is_of_no_memory_format(images: int) -> None:
         return torch.autograd.grad(delta_conv2d(x, base, [delta], given[3]).square().sum(), given)
 
     torch.testing.assert_close(gradients(base), gradients(base.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_base_whose_side_of_one_lies_anyhow(dtype: torch.dtype) -> None:
+    """As of a permuted weight; a task of one image has a product of its own in PyTorch, which refuses the strides."""
+    base = torch.randn(5, 5, 1, 2, dtype=dtype).permute(0, 3, 1, 2)
+    x = torch.randn(5, 2, 12, 11, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    deltas = [torch.randn(5, 2, 5, 1, dtype=dtype, requires_grad=True) for _ in range(2)]
+    y = delta_conv2d(x, base, deltas, torch.eye(2), None, 1, 1, tasks=[0, 0, 0, 0, 1])
+    found = torch.autograd.grad(y.sum(), deltas)
+    for delta, images, got in zip(deltas, (x[:4], x[4:]), found, strict=True):
+        w = (base + delta).float().contiguous().detach().requires_grad_()
+        (want,) = torch.autograd.grad(F.conv2d(images.float().contiguous(), w, None, 1, 1).sum(), w)
+        torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=0.5 if dtype == torch.bfloat16 else 1e-3)
