@@ -71,7 +71,8 @@ class TaskBatch:
             if ids.is_cpu and not torch.compiler.is_compiling():  # where they are read, and refused, at no cost
                 return cls.from_ids(ids, num_tasks).to(device)
             ids = ids.to(device)
-        ids = ids.to(torch.int64)
+        if ids.dtype != torch.int64:
+            ids = ids.to(torch.int64)
         if ids.is_cpu and _ext.CPU_ERROR is None and not torch.compiler.is_compiling():
             order, offsets, bad = torch.ops.taps_fast.sort_tasks.default(ids, num_tasks)
             if bad:
