@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -265,8 +266,11 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
 MULTIPLY = {torch.float32: ("vfmadd231ps", 32), torch.bfloat16: ("vdpbf16ps", 64)}  # instruction, flops in 64 bytes
 
 
-def peak(dtype: torch.dtype, steps: int = 2_000_000) -> float:
-    """GFLOP/s of one thread in a loop of 24 independent multiply-adds without memory; the best of several tries."""
+def peak(dtype: torch.dtype, threads: int, steps: int = 2_000_000) -> float:
+    """GFLOP/s of all threads, each in a loop of 24 independent multiply-adds without memory; the best of several tries.
+
+    Together, because processors that share a core, or its power, are not as fast as one alone.
+    """
     name, flops = MULTIPLY[dtype]
     clear = "".join(f"vpxord %%zmm{i}, %%zmm{i}, %%zmm{i}; " for i in range(26))
     loop = "".join(f"{name} %%zmm24, %%zmm25, %%zmm{i}; " for i in range(24))
@@ -279,18 +283,19 @@ def peak(dtype: torch.dtype, steps: int = 2_000_000) -> float:
         run = ctypes.CDLL(str(library)).run
     run.argtypes = [ctypes.c_long]
     best = math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        run(steps)
-        best = min(best, time.perf_counter() - start)
-    return 24 * flops * steps / best / 1e9
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(20):
+            start = time.perf_counter()
+            list(pool.map(run, [steps] * threads))
+            best = min(best, time.perf_counter() - start)
+    return threads * 24 * flops * steps / best / 1e9
 
 
 def rates(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Each product's rate as a share of the machine's; PyTorch's products have the merged weight."""
     if not str(OPS.cpu_isa()).startswith("avx512") or (dtype == torch.bfloat16 and OPS.cpu_isa() != "avx512bf16"):
         raise SystemExit(f"rates: the CPU must multiply {dtype} in AVX-512, got {OPS.cpu_isa()}")
-    top = peak(dtype) * args.threads
+    top = peak(dtype, args.threads)
     print(
         f"\n## rates, one open delta, {dtype}: registers alone {top:.0f} GFLOP/s, in % of that ours / PyTorch's plain"
     )

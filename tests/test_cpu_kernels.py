@@ -38,7 +38,7 @@ def test_extension_is_loaded() -> None:
 def kernel_cases() -> Iterator[Case]:
     """Both sides of each threshold of the plans, at sizes that no vector length divides."""
     for dtype in FLOATS:
-        for rows in (1, 2, 4, 5, 6, 8, 9, 12, 13, 14, 31, 67):  # dot products, then tiles with every remainder
+        for rows in (1, 2, 4, 5, 6, 8, 9, 12, 13, 14, 31, 48, 67):  # dot products, then tiles with every remainder
             yield Case(dtype, rows=rows, shape=(71, 53), num_deltas=1)
         for shape in ((1, 1), (3, 2), (1, 97), (97, 1), (16, 16), (64, 128), (65, 127), (193, 15)):
             yield Case(dtype, rows=3, shape=shape, num_deltas=2)
@@ -50,6 +50,9 @@ def kernel_cases() -> Iterator[Case]:
         yield Case(dtype, rows=3, shape=(101, 8209), num_deltas=1)  # two items of dx, each in parts of the depth
         yield Case(dtype, rows=12, shape=(37, 1303), num_deltas=3, tasks=(0, 1, 2, -1) * 3, num_tasks=3)  # dx: no panel
         yield Case(dtype, rows=531, shape=(67, 35), num_deltas=1)  # several row blocks of dw
+        # Weights of their own, of many rows and of few, in blocks of rows that divide both.
+        yield Case(dtype, rows=430, shape=(161, 130), num_deltas=12, tasks=(0,) * 100 + tuple(range(1, 12)) * 30,
+                   num_tasks=12, baked=tuple(range(12)))  # fmt: skip
         # Many one-row groups share the base's product; large ones have panels of their own; others are closed.
         ids = tuple((7 * i) % 13 - 1 for i in range(26)) + (3,) * 20 + (5,) * 15
         closed = tuple(12 * t + k for t in (4, 5, 7) for k in range(12))

@@ -16,6 +16,10 @@ template <class E>
 constexpr int64_t kAxpyRows = kDepths<E> == 2    ? 8
                               : kRegisters == 32 ? 16
                                                  : 8;
+/// The same where rows come by themselves (kernels.h) and each weight is read once. A weight that several groups of
+/// rows read, as a mixed batch reads the base, is to be in L2 by then, and gains from a panel sooner.
+template <class E>
+constexpr int64_t kAxpyRowsComing = kDepths<E> == 1 && kRegisters == 32 ? 48 : kAxpyRows<E>;
 
 /// kDepth weight rows from `row` on times columns [column, column + num_columns), added to num_rows outputs; x[m] is
 /// what multiplies them in output m.
@@ -59,11 +63,11 @@ void axpy_step(const Compute<S> (*x)[kAxpyDepth], int64_t num_rows, const Term* 
     columns(j, [&](const S* q) __attribute__((always_inline)) { return load_partial(q, num_columns - j); });
 }
 
-/// num_rows <= kAxpyRows rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth).
+/// num_rows <= kAxpyRowsComing rows, whose inputs a[m] hold depth elements, times weight rows [row, row + depth).
 template <class S>
 void axpy_rows(const S* const* a, int64_t num_rows, const Term* terms, int64_t num_terms, int64_t row, int64_t depth,
                int64_t column, int64_t num_columns, Compute<S>* out, int64_t out_stride, bool accumulate, bool come) {
-  Compute<S> x[kAxpyRows<Element<S>>][kAxpyDepth];
+  Compute<S> x[kAxpyRowsComing<Element<S>>][kAxpyDepth];
   for (int64_t p = 0; p < depth;) {
     const int64_t step = depth - p < kAxpyDepth ? 1 : kAxpyDepth;
     for (int64_t m = 0; m < num_rows; m++)

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kTileRows = 192, kTileCols = 512, kStep = 64, kRowsAtOnce = 256;
 // Of few rows the gradients themselves are what takes time, and long pieces of their rows take less.
-constexpr int64_t kFewRows = 8, kWideTileRows = 48, kWideTileCols = 2048;
+constexpr int64_t kWideTileRows = 48, kWideTileCols = 2048;
 
 /// A wanted gradient: Σ over `parts` of factor · P_task.
 struct Sum {
@@ -110,7 +110,7 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   Blocking& b = problem.blocking;
   int64_t most = 1;
   for (const Job& job : jobs_) most = std::max(most, job.row_end - job.row_begin);
-  const bool few = most <= kFewRows;
+  const bool few = most <= kOuterRows;
   b.row_block = std::min(problem.rows, few ? kWideTileRows : kTileRows);
   b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, few ? kWideTileCols : kTileCols), kStep));
   // No thread is to wait for another.

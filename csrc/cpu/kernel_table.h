@@ -67,6 +67,8 @@ constexpr Kernels make_table(const char* name) {
           kDotRows<Element<BFloat16>>,
           kAxpyRows<float>,
           kAxpyRows<Element<BFloat16>>,
+          kAxpyRowsComing<float>,
+          kAxpyRowsComing<Element<BFloat16>>,
           row_product,
           weight_gradient};
 }

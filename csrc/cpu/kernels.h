@@ -21,6 +21,8 @@ struct Kernels {
   int64_t bfloat16_dot_rows;
   int64_t axpy_rows;  // the same of dx
   int64_t bfloat16_axpy_rows;
+  int64_t axpy_rows_coming;  // the same where rows come by themselves and each weight is read once
+  int64_t bfloat16_axpy_rows_coming;
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);

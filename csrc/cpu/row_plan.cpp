@@ -16,6 +16,9 @@ namespace {
 // reads weights along its depth, dx along its columns.
 constexpr int64_t kForwardColBytes = 256, kForwardDepth = 1024;
 constexpr int64_t kBackwardColBytes = 512, kBackwardDepth = 512;
+// Very many rows and their outputs stay in no cache from one panel to the next, so that fewer and wider panels gain:
+// seen on Cascade Lake from about 2,048 rows on.
+constexpr int64_t kWidePanelRows = 2048, kWidePanelBytes = 384 << 10;
 // Without a panel, and each weight read by one pass only, forward reads rows of weights whole: memory brings one long
 // piece in less time than several short ones. This bounds the buffer of converted inputs, a row of it.
 constexpr int64_t kInputBytes = 64 << 10, kDepthStep = 64;
@@ -44,8 +47,10 @@ int64_t most_rows_apart(Coding coding, Algorithm algorithm) {
 }
 
 /// Most rows of a pass for which the kernels pack no weights (dot.h, axpy.h).
-int64_t most_rows_unpacked(const RowProduct& problem, const Kernels& table) {
+int64_t most_rows_unpacked(const RowProduct& problem, const Kernels& table, bool reads_once) {
   const bool pairs = problem.dtype == DType::kBFloat16;
+  if (!problem.transposed && problem.rows_come && reads_once)
+    return pairs ? table.bfloat16_axpy_rows_coming : table.axpy_rows_coming;
   if (!problem.transposed) return pairs ? table.bfloat16_axpy_rows : table.axpy_rows;
   if (problem.rows_come && problem.dtype == DType::kFloat32) return table.dot_rows_coming;
   return pairs ? table.bfloat16_dot_rows : table.dot_rows;
@@ -194,7 +199,7 @@ void RowPlan::finish(const Weight& weight, const Groups& groups, Algorithm algor
   problem.num_passes = passes_.size();
 
   problem.rows_come = rows_come_by_themselves();
-  problem.few_rows = most_rows_unpacked(problem, table);
+  problem.few_rows = most_rows_unpacked(problem, table, reads_weights_once());
   choose_blocks(threads, table);
 }
 
@@ -215,16 +220,21 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
   const int64_t lanes = table.vector_bytes / compute_size(problem.dtype);
   const bool choice = std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) { return p.choice_end > 0; });
   const int64_t bytes = problem.transposed ? kForwardColBytes : kBackwardColBytes;
-  const int64_t most_cols = choice ? lanes * table.strip_vectors : bytes / element_size(problem.dtype);
+  const int64_t strip = lanes * table.strip_vectors;
+  int64_t most_cols = choice ? strip : bytes / element_size(problem.dtype);
   const bool packs = choice || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
                        return p.row_end - p.row_begin > problem.few_rows || has_codes(p);
                      });
   b.depth_block = std::clamp<int64_t>(problem.depth, 1, problem.transposed ? kForwardDepth : kBackwardDepth);
+  if (problem.transposed && !choice && problem.rows >= kWidePanelRows) {
+    const int64_t wide = kWidePanelBytes / (compute_size(problem.dtype) * b.depth_block);
+    most_cols = std::max(most_cols, wide / strip * strip);
+  }
   if (problem.transposed && !packs && reads_weights_once())
     b.depth_block =
         round_up(even_part(std::max<int64_t>(problem.depth, 1), kInputBytes / compute_size(problem.dtype)), kDepthStep);
   // Equal parts of whole strips, then of vectors: an item of half the size would leave its thread waiting.
-  const int64_t fewest_parts = ceil_div(problem.cols, most_cols), strip = lanes * table.strip_vectors;
+  const int64_t fewest_parts = ceil_div(problem.cols, most_cols);
   const auto part_of_cols = [&](int64_t parts) {
     const int64_t cols = ceil_div(problem.cols, parts);
     return round_up(cols, cols < strip ? lanes : strip);
@@ -254,8 +264,9 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
     b.col_block = part_of_cols(fewest_parts);
     while (b.row_block >= 2 * kFewestRows && !busy()) b.row_block = ceil_div(b.row_block, 2);
   }
-  keeps_sums_ = problem.depth_part > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [](const Pass& p) {
-                  return !p.first || !p.last || p.choice_end;
+  keeps_sums_ = problem.depth_part > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
+                  const int64_t rows = p.row_end - p.row_begin;
+                  return !p.first || !p.last || p.choice_end || (rows > table.row_buffers && rows <= problem.few_rows);
                 });
   b.panel_depth = packs ? std::max(b.depth_block, table.choice_panels) : 0;
   if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));

@@ -103,10 +103,13 @@ class RowWorker {
     const Term* terms = p_.terms + pass.term_begin;
     const int64_t num_terms = pass.term_end - pass.term_begin, num_rows = s.row_end - s.row_begin;
     const bool accumulate = !(pass.first && s.begins), finished = pass.last && s.ends;
-    const bool whole = !accumulate && finished;  // its sums need not outlive one register tile
     const bool codes = has_codes(terms, num_terms);
-    const bool few = num_rows <= p_.few_rows && s.depth > 0 && all_dense_or_masked(terms, num_terms);
+    // An item may have some rows of a pass that is no pass of few rows, and so has no room for many sums.
+    const bool all_few = pass.row_end - pass.row_begin <= p_.few_rows;
+    const bool few = num_rows <= (all_few ? p_.few_rows : min(p_.few_rows, kRowBuffers)) && s.depth > 0 &&
+                     all_dense_or_masked(terms, num_terms);
     const int64_t part = few ? num_rows : tile_part(num_rows);
+    const bool whole = !accumulate && finished && part <= kRowBuffers;  // its sums need not outlive one register tile
     Ahead ahead;
     C scale = 1;
     if (!few && num_terms > 0) {
@@ -295,7 +298,7 @@ class RowWorker {
   void few_rows(const Step& s, const Term* terms, int64_t num_terms, C* out, bool accumulate) {
     const int64_t num_rows = s.row_end - s.row_begin;
     if (!p_.transposed) {
-      const S* a[kAxpyRows<E>];
+      const S* a[kAxpyRowsComing<E>];
       for (int64_t i = 0; i < num_rows; i++) a[i] = input(s.row_begin + i) + s.depth_begin;
       return axpy_rows<S>(a, num_rows, terms, num_terms, s.depth_begin, s.depth, s.col_begin, s.cols, out, tile_stride_,
                           accumulate, p_.rows_come && s.cols == p_.cols);

@@ -6,6 +6,7 @@
 // Σ_r dy_r, a bias's gradient, is summed by the tiles of the first columns from what they have packed.
 #pragma once
 
+#include "outer.h"
 #include "pack.h"
 #include "tile.h"
 #if defined(__AMX_BF16__)
@@ -44,18 +45,61 @@ class GradientItem {
     const bool product = job_.dot_begin < job_.dot_end || job_.target_begin < job_.target_end;
     const bool sums = job_.sums && col_begin_ == 0;
     if (!product && !sums) return;
+    const int64_t all = job_.row_end - job_.row_begin;
+    const bool outer = product && 0 < all && all <= kOuterRows;
+    if (outer) add_outer(all);
+    if (outer && !sums) return;
     int64_t begin = job_.row_begin;
     do {
       const int64_t depth = min(p_.blocking.depth_block, job_.row_end - begin);
       const Term dy{p_.dy, 1};
       pack_straight<S, E>(left_, left_stride_, &dy, 1, begin, depth, row_begin_, rows_, {p_.row_index, p_.row_scale});
       if (sums) add_rows(ceil_div(depth, kDepths<E>));
-      if (product) multiply(begin, depth);
+      if (product && !outer) multiply(begin, depth);
       begin += depth;
     } while (begin < job_.row_end);
   }
 
  private:
+  /// A job of few rows, once for each delta that it is dotted with and each gradient that it is.
+  void add_outer(int64_t num_rows) {
+    const S *x[kOuterRows], *dy[kOuterRows];
+    C scale[kOuterRows];
+    for (int64_t m = 0; m < num_rows; m++) {
+      const int64_t at = job_.row_begin + m, row = p_.row_index ? p_.row_index[at] : at;
+      x[m] = static_cast<const S*>(p_.x.data) + row * p_.x.stride + col_begin_;
+      dy[m] = static_cast<const S*>(p_.dy.data) + row * p_.dy.stride + row_begin_;
+      scale[m] = p_.row_scale ? static_cast<C>(p_.row_scale[at]) : C(1);
+    }
+    const int64_t num_dots = job_.dot_end - job_.dot_begin, num_targets = job_.target_end - job_.target_begin;
+    for (int64_t k = 0; k < max(num_dots, num_targets); k++) {
+      const Dot* dot = k < num_dots ? p_.dots + job_.dot_begin + k : nullptr;
+      const Target* target = k < num_targets ? p_.targets + job_.target_begin + k : nullptr;
+      const C factor = target ? static_cast<C>(target->factor) : C(0);
+      double sum = 0;
+      for (int64_t r = 0; r < rows_; r += kOuterAtOnce) {
+        OuterRow<S> rows[kOuterAtOnce];
+        for (int64_t i = 0; i < kOuterAtOnce; i++) {
+          const int64_t row = min(r + i, rows_ - 1);
+          for (int64_t m = 0; m < num_rows; m++) rows[i].y[m] = scale[m] * static_cast<C>(to_compute(dy[m][row]));
+          rows[i].delta = dot ? at<S>(dot->matrix, row_begin_ + row, col_begin_) : nullptr;
+          rows[i].gradient =
+              target ? static_cast<S*>(target->matrix.data) + (row_begin_ + row) * target->matrix.stride + col_begin_
+                     : nullptr;
+        }
+        with_constant<kOuterRows>(num_rows, [&](auto depth) {
+          const auto step = [&](auto dots, auto stores) {
+            sum += outer_step<S, depth.value, dots.value, stores.value>(rows, rows_ - r, x, cols_, factor);
+          };
+          if (!target) step(Int<1>{}, Int<0>{});
+          else if (!dot) step(Int<0>{}, Int<1>{});
+          else step(Int<1>{}, Int<1>{});
+        });
+      }
+      if (dot) partial(*dot) = sum;
+    }
+  }
+
   /// The packed rows of dy times those of x; after the last ones the tile is used.
   void multiply(int64_t begin, int64_t depth) {
     const Term x{p_.x, 1};
