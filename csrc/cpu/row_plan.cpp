@@ -266,7 +266,7 @@ void RowPlan::choose_blocks(int threads, const Kernels& table) {
   }
   keeps_sums_ = problem.depth_part > b.depth_block || std::any_of(passes_.begin(), passes_.end(), [&](const Pass& p) {
                   const int64_t rows = p.row_end - p.row_begin;
-                  return !p.first || !p.last || p.choice_end || (rows > table.row_buffers && rows <= problem.few_rows);
+                  return !p.first || !p.last || p.choice_end || (rows > table.axpy_rows && rows <= problem.few_rows);
                 });
   b.panel_depth = packs ? std::max(b.depth_block, table.choice_panels) : 0;
   if (keeps_sums_) b.row_block = std::min(b.row_block, kSumsBytes / (compute_size(problem.dtype) * b.col_block));

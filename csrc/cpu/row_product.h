@@ -21,6 +21,7 @@ namespace taps_fast::cpu {
 namespace {
 
 constexpr int64_t kRowBuffers = max(kTileRows, kDotRows<float>);
+static_assert(kAxpyRows<float> <= kRowBuffers);  // more rows than that need the room of sums (row_plan.cpp)
 
 template <class S>
 class RowWorker {
