@@ -66,10 +66,10 @@ class GradientItem {
     const S *x[kOuterRows], *dy[kOuterRows];
     C scale[kOuterRows];
     for (int64_t m = 0; m < num_rows; m++) {
-      const int64_t at = job_.row_begin + m, row = p_.row_index ? p_.row_index[at] : at;
+      const int64_t place = job_.row_begin + m, row = p_.row_index ? p_.row_index[place] : place;
       x[m] = static_cast<const S*>(p_.x.data) + row * p_.x.stride + col_begin_;
       dy[m] = static_cast<const S*>(p_.dy.data) + row * p_.dy.stride + row_begin_;
-      scale[m] = p_.row_scale ? static_cast<C>(p_.row_scale[at]) : C(1);
+      scale[m] = p_.row_scale ? static_cast<C>(p_.row_scale[place]) : C(1);
     }
     const int64_t num_dots = job_.dot_end - job_.dot_begin, num_targets = job_.target_end - job_.target_begin;
     for (int64_t k = 0; k < max(num_dots, num_targets); k++) {
