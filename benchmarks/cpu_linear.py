@@ -5,7 +5,8 @@
 
 Each cell prints ours in ms and, for every baseline, baseline / ours (above 1: ours is faster); each table ends with
 geometric means. `best` is the fastest baseline that computes the same thing in the same memory; `linear` (one
-F.linear on a weight merged beforehand) and `merged` (one for each task) need that weight stored and are limits.
+F.linear on a weight merged beforehand, or its two gradients) and `merged` (one for each task) need that weight stored
+and are limits.
 `read` is how long PyTorch takes to read base and delta once (F.linear of one row over both), and `limit` the larger of
 it and `linear`: less than that is out of reach of what multiplies at PyTorch's speed. A cell whose result is wrong
 stops the run. Medians of rounds in which every contender runs once, in random order.
@@ -235,7 +236,7 @@ def mixed(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """dx, the coefficient's gradient and (open gate) the delta's: what autograd does for each way to write it."""
-    table = Table(f"backward: dx, dcoeffs, ddelta, {dtype}", ())
+    table = Table(f"backward: dx, dcoeffs, ddelta, {dtype}", ("linear",))
     for cell, m, i, o in cells(args):
         x, dy, c = torch.randn(m, i).to(dtype), torch.randn(m, o).to(dtype), torch.tensor([0.7])
         w, d = weight_sets(o, i, 1, dtype, False)[0]
@@ -256,10 +257,13 @@ def backward(args: argparse.Namespace, dtype: torch.dtype) -> None:
             xd = F.linear(x, d)
             return dx, (xd * dy).sum(), (dy.t() @ x).mul_(0.7)
 
+        def linear(_: int) -> tuple[Tensor, Tensor]:
+            return dy @ w, dy.t() @ x
+
         for got, want in zip(ours(0), materialise(0), strict=True):
             if want.dim():
                 check(cell, got, want)
-        table.add(cell, measure(dict(ours=ours, materialise=materialise, two=two), args.seconds))
+        table.add(cell, measure(dict(ours=ours, materialise=materialise, two=two, linear=linear), args.seconds))
     table.close()
 
 

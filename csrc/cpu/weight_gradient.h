@@ -2,8 +2,9 @@
 //
 // One item = one job's tile of P. Rows are packed in blocks (dy becomes the broadcast side, x the strips, both gathered
 // and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas
-// and scaled into the targets straight from L1. Dots end in float64 partials, one a tile, which the plan sums in order.
-// Σ_r dy_r, a bias's gradient, is summed by the tiles of the first columns from what they have packed.
+// and scaled into the targets straight from L1. A job of few rows packs none (outer.h). Dots end in float64 partials,
+// one a tile, which the plan sums in order. Σ_r dy_r, a bias's gradient, is summed by the tiles of the first columns
+// from what they have packed.
 #pragma once
 
 #include "outer.h"
