@@ -17,23 +17,27 @@
 namespace taps_fast::cpu {
 namespace {
 
-/// Most rows that take this path; pairs are packed in less time.
-template <class E>
-constexpr int64_t kDotRows = kRegisters != 32  ? 8
-                             : kDepths<E> == 2 ? 14
-                                               : 16;
 /// Most rows that keep their sums in registers; float64, which need not be fast, gets by with fewer kernels.
 template <class E>
 constexpr int kDotTile = kRegisters == 32 && sizeof(E) == 4 ? 12 : 4;
-/// Most rows of float32 where rows come by themselves (kernels.h): packing takes less time than a second register tile.
-constexpr int64_t kDotRowsComing = kRegisters == 32 ? kDotTile<float> : kDotRows<float>;
+/// Most rows that take this path: of types that packing does not convert, more take less time with a panel (seen on
+/// Zen 4, with 16 registers as well).
+template <class S>
+constexpr int64_t kDotRows = sizeof(S) != 4 && kDepths<Element<S>> == 1 ? (kRegisters == 32 ? 16 : 8)
+                             : kRegisters == 32                         ? 9
+                                                                        : kDotTile<Element<S>>;
+/// The same of float32 where rows come by themselves (kernels.h): with a panel less than a second register tile takes.
+constexpr int64_t kDotRowsComing = kRegisters == 32 ? kDotTile<float> : 8;
 constexpr int kRowsOneByOne = 4;  // most inputs of a group that gain by it
 /// Terms summed in one pass; more take several. Pairs are multiplied unsummed, and so exactly, each term in its pass.
 template <class S>
 constexpr int kDotTerms = kDepths<Element<S>> == 1 ? 2 : 1;
 
-/// Weight rows that a tile of m input rows can afford.
-constexpr int dot_columns(int m) { return (m + 1) * 4 + 1 <= kRegisters ? 4 : (m + 1) * 2 + 1 <= kRegisters ? 2 : 1; }
+/// Weight rows that a tile of m input rows can afford; of 16 registers three take too many.
+constexpr int dot_columns(int m) {
+  const int columns = min((kRegisters - 1) / (m + 1), 4);
+  return columns == 3 && kRegisters < 32 ? 2 : columns;
+}
 
 /// Depths that one vector of elements covers; a register tile sums whole vectors.
 template <class S>

@@ -110,7 +110,8 @@ void GradientPlan::finish(const Weight& weight, const Groups& groups, const Want
   Blocking& b = problem.blocking;
   int64_t most = 1;
   for (const Job& job : jobs_) most = std::max(most, job.row_end - job.row_begin);
-  const bool few = most <= kOuterRows;
+  const bool pairs = problem.dtype == DType::kBFloat16 && !scaled;
+  const bool few = most <= (pairs ? table.bfloat16_outer_rows : table.outer_rows);
   b.row_block = std::min(problem.rows, few ? kWideTileRows : kTileRows);
   b.col_block = std::min(problem.cols, round_up(even_part(problem.cols, few ? kWideTileCols : kTileCols), kStep));
   // No thread is to wait for another.

@@ -62,13 +62,16 @@ constexpr Kernels make_table(const char* name) {
           kChoicePanels,
           kChoiceRows<float>,
           kChoiceRows<Element<BFloat16>>,
+          kDotRows<Float16>,
           kDotRows<float>,
           kDotRowsComing,
-          kDotRows<Element<BFloat16>>,
+          kDotRows<BFloat16>,
           kAxpyRows<float>,
           kAxpyRows<Element<BFloat16>>,
           kAxpyRowsComing<float>,
           kAxpyRowsComing<Element<BFloat16>>,
+          kOuterRows<float>,
+          kOuterRows<Element<BFloat16>>,
           row_product,
           weight_gradient};
 }

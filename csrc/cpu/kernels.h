@@ -17,12 +17,15 @@ struct Kernels {
   int64_t choice_rows;    // most rows of a task that gain from one, in float32 and float16
   int64_t bfloat16_choice_rows;
   int64_t dot_rows;  // most rows of a pass of forward that go without a panel
-  int64_t dot_rows_coming;  // the same of float32 where rows come by themselves
+  int64_t float32_dot_rows;
+  int64_t float32_dot_rows_coming;  // the same where rows come by themselves
   int64_t bfloat16_dot_rows;
   int64_t axpy_rows;  // the same of dx
   int64_t bfloat16_axpy_rows;
   int64_t axpy_rows_coming;  // the same where rows come by themselves and each weight is read once
   int64_t bfloat16_axpy_rows_coming;
+  int64_t outer_rows;  // most rows of a job of dw that go without a tile
+  int64_t bfloat16_outer_rows;
   // Run items of the grid until none is left; threads that share the counter share the work.
   void (*row_product)(const RowProduct&, int64_t* next_item, void* workspace);
   void (*weight_gradient)(const WeightGradient&, int64_t* next_item, void* workspace);

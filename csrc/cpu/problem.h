@@ -119,9 +119,6 @@ struct WeightGradient {
   Blocking blocking;  // tiles of P; depth_block counts rows of dy and x
 };
 
-/// Most rows of a job of which no row is packed (outer.h).
-static constexpr int64_t kOuterRows = 8;
-
 /// How items that lie one after another in memory reach threads: each has a range of them, the same for every layer
 /// of a size, so that what it wrote is in its own cache when it reads it in the next layer. Whoever is done takes what
 /// others have left. Which thread runs an item changes no result.

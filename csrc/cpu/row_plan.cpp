@@ -52,7 +52,8 @@ int64_t most_rows_unpacked(const RowProduct& problem, const Kernels& table, bool
   if (!problem.transposed && problem.rows_come && reads_once)
     return pairs ? table.bfloat16_axpy_rows_coming : table.axpy_rows_coming;
   if (!problem.transposed) return pairs ? table.bfloat16_axpy_rows : table.axpy_rows;
-  if (problem.rows_come && problem.dtype == DType::kFloat32) return table.dot_rows_coming;
+  if (problem.dtype == DType::kFloat32)
+    return problem.rows_come ? table.float32_dot_rows_coming : table.float32_dot_rows;
   return pairs ? table.bfloat16_dot_rows : table.dot_rows;
 }
 

@@ -20,7 +20,8 @@
 namespace taps_fast::cpu {
 namespace {
 
-constexpr int64_t kRowBuffers = max(kTileRows, kDotRows<float>);
+constexpr int64_t kRowBuffers = max(kTileRows, kDotRows<Float16>);
+static_assert(kDotRows<float> <= kRowBuffers && kDotRowsComing <= kRowBuffers && kDotRows<BFloat16> <= kRowBuffers);
 static_assert(kAxpyRows<float> <= kRowBuffers);  // more rows than that need the room of sums (row_plan.cpp)
 
 template <class S>

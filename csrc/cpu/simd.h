@@ -296,6 +296,10 @@ template <>
 TAPS_INLINE FloatVec multiply_add<Pair>(FloatVec sum, FloatVec a, FloatVec b) {
   return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
+/// The element of two depths.
+TAPS_INLINE Pair make_pair(BFloat16 first, BFloat16 second) {
+  return {uint32_t(first.bits) | uint32_t(second.bits) << 16};
+}
 /// Pairs of depths that lie side by side (lanes 0 to 15, then 16 to 31), rounded to nearest even.
 TAPS_INLINE FloatVec round_to_pairs(FloatVec low, FloatVec high) {
   return (FloatVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);

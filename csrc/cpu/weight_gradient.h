@@ -2,9 +2,9 @@
 //
 // One item = one job's tile of P. Rows are packed in blocks (dy becomes the broadcast side, x the strips, both gathered
 // and converted on the way); after the last block each strip of kTileRows rows of the tile is dotted with the deltas
-// and scaled into the targets straight from L1. A job of few rows packs none (outer.h). Dots end in float64 partials,
-// one a tile, which the plan sums in order. Σ_r dy_r, a bias's gradient, is summed by the tiles of the first columns
-// from what they have packed.
+// and scaled into the targets straight from L1. A job of few rows goes without a tile (outer.h). Dots end in float64
+// partials, one a tile, which the plan sums in order. Σ_r dy_r, a bias's gradient, is summed by the tiles of the first
+// columns from what they have packed.
 #pragma once
 
 #include "outer.h"
@@ -47,7 +47,7 @@ class GradientItem {
     const bool sums = job_.sums && col_begin_ == 0;
     if (!product && !sums) return;
     const int64_t all = job_.row_end - job_.row_begin;
-    const bool outer = product && 0 < all && all <= kOuterRows;
+    const bool outer = product && 0 < all && all <= kOuterRows<E>;
     if (outer) add_outer(all);
     if (outer && !sums) return;
     int64_t begin = job_.row_begin;
@@ -62,16 +62,36 @@ class GradientItem {
   }
 
  private:
-  /// A job of few rows, once for each delta that it is dotted with and each gradient that it is.
+  /// A job of few rows. x is read in place, but pairs of its rows are packed, which the workspace has room for.
   void add_outer(int64_t num_rows) {
-    const S *x[kOuterRows], *dy[kOuterRows];
-    C scale[kOuterRows];
-    for (int64_t m = 0; m < num_rows; m++) {
-      const int64_t place = job_.row_begin + m, row = p_.row_index ? p_.row_index[place] : place;
-      x[m] = static_cast<const S*>(p_.x.data) + row * p_.x.stride + col_begin_;
-      dy[m] = static_cast<const S*>(p_.dy.data) + row * p_.dy.stride + row_begin_;
-      scale[m] = p_.row_scale ? static_cast<C>(p_.row_scale[place]) : C(1);
+    if constexpr (kDepths<E> == 2) {
+      const Term packed{p_.x, 1};
+      const int64_t width = round_up(cols_, kLanes<C>);
+      pack_straight<S, E>(right_, width, &packed, 1, job_.row_begin, num_rows, col_begin_, cols_,
+                          {p_.row_index, nullptr});
+      const E* x[kOuterLength];
+      for (int64_t m = 0; m < ceil_div(num_rows, kDepths<E>); m++) x[m] = right_ + m * width;
+      add_outer(num_rows, x);
+    } else {
+      const S* x[kOuterLength];
+      for (int64_t m = 0; m < num_rows; m++) x[m] = job_row(p_.x, m) + col_begin_;
+      add_outer(num_rows, x);
     }
+  }
+
+  /// Once for each delta that the job is dotted with and each gradient that it is.
+  template <class X>
+  void add_outer(int64_t num_rows, const X* const* x) {
+    const S* dy[kOuterRows<E>];
+    C scale[kOuterRows<E>];
+    for (int64_t m = 0; m < num_rows; m++) {
+      dy[m] = job_row(p_.dy, m) + row_begin_;
+      scale[m] = p_.row_scale ? static_cast<C>(p_.row_scale[job_.row_begin + m]) : C(1);
+    }
+    const auto element = [&](int64_t m, int64_t row) {
+      if constexpr (kDepths<E> == 2) return make_pair(dy[2 * m][row], 2 * m + 1 < num_rows ? dy[2 * m + 1][row] : S{});
+      else return scale[m] * static_cast<C>(to_compute(dy[m][row]));
+    };
     const int64_t num_dots = job_.dot_end - job_.dot_begin, num_targets = job_.target_end - job_.target_begin;
     for (int64_t k = 0; k < max(num_dots, num_targets); k++) {
       const Dot* dot = k < num_dots ? p_.dots + job_.dot_begin + k : nullptr;
@@ -79,18 +99,18 @@ class GradientItem {
       const C factor = target ? static_cast<C>(target->factor) : C(0);
       double sum = 0;
       for (int64_t r = 0; r < rows_; r += kOuterAtOnce) {
-        OuterRow<S> rows[kOuterAtOnce];
+        OuterRow<S, E> rows[kOuterAtOnce];
         for (int64_t i = 0; i < kOuterAtOnce; i++) {
           const int64_t row = min(r + i, rows_ - 1);
-          for (int64_t m = 0; m < num_rows; m++) rows[i].y[m] = scale[m] * static_cast<C>(to_compute(dy[m][row]));
+          for (int64_t m = 0; m < ceil_div(num_rows, kDepths<E>); m++) rows[i].y[m] = element(m, row);
           rows[i].delta = dot ? at<S>(dot->matrix, row_begin_ + row, col_begin_) : nullptr;
           rows[i].gradient =
               target ? static_cast<S*>(target->matrix.data) + (row_begin_ + row) * target->matrix.stride + col_begin_
                      : nullptr;
         }
-        with_constant<kOuterRows>(num_rows, [&](auto depth) {
+        with_constant<kOuterLength>(ceil_div(num_rows, kDepths<E>), [&](auto length) {
           const auto step = [&](auto dots, auto stores) {
-            sum += outer_step<S, depth.value, dots.value, stores.value>(rows, rows_ - r, x, cols_, factor);
+            sum += outer_step<S, E, length.value, dots.value, stores.value>(rows, rows_ - r, x, cols_, factor);
           };
           if (!target) step(Int<1>{}, Int<0>{});
           else if (!dot) step(Int<0>{}, Int<1>{});
@@ -99,6 +119,12 @@ class GradientItem {
       }
       if (dot) partial(*dot) = sum;
     }
+  }
+
+  /// Row m of the job, of dy or x.
+  const S* job_row(const Matrix& matrix, int64_t m) const {
+    const int64_t place = job_.row_begin + m;
+    return static_cast<const S*>(matrix.data) + (p_.row_index ? p_.row_index[place] : place) * matrix.stride;
   }
 
   /// The packed rows of dy times those of x; after the last ones the tile is used.
