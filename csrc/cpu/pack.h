@@ -54,21 +54,35 @@ TAPS_INLINE void sum_terms(Vec<Compute<S>>* r, const Term* terms, int64_t num_te
 template <int kTerms>
 TAPS_INLINE FloatVec blend_pairs(const Term* terms, const float* coeffs, int64_t num_terms, int64_t row, int64_t column,
                                  int64_t n) {
-  constexpr int64_t lanes = kLanes<float>;
-  FloatVec low{}, high{};
+  FloatVec even{}, odd{};
   for (int64_t t = 0; t < (kTerms <= 2 ? kTerms : num_terms); t++) {
-    const BFloat16* p = static_cast<const BFloat16*>(terms[t].matrix.data) + row * terms[t].matrix.stride + column;
-    if constexpr (kTerms == 1) return n < 0 ? elements(p) : elements(p, n);
+    const BFloat16* p = at<BFloat16>(terms[t].matrix, row, column);
+    const FloatVec pairs = n < 0 ? elements(p) : elements(p, n);
+    if constexpr (kTerms == 1) return pairs;
     const float coeff = kTerms == 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
-    if (n < 0) {
-      low += coeff * load(p);
-      high += coeff * load(p + lanes);
-    } else {
-      low += coeff * load_partial(p, min(n, lanes));
-      high += coeff * load_partial(p + min(n, lanes), max(n - lanes, 0));
+    even += coeff * earlier(pairs);
+    odd += coeff * later(pairs);
+  }
+  return zip_to_pairs(even, odd);
+}
+
+/// Two rows of the sum as pairs, 2 · lanes columns from `column` on; no second one: zeros.
+template <int kTerms>
+TAPS_INLINE void blend_rows(Pair* out, const Term* terms, const float* coeffs, int64_t num_terms, int64_t first,
+                            int64_t second, int64_t column) {
+  FloatVec even[2] = {}, odd[2] = {};
+  for (int64_t t = 0; t < (kTerms <= 2 ? kTerms : num_terms); t++) {
+    const float coeff = kTerms <= 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
+    const int64_t rows[2] = {first, second};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      if (rows[i] < 0) continue;
+      const FloatVec pairs = elements(at<BFloat16>(terms[t].matrix, rows[i], column));
+      even[i] += coeff * earlier(pairs);
+      odd[i] += coeff * later(pairs);
     }
   }
-  return round_to_pairs(low, high);
+  zip_columns(out, even, odd);
 }
 
 /// As pack_block below, in pairs.
@@ -174,6 +188,8 @@ void pack_straight(E* panel, int64_t width, const Term* terms, int64_t num_terms
   constexpr int64_t lanes = kLanes<C>;
   const int64_t length = ceil_div(depth, kDepths<E>);
   [[maybe_unused]] const bool exact = num_terms == 1 && terms[0].coeff == 1 && !gather.scale;
+  [[maybe_unused]] const float coeffs[2] = {static_cast<float>(terms[0].coeff),
+                                            static_cast<float>(terms[num_terms > 1].coeff)};
   for (int64_t p = 0; p < depth; p += kDepths<E>) {
     const auto source = [&](int64_t q) { return gather.index ? gather.index[row + q] : row + q; };
     for (int64_t q = p + kRowsAhead; q < min(p + kRowsAhead + kDepths<E>, depth); q++)
@@ -186,9 +202,16 @@ void pack_straight(E* panel, int64_t width, const Term* terms, int64_t num_terms
         const int64_t n = num_columns - j - v, have = n < lanes ? n : -1;
 #if defined(__AVX512BF16__)
         if constexpr (kDepths<E> == 2) {
-          if (exact && n >= 2 * lanes && v + lanes < strip_width) {
-            const auto place = [&](int64_t q) { return at<S>(terms[0].matrix, source(q), column + j + v); };
-            zip_rows(out + v, place(p), p + 1 < depth ? place(p + 1) : nullptr);
+          if (!gather.scale && n >= 2 * lanes && v + lanes < strip_width) {
+            if (exact) {
+              const auto place = [&](int64_t q) { return at<S>(terms[0].matrix, source(q), column + j + v); };
+              zip_rows(out + v, place(p), p + 1 < depth ? place(p + 1) : nullptr);
+            } else {
+              with_constant<3>(num_terms, [&](auto count) __attribute__((always_inline)) {
+                blend_rows<count.value>(out + v, terms, coeffs, num_terms, source(p),
+                                        p + 1 < depth ? source(p + 1) : -1, column + j + v);
+              });
+            }
             v += lanes;
             continue;
           }

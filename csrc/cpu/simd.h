@@ -311,6 +311,18 @@ TAPS_INLINE FloatVec zip_to_pairs(FloatVec first, FloatVec second) {
   const __m512i both = (__m512i)round_to_pairs(first, second);
   return (FloatVec)_mm512_permutexvar_epi16(_mm512_load_si512(places), both);
 }
+/// The numbers of pairs' earlier and later depths.
+TAPS_INLINE FloatVec earlier(FloatVec pairs) { return (FloatVec)((WordVec)pairs << 16); }
+TAPS_INLINE FloatVec later(FloatVec pairs) { return (FloatVec)((WordVec)pairs & 0xffff0000); }
+/// Pairs of two depths, 2 · lanes columns, from each depth's even and odd columns.
+TAPS_INLINE void zip_columns(Pair* out, const FloatVec* even, const FloatVec* odd) {
+  alignas(64) static constexpr uint16_t places[32] = {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51,
+                                                      4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55};
+  const __m512i low = _mm512_load_si512(places), high = _mm512_add_epi16(low, _mm512_set1_epi16(8));
+  const __m512i a = (__m512i)round_to_pairs(even[0], even[1]), b = (__m512i)round_to_pairs(odd[0], odd[1]);
+  store(out, (FloatVec)_mm512_permutex2var_epi16(a, low, b));
+  store(out + kLanes<float>, (FloatVec)_mm512_permutex2var_epi16(a, high, b));
+}
 /// Pairs of two depths from where they are stored: 2 · lanes columns of each, unchanged.
 TAPS_INLINE void zip_rows(Pair* out, const BFloat16* first, const BFloat16* second) {
   alignas(64) static constexpr uint16_t places[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
