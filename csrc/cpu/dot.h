@@ -5,10 +5,10 @@
 // A term may be a masked tile, whose bits lie along the depth as the weights do.
 // Of a tile that several tasks mask, each input row has its own.
 //
-// Packing costs as much as about 25 rows of arithmetic, so up to kDotRows rows the weights are summed in registers and
-// used at once: each is read once from memory for all rows, which is the byte limit of the problem. The inputs are
-// interleaved, [depth in vectors, rows], so that one pointer serves all rows. The hardware's own fetching stops at each
-// page, so the tile fetches as well, from long rows kReach further on, else from the rows that follow.
+// Few rows do not pay for packing, so up to kDotRows rows the weights are summed in registers and used at once: each is
+// read once from memory for all rows, which is the byte limit of the problem. The inputs are interleaved, [depth in
+// vectors, rows], so that one pointer serves all rows. The hardware's own fetching stops at each page, so the tile
+// fetches as well, from long rows kReach further on, else from the rows that follow.
 #pragma once
 
 #include "decode.h"

@@ -50,38 +50,40 @@ TAPS_INLINE void sum_terms(Vec<Compute<S>>* r, const Term* terms, int64_t num_te
 }
 
 #if defined(__AVX512BF16__)
-/// One vector of pairs of the sum: row `row`, columns from `column` on; the first n, or all when n < 0.
+/// Even and odd columns of row `row` of the sum, from `column` on; the first n columns, or two vectors of them when
+/// n < 0. coeffs: of up to two terms; kTerms 3: of any number.
 template <int kTerms>
-TAPS_INLINE FloatVec blend_pairs(const Term* terms, const float* coeffs, int64_t num_terms, int64_t row, int64_t column,
-                                 int64_t n) {
-  FloatVec even{}, odd{};
+TAPS_INLINE void blend_columns(FloatVec& even, FloatVec& odd, const Term* terms, const float* coeffs, int64_t num_terms,
+                               int64_t row, int64_t column, int64_t n) {
   for (int64_t t = 0; t < (kTerms <= 2 ? kTerms : num_terms); t++) {
     const BFloat16* p = at<BFloat16>(terms[t].matrix, row, column);
     const FloatVec pairs = n < 0 ? elements(p) : elements(p, n);
-    if constexpr (kTerms == 1) return pairs;
-    const float coeff = kTerms == 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
+    const float coeff = kTerms <= 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
     even += coeff * earlier(pairs);
     odd += coeff * later(pairs);
   }
+}
+
+/// One vector of pairs that lie along a row of the sum, columns as above. A single term stays as it is.
+template <int kTerms>
+TAPS_INLINE FloatVec blend_pairs(const Term* terms, const float* coeffs, int64_t num_terms, int64_t row, int64_t column,
+                                 int64_t n) {
+  if constexpr (kTerms == 1) {
+    const BFloat16* p = at<BFloat16>(terms[0].matrix, row, column);
+    return n < 0 ? elements(p) : elements(p, n);
+  }
+  FloatVec even{}, odd{};
+  blend_columns<kTerms>(even, odd, terms, coeffs, num_terms, row, column, n);
   return zip_to_pairs(even, odd);
 }
 
-/// Two rows of the sum as pairs, 2 · lanes columns from `column` on; no second one: zeros.
+/// Two vectors of pairs that two rows of the sum make; second < 0: zeros.
 template <int kTerms>
 TAPS_INLINE void blend_rows(Pair* out, const Term* terms, const float* coeffs, int64_t num_terms, int64_t first,
                             int64_t second, int64_t column) {
   FloatVec even[2] = {}, odd[2] = {};
-  for (int64_t t = 0; t < (kTerms <= 2 ? kTerms : num_terms); t++) {
-    const float coeff = kTerms <= 2 ? coeffs[t] : static_cast<float>(terms[t].coeff);
-    const int64_t rows[2] = {first, second};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      if (rows[i] < 0) continue;
-      const FloatVec pairs = elements(at<BFloat16>(terms[t].matrix, rows[i], column));
-      even[i] += coeff * earlier(pairs);
-      odd[i] += coeff * later(pairs);
-    }
-  }
+  blend_columns<kTerms>(even[0], odd[0], terms, coeffs, num_terms, first, column, -1);
+  if (second >= 0) blend_columns<kTerms>(even[1], odd[1], terms, coeffs, num_terms, second, column, -1);
   zip_columns(out, even, odd);
 }
 
